@@ -1,0 +1,46 @@
+# `make serve` and `make test` are the two commands; both set up `.venv` first.
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+BIN := .venv/bin
+FIGURES ?= tests/figures
+
+.PHONY: serve test setup check format parity embedded clean
+
+serve: .venv/serve
+	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT)
+
+test: setup
+	$(BIN)/python -m pytest
+
+setup: .venv/dev
+
+# Each environment is a stamp file: made once, made again when its inputs change.
+.venv/serve: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ .venv/serve
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+parity: setup
+	$(BIN)/python -m benchmarks.parity --figures $(FIGURES)
+
+# Train the embedded model: make embedded DATA=DIR
+embedded: setup
+	$(BIN)/python -m models.training.embedded --data $(DATA)
+
+clean:
+	rm -rf .venv build *.egg-info
