@@ -1,0 +1,145 @@
+"""Every knob of the service, read once in main and passed down.
+
+Order of precedence: command line flag, environment variable (prefix `TAPT_`), default. A
+`TAPT_*` variable that is no knob is an error, because a misspelt limit would be no limit.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "TAPT_"
+
+
+class Settings(BaseSettings):
+    """The service's configuration; `docs/configuration.md` is this class as a table."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", protected_namespaces=()
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+
+    model: str = Field(
+        "embedded", description="`embedded`, a hub id, or a directory with a CLIP checkpoint."
+    )
+    bundle: str = Field(
+        "", description="Directory of a defense bundle; empty: the one beside the model, if any."
+    )
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Precision of the model; `auto`: float32 on the CPU, bfloat16 on CUDA."
+    )
+
+    method: Literal["plain", "ensemble", "tapt"] = Field(
+        "tapt", description="Defense of a request that names none."
+    )
+    design: Literal["v", "vli", "vlj"] = Field(
+        "vli", description="Which prompts adapt when no bundle says so."
+    )
+    steps: int = Field(1, ge=0, description="Adaptation steps of a request that names none.")
+    max_steps: int = Field(8, ge=0, description="More steps than this are clamped.")
+    views: int = Field(16, ge=1, description="Views of a request that names none.")
+    max_views: int = Field(64, ge=1, description="More views than this are clamped.")
+    selection_ratio: float = Field(
+        0.1, gt=0, le=1, description="Share of the views kept for the loss, most confident first."
+    )
+    learning_rate: float = Field(5e-4, gt=0, description="AdamW's learning rate.")
+    alignment_weight: float = Field(
+        100.0, ge=0, description="Weight of the token alignment against the entropy."
+    )
+    gamma: float = Field(
+        0.5, ge=0, le=1, description="Share of the adversarial statistics in the alignment."
+    )
+    readout: Literal["single", "kept", "all", "weighted"] = Field(
+        "all", description="Views that the prediction is read from after the adaptation."
+    )
+    hypothesis_template: str = Field(
+        "a photo of a {}.", description="Prompt of a request that names none; holds one `{}`."
+    )
+
+    max_batch_size: int = Field(16, ge=1, description="Requests in one batch.")
+    max_batch_tokens: int = Field(
+        0, ge=0, description="Image and text tokens in one batch; 0: from the free memory."
+    )
+    max_queue_delay_ms: float = Field(
+        5.0, ge=0, description="Longest wait for company while the device is idle, milliseconds."
+    )
+    max_queue_size: int = Field(
+        64, ge=1, description="Requests waiting or being decoded; more are answered 429."
+    )
+    request_timeout_ms: int = Field(
+        60_000, ge=1, description="Time from a request's slot to its answer, milliseconds."
+    )
+    max_body_bytes: int = Field(
+        16 * 2**20, ge=1024, description="Largest request body, bytes; more is answered 413."
+    )
+    max_image_pixels: int = Field(
+        40_000_000, ge=1, description="Largest image, width times height; more is answered 413."
+    )
+    max_labels: int = Field(1000, ge=2, description="Most candidate labels of a request.")
+    max_label_chars: int = Field(256, ge=1, description="Longest label or template, characters.")
+
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Comma-separated bearer keys; empty: no key is asked for.", repr=False
+    )
+    allow_client_seed: bool = Field(
+        False,
+        description="Accept a request's `seed`. A known seed lets an attacker aim at the views.",
+    )
+    allow_image_urls: Literal[False] = Field(
+        False, description="Fetch images by URL. Not available yet: only `false` is accepted."
+    )
+    on_overload: Literal["reject"] = Field(
+        "reject", description="What a full queue does. Only `reject` (429) is available yet."
+    )
+    expose: Literal["full", "rounded", "label"] = Field(
+        "full", description="Scores in answers: all digits, two digits, or 1 and 0 only."
+    )
+    enable_attack_demo: Literal[False] = Field(
+        False, description="Attack demonstration. Not available yet: only `false` is accepted."
+    )
+
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="Longest wait for running requests at shutdown, seconds."
+    )
+    workers: int = Field(1, ge=1, description="Worker processes; on CUDA, one device each.")
+    compile: Literal[False] = Field(
+        False, description="torch.compile. Not available yet: only `false` is accepted."
+    )
+    tier: Literal["standard"] = Field(
+        "standard", description="Cost tier. Only `standard` is available yet."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Shape of the log lines.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_keys(cls, values: dict[str, object]) -> dict[str, object]:
+        keys = values.get("api_keys")
+        if isinstance(keys, str):
+            values["api_keys"] = tuple(key.strip() for key in keys.split(",") if key.strip())
+        return values
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.hypothesis_template.replace("{}", "", 1).count("{") or (
+            self.hypothesis_template.count("{}") != 1
+        ):
+            raise ValueError("hypothesis_template must hold exactly one {}")
+        if self.steps > self.max_steps:
+            raise ValueError(f"steps ({self.steps}) is above max_steps ({self.max_steps})")
+        if self.views > self.max_views:
+            raise ValueError(f"views ({self.views}) is above max_views ({self.max_views})")
+        return self
+
+
+def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Names in `environ` with our prefix that are no knob, sorted."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    return sorted(
+        name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in known
+    )

@@ -1,0 +1,114 @@
+"""What passes between the rooms: a request as the worker sees it, and what comes back.
+
+Everything here is picklable and free of torch; instants are `time.monotonic()` seconds, which
+the processes of one machine share.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Truncation = Literal["deadline", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One image to classify, with every choice already made and clamped.
+
+    `image` is uint8 RGB, [height, width, 3]; `template` holds exactly one `{}`; `seed` draws the
+    views; `deadline` is the instant by which the answer must be out.
+    """
+
+    id: str
+    image: NDArray[np.uint8]
+    labels: tuple[str, ...]
+    template: str
+    method: str
+    steps: int
+    views: int
+    readout: str
+    seed: int
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the worker found. `scores` follow the order of the labels and sum to 1."""
+
+    scores: list[float]
+    undefended_scores: list[float]
+    design: str
+    steps: int
+    views: int
+    views_kept: int
+    entropy_before: float
+    entropy_after: float
+    agreement: float
+    suspicion: float
+    suspected: bool
+    truncated: Truncation | None
+    labels_truncated: int
+    adapt_seconds: float
+    predict_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request that could not be answered: the `error_type` of an error in `errors.ERRORS`."""
+
+    error_type: str
+    message: str
+
+
+# API process to worker.
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Run these together; one batch at a time is in flight per worker."""
+
+    batch: list[Work]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Nobody waits for these any more; the worker drops them at its next step boundary."""
+
+    ids: frozenset[str]
+
+
+# Worker to API process.
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The model is loaded and warm. `info` is what `/info` shows of it (JSON types only)."""
+
+    info: dict[str, Any]
+    max_batch_tokens: int
+    image_tokens: int
+    context_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Sign of life, about once a second: seconds since the last progress of a running batch
+    (0 when idle) and the device memory in use."""
+
+    stalled_seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    id: str
+    result: Answer | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The batch is over and each of its requests was settled. `counts` are counters to add."""
+
+    counts: dict[str, int] = field(default_factory=dict)
