@@ -76,3 +76,8 @@ class DeadlineExceeded(ServiceError):
 ERRORS: dict[str, type[ServiceError]] = {
     error.error_type: error for error in ServiceError.__subclasses__()
 }
+
+
+class ModelError(Exception):
+    """The checkpoint or the bundle cannot be served. The message is one sentence for the operator;
+    the process ends with it, so no client ever meets it."""

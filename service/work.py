@@ -112,3 +112,10 @@ class Finished:
     """The batch is over and each of its requests was settled. `counts` are counters to add."""
 
     counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Fatal:
+    """The model cannot be served, however often one tries: one sentence for the operator."""
+
+    message: str

@@ -1,0 +1,67 @@
+"""The places in the queue: how many requests, and how many bytes, may wait at once."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+BYTES_PER_PLACE = 4 * 2**20  # a photograph; larger uploads share the room of smaller ones
+
+
+class Slot:
+    """One place, held from before the decoding until the request enters a batch or ends.
+
+    Leaving the `with` block gives it back. `since` is the instant it was taken; `waited` the
+    seconds from submission to the batch, known once the request was in one.
+    """
+
+    def __init__(self, size_bytes: int, since: float, release: Callable[["Slot"], None]) -> None:
+        self.size_bytes = size_bytes
+        self.since = since
+        self.waited = 0.0
+        self._release = release
+
+    def release(self) -> None:
+        """Give the place back; again is harmless."""
+        self._release(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class Slots:
+    """All places: at most `places`, and at most `BYTES_PER_PLACE` times that in bytes (one
+    request of `largest` bytes always fits into an empty queue). Calls `changed` on each change."""
+
+    def __init__(self, places: int, largest: int, changed: Callable[[], None]) -> None:
+        self._places = places
+        self._room = max(largest, places * BYTES_PER_PLACE)
+        self._changed = changed
+        self._held: set[Slot] = set()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def bytes(self) -> int:
+        return sum(slot.size_bytes for slot in self._held)
+
+    def take(self, size_bytes: int, now: float) -> Slot | None:
+        """A slot, or None when the queue is full."""
+        if len(self._held) >= self._places or self.bytes + size_bytes > self._room:
+            return None
+        slot = Slot(size_bytes, now, self._release)
+        self._held.add(slot)
+        self._changed()
+        return slot
+
+    def _release(self, slot: Slot) -> None:
+        self._held.discard(slot)
+        self._changed()

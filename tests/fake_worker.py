@@ -1,0 +1,102 @@
+"""A worker without a process or a model, played from the test."""
+
+import asyncio
+from collections.abc import Callable
+
+from service.work import Answer, Beat, Failure, Fatal, Finished, Ready, Settled, Work
+from service.worker import Event, Lost
+
+READY = Ready(info={"model": "fake"}, max_batch_tokens=10_000, image_tokens=10, context_length=77)
+
+
+def answer(work: Work) -> Answer:
+    """The first label wins, undefended too, unless it is 'attacked'."""
+    first = [1.0] + [0.0] * (len(work.labels) - 1)
+    return Answer(
+        scores=first,
+        undefended_scores=first[::-1] if work.labels[0] == "attacked" else first,
+        design="vli",
+        steps=work.steps,
+        views=work.views,
+        views_kept=max(1, work.views // 10),
+        entropy_before=0.5,
+        entropy_after=0.25,
+        agreement=1.0,
+        suspicion=0.0,
+        suspected=False,
+        truncated=None,
+        labels_truncated=0,
+        adapt_seconds=0.01,
+        predict_seconds=0.01,
+    )
+
+
+class FakeWorker:
+    """A Backend. By itself it is ready at once and answers each batch after `seconds(batch)`.
+
+    With `automatic=False` the test calls `be_ready`, `settle`, `finish`, `die`; a silent worker
+    is one that is told nothing. `batches` and `cancelled` record what the engine asked for.
+    """
+
+    def __init__(
+        self,
+        reply: Callable[[Work], Answer | Failure] = answer,
+        seconds: Callable[[list[Work]], float] = lambda batch: 0.0,
+        automatic: bool = True,
+        ready: Ready = READY,
+    ) -> None:
+        self.reply = reply
+        self.seconds = seconds
+        self.automatic = automatic
+        self.ready = ready
+        self.batches: list[list[Work]] = []
+        self.cancelled: set[str] = set()
+        self.stopped = False
+        self.deliver: Callable[[Event], None] = lambda event: None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, deliver: Callable[[Event], None]) -> None:
+        self.deliver = deliver
+        if self.automatic:
+            asyncio.get_running_loop().call_soon(self.be_ready)
+
+    def run(self, batch: list[Work]) -> None:
+        self.batches.append(batch)
+        if self.automatic:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self.seconds(batch), self.finish)
+
+    def cancel(self, ids: frozenset[str]) -> None:
+        self.cancelled |= ids
+
+    async def stop(self) -> None:
+        self._forget_batch()
+        self.stopped = True
+
+    def be_ready(self) -> None:
+        self.deliver(self.ready)
+
+    def beat(self, memory_bytes: int = 0) -> None:
+        self.deliver(Beat(0.0, memory_bytes))
+
+    def settle(self, *works: Work) -> None:
+        """Settle these, by default all of the last batch."""
+        for work in works or self.batches[-1]:
+            self.deliver(Settled(work.id, self.reply(work)))
+
+    def finish(self, **counts: int) -> None:
+        """Settle all of the last batch and end it."""
+        self.settle()
+        self.deliver(Finished(counts))
+
+    def die(self, restarting: bool = True) -> None:
+        """Lose the batch; `be_ready` brings the next process up."""
+        self._forget_batch()
+        self.deliver(Lost("killed by the test", restarting))
+
+    def give_up(self, message: str) -> None:
+        self.deliver(Fatal(message))
+
+    def _forget_batch(self) -> None:
+        if self._timer:
+            self._timer.cancel()
