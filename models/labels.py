@@ -1,0 +1,108 @@
+"""Labels of several requests as one ragged batch of token rows.
+
+Text tokens after the end-of-text change nothing under the causal mask, so rows are cut there; a
+request's prompt slots stand between the start token and its text and never replace any of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+MASKED = -1e4  # a logit no softmax sees, finite so that its gradient is 0 and not NaN
+
+
+@dataclass(frozen=True, slots=True)
+class LabelBatch:
+    """R label rows of B requests.
+
+    `ids` [R, T] token ids with the slots behind the start token, `ends` [R] the position that is
+    pooled, `counts` the rows of each request in order, `truncated` rows cut to the context.
+    """
+
+    ids: Tensor
+    ends: Tensor
+    counts: tuple[int, ...]
+    truncated: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """The number of requests."""
+        return len(self.counts)
+
+    @property
+    def owners(self) -> Tensor:
+        """[R]: the request that each row belongs to."""
+        counts = torch.tensor(self.counts, device=self.ids.device)
+        return torch.arange(len(self.counts), device=self.ids.device).repeat_interleave(counts)
+
+    def pad(self, values: Tensor) -> Tensor:
+        """Values of rows [R, ...] as [B, most labels, ...], zeros where a request has fewer."""
+        return torch.nn.utils.rnn.pad_sequence(list(values.split(self.counts)), batch_first=True)
+
+    def take(self, values: Tensor, requests: Sequence[int]) -> Tensor:
+        """Those of some values of rows [R, ...] that belong to the given requests, in order."""
+        parts = values.split(self.counts)
+        return torch.cat([values[:0], *(parts[request] for request in requests)])
+
+    def select(self, requests: Sequence[int]) -> "LabelBatch":
+        """The rows of some requests, in order."""
+        return LabelBatch(
+            self.take(self.ids, requests),
+            self.take(self.ends, requests),
+            tuple(self.counts[request] for request in requests),
+            tuple(self.truncated[request] for request in requests),
+        )
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, most labels], true where a request has a label."""
+        counts = torch.tensor(self.counts, device=self.ids.device)
+        return torch.arange(max(self.counts), device=self.ids.device) < counts.unsqueeze(1)
+
+    def to(self, device: torch.device) -> "LabelBatch":
+        return LabelBatch(self.ids.to(device), self.ends.to(device), self.counts, self.truncated)
+
+
+def join(batches: Sequence[LabelBatch]) -> LabelBatch:
+    """Label sets of several requests, in order, as one batch as long as the longest."""
+    length = max(batch.ids.shape[1] for batch in batches)
+    return LabelBatch(
+        torch.cat([torch.nn.functional.pad(b.ids, (0, length - b.ids.shape[1])) for b in batches]),
+        torch.cat([batch.ends for batch in batches]),
+        tuple(count for batch in batches for count in batch.counts),
+        tuple(count for batch in batches for count in batch.truncated),
+    )
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_id: int,
+    texts: Sequence[str],
+    context_length: int,
+    slots: int = 0,
+) -> LabelBatch:
+    """Tokenize one request's prompts, leaving `slots` free places behind the start token.
+
+    Texts that do not fit are cut in front of their end-of-text and counted in `truncated`.
+
+    Raises:
+        ValueError: the context holds nothing beside the slots.
+    """
+    room = context_length - slots
+    if room < 3:
+        raise ValueError(f"{slots} prompt slots leave no room in a context of {context_length}")
+    full = tokenizer(list(texts), padding=False, truncation=False, verbose=False)["input_ids"]
+    cut = tokenizer(
+        list(texts), padding=True, truncation=True, max_length=room, return_tensors="pt"
+    )["input_ids"]
+    # The pooling rules of transformers' CLIPTextModel: a config from before the fix names token 2
+    # and means the largest id.
+    found = cut if eos_token_id == 2 else (cut == eos_token_id).int()
+    ends = found.argmax(dim=-1)
+    cut = cut[:, : int(ends.max()) + 1]
+    blank = torch.zeros(len(texts), slots, dtype=cut.dtype)
+    ids = torch.cat([cut[:, :1], blank, cut[:, 1:]], dim=1)
+    truncated = sum(len(row) > room for row in full)
+    return LabelBatch(ids, ends + slots, (len(texts),), (truncated,))

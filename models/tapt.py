@@ -1,0 +1,180 @@
+"""Test-time adversarial prompt tuning (TAPT, CVPR 2025, arXiv 2411.13136).
+
+For one image: keep the most confident of its random views, then move this request's copy of the
+defensive prompts a few AdamW steps down the entropy of the kept views' mean prediction plus the
+distance of their token statistics from reference ones. Requests are a batch dimension of
+everything, losses are summed over requests and the optimizer is elementwise, so that a result
+does not depend on its company.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models import adamw
+from models.clip import PromptedCLIP
+from models.labels import MASKED, LabelBatch
+from models.prompts import DefensePrompts
+from models.statistics import TokenStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a step minimizes and how it moves; the defaults are the paper's.
+
+    `reference` holds the token statistics, None for the entropy alone. `layers` is the L that the
+    alignment's weight is divided by; its sum runs over the first L - 1 blocks.
+    """
+
+    reference: TokenStatistics | None = None
+    layers: int = 0
+    alignment_weight: float = 100.0
+    gamma: float = 0.5
+    entropy: bool = True
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """A step's loss terms, one value a request [B]; an absent term is 0."""
+
+    entropy: Tensor
+    align_adv: Tensor
+    align_clean: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """Requests that leave the loop together: indices, adapted prompts [n, ...], steps taken."""
+
+    rows: list[int]
+    prompts: DefensePrompts
+    steps: int
+
+
+def class_logits(clip: PromptedCLIP, images: Tensor, text: Tensor, labels: LabelBatch) -> Tensor:
+    """Scaled cosine logits [B, V, C] of views [B, V, D] against label rows [R, D]."""
+    logits = clip.logit_scale * images @ labels.pad(text).transpose(1, 2)
+    return logits.masked_fill(~labels.mask.unsqueeze(1), MASKED)
+
+
+def select_confident(logits: Tensor, ratio: float) -> Tensor:
+    """Indices [B, k] of the k = max(1, floor(V * ratio)) views of lowest entropy, lowest first."""
+    log_p = logits.log_softmax(dim=-1)
+    entropy = -(log_p.exp() * log_p).sum(dim=-1)
+    return entropy.argsort(dim=-1, stable=True)[:, : max(1, int(logits.shape[1] * ratio))]
+
+
+def view_entropy(logits: Tensor) -> Tensor:
+    """Entropy [B] in nats of the mean prediction over views, from logits [B, k, C]."""
+    log_mean = logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(logits.shape[1])
+    return -(log_mean.exp() * log_mean).sum(dim=-1)
+
+
+def alignment_loss(inputs: Sequence[Tensor], mean: Tensor, variance: Tensor) -> Tensor:
+    """Distance [B] of the views' token moments from reference ones, summed over layers.
+
+    Args:
+        inputs: per layer, the kept views' block inputs [B, k, tokens, width].
+        mean, variance: reference moments [layers, tokens, width].
+    """
+    total = torch.zeros(len(inputs[0]), device=inputs[0].device)
+    for layer, hidden in enumerate(inputs):
+        # Not torch.var_mean: a prompt token is equal in all views and in the reference, so its
+        # L1 gradient hangs on how the mean rounds.
+        means, variances = hidden.float().mean(dim=1), hidden.float().var(dim=1, correction=0)
+        for moment, target in ((means, mean[layer]), (variances, variance[layer])):
+            total = total + 0.5 * (moment - target).abs().mean(dim=(1, 2))
+    return total
+
+
+def gradients(
+    clip: PromptedCLIP,
+    views: Tensor,
+    labels: LabelBatch,
+    text: Tensor,
+    prompts: DefensePrompts,
+    objective: Objective,
+) -> tuple[Losses, dict[str, Tensor]]:
+    """One step's losses and its gradients by prompt name; a prompt no loss reaches is left out.
+
+    Args:
+        views: the kept views [B, k, 3, S, S] in [0, 1].
+        text: the labels' features [R, D] at `prompts`.
+    """
+    leaves = prompts.map({k: v.detach().requires_grad_() for k, v in prompts.tensors.items()})
+    text = text.detach().requires_grad_()
+    reference = objective.reference
+    images = clip.encode_images(views, leaves.vision, max(0, objective.layers - 1))
+    entropy = align_adv = align_clean = torch.zeros(len(views), device=views.device)
+    if objective.entropy:
+        entropy = view_entropy(class_logits(clip, images.features, text, labels))
+    if reference is not None and images.inputs:
+        align_adv = alignment_loss(images.inputs, reference.adv_mean, reference.adv_var)
+        align_clean = alignment_loss(images.inputs, reference.clean_mean, reference.clean_var)
+    align = objective.gamma * align_adv + (1 - objective.gamma) * align_clean
+    loss = (entropy + objective.alignment_weight / max(1, objective.layers) * align).sum()
+    names = [*leaves.tensors, "features"]
+    values = [*leaves.tensors.values(), text]
+    found = dict.fromkeys(names) | (
+        dict(zip(names, torch.autograd.grad(loss, values, allow_unused=True), strict=True))
+        if loss.requires_grad
+        else {}
+    )
+    pull = found.pop("features")
+    if pull is not None and prompts.text is not None:
+        through_text = clip.text_gradient(labels, prompts.text, pull)
+        found["text"] = through_text if found["text"] is None else found["text"] + through_text
+    losses = Losses(entropy.detach(), align_adv.detach(), align_clean.detach())
+    return losses, {name: value for name, value in found.items() if value is not None}
+
+
+def adapt(
+    clip: PromptedCLIP,
+    views: Tensor,
+    labels: LabelBatch,
+    text: Tensor,
+    prompts: DefensePrompts,
+    objective: Objective,
+    leaving: Callable[[int, list[int]], set[int]],
+) -> Iterator[Departure]:
+    """Adapt the prompts of all requests together and yield requests as they leave.
+
+    Args:
+        views, labels, text, prompts: as in `gradients`; `prompts` are the learned ones.
+        leaving: asked at each step boundary with the steps taken and the requests still in, as
+            indices into the batch; returns those that leave now.
+    """
+    rows, steps, moments = list(range(len(views))), 0, adamw.begin(prompts.tensors)
+    while rows:
+        gone = leaving(steps, rows)
+        if out := [place for place, row in enumerate(rows) if row in gone]:
+            yield Departure([rows[place] for place in out], prompts.select(out), steps)
+            stay = [place for place, row in enumerate(rows) if row not in gone]
+            rows, text, labels = (
+                [rows[i] for i in stay],
+                labels.take(text, stay),
+                labels.select(stay),
+            )
+            views, prompts = views[stay], prompts.select(stay)
+            moments = {
+                name: (first[stay], second[stay]) for name, (first, second) in moments.items()
+            }
+        if rows:
+            if steps:
+                text = clip.encode_labels(labels, prompts.text)
+            _, found = gradients(clip, views, labels, text, prompts, objective)
+            steps += 1
+            moved, moments = adamw.advance(
+                prompts.tensors,
+                found,
+                moments,
+                steps,
+                objective.learning_rate,
+                objective.weight_decay,
+            )
+            prompts = prompts.map(moved)
