@@ -63,7 +63,9 @@ def compare(path: Path, clip: PromptedCLIP) -> Iterator[tuple[str, float, float]
             images = clip.encode_images(views, prompts.vision).features
         return tapt.class_logits(clip, images, text, labels), text
 
-    def difference(value: Tensor, name: str, tolerance: float = TOLERANCE) -> tuple[str, float, float]:
+    def difference(
+        value: Tensor, name: str, tolerance: float = TOLERANCE
+    ) -> tuple[str, float, float]:
         if value.shape != expected[name].shape:
             raise ValueError(f"{path.name}: {name} is {list(expected[name].shape)}")
         gap = (value.double() - expected[name].double()).abs().max()
@@ -91,7 +93,12 @@ def compare(path: Path, clip: PromptedCLIP) -> Iterator[tuple[str, float, float]
         yield difference(gradient[0], f"grad_last_step.{name}")
     # The loop that serves must arrive where the steps taken one by one did.
     (departure,) = tapt.adapt(
-        clip, views[:, kept[0]], labels, text, prompts, objective,
+        clip,
+        views[:, kept[0]],
+        labels,
+        text,
+        prompts,
+        objective,
         lambda taken, rows: set(rows) if taken == steps else set(),
     )
     for name, value in departure.prompts.tensors.items():

@@ -5,6 +5,7 @@ layers' signatures and outputs change between releases and have no place for dee
 returns every feature explicitly and keeps no state between calls.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ class PromptedCLIP:
     prompts and features stay in fp32.
     """
 
-    def __init__(self, model: CLIPModel, mean: list[float], std: list[float]) -> None:
+    def __init__(self, model: CLIPModel, mean: Sequence[float], std: Sequence[float]) -> None:
         self.model = model.eval().requires_grad_(False)
         self.device = model.device
         self.dtype = model.dtype
@@ -51,7 +52,8 @@ class PromptedCLIP:
 
     @property
     def logit_scale(self) -> Tensor:
-        return self.model.logit_scale.float().exp()
+        scale: Tensor = self.model.logit_scale
+        return scale.float().exp()
 
     def encode_images(
         self, pixels: Tensor, visual: Tensor | None = None, collect: int = 0
@@ -156,7 +158,8 @@ def _run_block(block: Any, hidden: Tensor, causal: bool) -> Tensor:
     )
     mixed = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
     hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-    return hidden + block.mlp(block.layer_norm2(hidden))
+    changed: Tensor = hidden + block.mlp(block.layer_norm2(hidden))
+    return changed
 
 
 def _normalize(features: Tensor) -> Tensor:

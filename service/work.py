@@ -17,14 +17,15 @@ Truncation = Literal["deadline", "cancelled"]
 class Work:
     """One image to classify, with every choice already made and clamped.
 
-    `image` is uint8 RGB, [height, width, 3]; `template` holds exactly one `{}`; `seed` draws the
+    `image` is uint8 RGB, [height, width, 3]; `template` holds exactly one `{}`,
+    None is the model's default; `seed` draws the
     views; `deadline` is the instant by which the answer must be out.
     """
 
     id: str
     image: NDArray[np.uint8]
     labels: tuple[str, ...]
-    template: str
+    template: str | None
     method: str
     steps: int
     views: int

@@ -1,0 +1,145 @@
+"""A defense bundle on disk: learned prompts, the token statistics taken with them, thresholds.
+
+A directory with `bundle.json` and `bundle.safetensors`. It names the sha256 of the checkpoint it
+was learned on and of the prompts its statistics belong to, and is refused where they differ.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from models.checkpoint import ModelError
+from models.clip import PromptedCLIP
+from models.prompts import DefensePrompts
+from models.statistics import TokenStatistics
+
+FORMAT = 1
+JSON, TENSORS = "bundle.json", "bundle.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class DefenseBundle:
+    """What is learned beforehand and shared by all requests.
+
+    `template` is the text behind the prompt slots that the prompts were learned with; `layers`
+    the L of the alignment; `suspicion` the threshold above which an answer counts as suspected,
+    at `false_positive_rate` on clean images; `provenance` how it was made, JSON types only.
+    """
+
+    prompts: DefensePrompts
+    statistics: TokenStatistics | None
+    template: str
+    layers: int
+    checkpoint_sha256: str
+    suspicion: float | None = None
+    false_positive_rate: float | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompts_sha256(self) -> str:
+        digest = hashlib.sha256(self.prompts.design.encode())
+        for name, value in sorted(self.prompts.tensors.items()):
+            array = value.detach().float().cpu().contiguous()
+            digest.update(f"{name}{list(array.shape)}".encode())
+            digest.update(array.numpy().tobytes())
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """All but the tensors, in JSON types."""
+        return {
+            "design": self.prompts.design,
+            "template": self.template,
+            "layers": self.layers,
+            "statistics": self.statistics is not None,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "prompts_sha256": self.prompts_sha256,
+            "suspicion": self.suspicion,
+            "false_positive_rate": self.false_positive_rate,
+            "provenance": self.provenance,
+        }
+
+    def save(self, directory: Path) -> None:
+        """Write the bundle so that a reader finds all of it or nothing."""
+        meta = {"format": FORMAT, **self.describe()}
+        tensors = {f"prompts.{k}": v for k, v in self.prompts.tensors.items()}
+        if self.statistics is not None:
+            tensors |= {f"statistics.{k}": v for k, v in self.statistics.tensors().items()}
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+            fresh, stale = Path(scratch) / "new", Path(scratch) / "old"
+            fresh.mkdir()
+            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, fresh / TENSORS)
+            (fresh / JSON).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            if directory.exists():
+                os.replace(directory, stale)
+            os.replace(fresh, directory)
+
+
+def load_bundle(directory: Path, clip: PromptedCLIP, checkpoint_sha256: str) -> DefenseBundle:
+    """Read a bundle for a loaded checkpoint, its tensors on that checkpoint's device.
+
+    Raises:
+        ModelError: half-written, damaged, of another checkpoint, or of other prompts than its
+            statistics were taken with.
+    """
+    try:
+        meta = json.loads((directory / JSON).read_text(encoding="utf-8"))
+        tensors = load_file(directory / TENSORS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{directory} is not a complete defense bundle: {error}") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise ModelError(f"{directory} is not a defense bundle of format {FORMAT}")
+    if meta.get("checkpoint_sha256") != checkpoint_sha256:
+        raise ModelError(
+            f"the bundle {directory} was learned on checkpoint {meta.get('checkpoint_sha256')}, "
+            f"the model is {checkpoint_sha256}"
+        )
+    # Aligned copies: how a product rounds depends on where its operands lie.
+    tensors = {name: value.to(clip.device).clone() for name, value in tensors.items()}
+    groups: dict[str, dict[str, torch.Tensor]] = {"prompts": {}, "statistics": {}}
+    try:
+        for name, value in tensors.items():
+            group, _, key = name.partition(".")
+            groups[group][key] = value
+        statistics = groups["statistics"]
+        bundle = DefenseBundle(
+            DefensePrompts(meta["design"], groups["prompts"]),
+            TokenStatistics(**statistics) if statistics else None,
+            meta["template"],
+            meta["layers"],
+            meta["checkpoint_sha256"],
+            meta["suspicion"],
+            meta["false_positive_rate"],
+            meta["provenance"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{directory} is not a complete defense bundle: {error}") from error
+    if meta.get("prompts_sha256") != bundle.prompts_sha256:
+        raise ModelError(
+            f"the statistics of {directory} belong to prompts {meta.get('prompts_sha256')}, "
+            f"the prompts are {bundle.prompts_sha256}"
+        )
+    _check_shapes(bundle, clip, directory)
+    return bundle
+
+
+def _check_shapes(bundle: DefenseBundle, clip: PromptedCLIP, directory: Path) -> None:
+    """A bundle whose hashes are right may still be written by hand; say so before it runs."""
+    vision, text, statistics = bundle.prompts.vision, bundle.prompts.text, bundle.statistics
+    tokens = 1 + clip.patches + (0 if vision is None else vision.shape[2])
+    fits = (
+        (vision is None or (vision.shape[3] == clip.vision_width and len(vision) == 1))
+        and (text is None or (text.shape[3] == clip.text_width and len(text) == 1))
+        and (statistics is None or statistics.clean_mean.shape[1:] == (tokens, clip.vision_width))
+        and (statistics is None or bundle.layers <= len(statistics.clean_mean) + 1)
+    )
+    if not fits:
+        raise ModelError(f"the shapes in the bundle {directory} do not fit the model")

@@ -1,0 +1,142 @@
+"""Loading a CLIP checkpoint: the embedded one, a local directory, or a hub id; safetensors only."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from models.clip import PromptedCLIP
+from models.views import FILTERS, Preprocessing
+
+EMBEDDED = Path(__file__).parent / "embedded"
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ModelError(ValueError):
+    """A checkpoint or bundle that cannot be used, in one sentence for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A loaded CLIP and what belongs to it; `sha256` is taken over its weight files."""
+
+    name: str
+    directory: Path
+    clip: PromptedCLIP
+    tokenizer: PreTrainedTokenizerBase
+    preprocessing: Preprocessing
+    sha256: str
+
+
+def load_checkpoint(
+    name: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Checkpoint:
+    """Load `embedded`, a directory, or a hub id (from the cache when `HF_HUB_OFFLINE` is set).
+
+    Raises:
+        ModelError: missing, not a CLIP, without safetensors weights, or damaged.
+    """
+    transformers_logging.disable_progress_bar()
+    directory = _locate(name)
+    config = _read_json(directory / "config.json", name)
+    kind = config.get("model_type")
+    if kind != "clip":
+        raise ModelError(f"{name} is a {kind or 'unknown'} checkpoint, not a CLIP")
+    files = sorted(directory.glob("model*.safetensors"))
+    if not files:
+        raise ModelError(f"{name} holds no safetensors weights; pickled ones are never loaded")
+    try:
+        model, report = CLIPModel.from_pretrained(
+            directory,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{name} cannot be loaded as a CLIP: {_first_line(error)}") from error
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise ModelError(f"{name} lacks weights that its config names")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
+    preprocessing = _read_preprocessing(directory, name, model.config.vision_config.image_size)
+    clip = PromptedCLIP(model.to(device), preprocessing.mean, preprocessing.std)
+    return Checkpoint(name, directory, clip, tokenizer, preprocessing, _hash(files))
+
+
+def _locate(name: str) -> Path:
+    if name == "embedded":
+        return EMBEDDED
+    if Path(name).is_dir():
+        return Path(name)
+    patterns = ["*.json", "*.txt", "model*.safetensors"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ModelError(f"{name} is neither a directory nor a hub id") from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(f"{name} is no directory here, and no hub or cache holds it") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(f"{name} cannot be fetched: {_first_line(error)}") from error
+
+
+def _read_preprocessing(directory: Path, name: str, image_size: int) -> Preprocessing:
+    """The image processor's settings, by whichever file holds them; OpenAI's where none does."""
+    values: dict[str, Any] = {}
+    if (directory / "preprocessor_config.json").is_file():
+        values = _read_json(directory / "preprocessor_config.json", name)
+    elif (directory / "processor_config.json").is_file():
+        values = _read_json(directory / "processor_config.json", name).get("image_processor", {})
+    size = values.get("size", {"shortest_edge": image_size})
+    size = {"shortest_edge": size} if isinstance(size, int) else size
+    crop = values.get("crop_size", image_size)
+    crop = crop.get("height", image_size) if isinstance(crop, dict) else crop
+    square = (size["height"], size["width"]) if "height" in size else None
+    if not values.get("do_center_crop", True) and square is not None:
+        crop = square[0]
+    if not values.get("do_resize", True):
+        square, size = None, {}
+    resample = values.get("resample", 3)
+    if crop != image_size or resample not in FILTERS:
+        raise ModelError(
+            f"{name}: pictures are cropped to {crop} with filter {resample}; "
+            f"this model takes {image_size}, and filters {sorted(FILTERS)} are known"
+        )
+    mean, std = values.get("image_mean", OPENAI_MEAN), values.get("image_std", OPENAI_STD)
+    return Preprocessing(crop, size.get("shortest_edge"), square, resample, tuple(mean), tuple(std))
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{name} has no readable {path.name}") from error
+    except ValueError as error:
+        raise ModelError(f"{name}: {path.name} is not JSON") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{name}: {path.name} is not a JSON object")
+    return values
+
+
+def _hash(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,96 @@
+"""Label sets as a defense reads them: tokenized, encoded at the learned prompts, remembered.
+
+Text features at the learned prompts are the same for every request with the same labels, so they
+are kept, bounded in bytes, the least recently used going first.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.bundle import DefenseBundle
+from models.checkpoint import Checkpoint
+from models.labels import LabelBatch, join, tokenize
+from models.prompts import DefensePrompts
+
+CACHE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedLabels:
+    """One request's labels: rows, their features [C, D], and the prompts they were read at."""
+
+    batch: LabelBatch
+    features: Tensor
+    prompts: DefensePrompts | None
+
+
+class LabelEncoder:
+    """Turns labels and a template into features, plain or at the learned prompts."""
+
+    def __init__(self, checkpoint: Checkpoint, bundle: DefenseBundle | None) -> None:
+        self._checkpoint, self._bundle = checkpoint, bundle
+        self._cache: OrderedDict[tuple[bool, tuple[str, ...]], EncodedLabels] = OrderedDict()
+        self._bytes = 0
+        self.hits = self.misses = 0
+
+    def encode(self, labels: Sequence[str], template: str, prompted: bool) -> EncodedLabels:
+        """Features of labels put into a template that holds one `{}`.
+
+        `prompted` ones are read at the bundle's prompts, in slots of their own. Without a bundle
+        the prompts are the template's own leading words, so that they change nothing yet.
+        """
+        texts = tuple(template.replace("{}", label) for label in labels)
+        key = (prompted, (template, *texts))
+        if key in self._cache:
+            self.hits += 1
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        self.misses += 1
+        encoded = self._encode(texts, template.partition("{}")[0], prompted)
+        self._cache[key] = encoded
+        self._bytes += _size(encoded)
+        while self._bytes > CACHE_BYTES and len(self._cache) > 1:
+            self._bytes -= _size(self._cache.popitem(last=False)[1])
+        return encoded
+
+    def _encode(self, texts: tuple[str, ...], lead: str, prompted: bool) -> EncodedLabels:
+        clip, tokenizer = self._checkpoint.clip, self._checkpoint.tokenizer
+        end = clip.model.config.text_config.eos_token_id
+        prompts = self._bundle.prompts if self._bundle is not None and prompted else None
+        text = None if prompts is None else prompts.text
+        slots = 0 if text is None else text.shape[2]
+        batch = tokenize(tokenizer, end, texts, clip.context_length, slots).to(clip.device)
+        if prompted and self._bundle is None:
+            prompts = self._leading_words(batch, lead)
+        # The leading words stand where they stood, so their features are those of plain text.
+        return EncodedLabels(batch, clip.encode_labels(batch, text), prompts)
+
+    def _leading_words(self, batch: LabelBatch, lead: str) -> DefensePrompts:
+        """The embeddings [1, 1, n, width] of the tokens that the template begins with."""
+        clip, tokenizer = self._checkpoint.clip, self._checkpoint.tokenizer
+        words = tokenizer(lead, add_special_tokens=False)["input_ids"]
+        count = 0
+        while (
+            count < len(words)
+            and count + 1 < int(batch.ends.min())
+            and bool((batch.ids[:, count + 1] == words[count]).all())
+        ):
+            count += 1
+        embedding = clip.model.text_model.embeddings.token_embedding
+        return DefensePrompts(
+            "text", {"text": embedding(batch.ids[0, 1 : count + 1]).detach().float()[None, None]}
+        )
+
+
+def join_encoded(encoded: Sequence[EncodedLabels]) -> tuple[LabelBatch, Tensor]:
+    """Several requests' labels as one batch of rows with their features [R, D]."""
+    batch = join([labels.batch for labels in encoded])
+    return batch, torch.cat([labels.features for labels in encoded])
+
+
+def _size(encoded: EncodedLabels) -> int:
+    return encoded.features.nbytes + encoded.batch.ids.nbytes

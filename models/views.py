@@ -1,0 +1,162 @@
+"""Random views of an image, made on the device from one upload of its uint8 pixels.
+
+View 0 is the picture as the checkpoint's own preprocessing makes it; the others are random
+resized crops with flips. A view is two matrix products, one a side, with Pillow's antialiased
+resampling weights: no loop over views, and the same pixels as Pillow up to rounding.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # area and aspect of the crops, as published
+ATTEMPTS = 10  # draws of a crop that fits before the whole picture is taken
+BILINEAR = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """A checkpoint's way from a picture to pixels.
+
+    `short_side`: resize the shorter side to this; None with `size` (height, width): to that; both
+    None: keep. `crop`: side of the centre crop, padded with black where it reaches out.
+    `resample` is Pillow's filter number; `mean` and `std` normalize the channels.
+    """
+
+    crop: int
+    short_side: int | None
+    size: tuple[int, int] | None
+    resample: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of a picture after the resize."""
+        if self.short_side is None:
+            return self.size or (height, width)
+        scale = self.short_side / min(height, width)
+        return tuple(  # type: ignore[return-value]
+            self.short_side if side == min(height, width) else int(side * scale + 1e-9)
+            for side in (height, width)
+        )
+
+
+def make_views(
+    image: NDArray[np.uint8],
+    views: int,
+    seed: int,
+    preprocessing: Preprocessing,
+    device: torch.device,
+) -> Tensor:
+    """Views [views, 3, S, S] of one image, multiples of 1/255 in [0, 1].
+
+    Args:
+        image: RGB [height, width, 3] of any size.
+        seed: draws the crops on the host, so that device and batch do not change them.
+    """
+    pixels = torch.from_numpy(image).to(device).permute(2, 0, 1).float()
+    first = [weights.unsqueeze(0) for weights in _whole(pixels, preprocessing)]
+    if views == 1:
+        return _resample(pixels, *first)
+    boxes, flips = draw_crops(views - 1, seed, *pixels.shape[1:])
+    top, left, height, width = torch.from_numpy(boxes).to(device, torch.float32).T
+    places = torch.arange(preprocessing.crop, device=device)
+    size = preprocessing.crop
+    rows = _weights(top, height, places, size, pixels.shape[1], BILINEAR)
+    columns = _weights(left, width, places, size, pixels.shape[2], BILINEAR)
+    flipped = torch.from_numpy(flips).to(device).view(-1, 1, 1)
+    columns = torch.where(flipped, columns.flip(1), columns)
+    return torch.cat([_resample(pixels, *first), _resample(pixels, rows, columns)])
+
+
+def draw_crops(
+    count: int, seed: int, height: int, width: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Boxes [count, 4] (top, left, height, width) of random resized crops, and flips [count]."""
+    rng = np.random.default_rng(seed)
+    area = rng.uniform(*SCALE, (count, ATTEMPTS)) * height * width
+    aspect = np.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1]), (count, ATTEMPTS)))
+    places, flips = rng.uniform(size=(2, count)), rng.uniform(size=count) < 0.5
+    widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    pick = (np.arange(count), fits.argmax(axis=1))
+    fallback = ~fits.any(axis=1)
+    w = np.where(fallback, min(width, round(height * RATIO[1])), widths[pick])
+    h = np.where(fallback, min(height, round(width / RATIO[0])), heights[pick])
+    top = np.where(fallback, (height - h) // 2, np.floor(places[0] * (height - h + 1)))
+    left = np.where(fallback, (width - w) // 2, np.floor(places[1] * (width - w + 1)))
+    return np.stack([top, left, h, w], axis=1).astype(np.int64), flips
+
+
+def _whole(pixels: Tensor, preprocessing: Preprocessing) -> list[Tensor]:
+    """Weights [S, height] and [S, width] of the resize followed by the centre crop."""
+    weights = []
+    sides = pixels.shape[1:]
+    for side, resized in zip(sides, preprocessing.resized(*sides), strict=True):
+        start, length = pixels.new_zeros(1), pixels.new_full((1,), side)
+        margin = (resized - preprocessing.crop) // 2
+        wanted = torch.arange(preprocessing.crop, device=pixels.device) + margin
+        places = wanted.clamp(0, resized - 1)
+        full = _weights(start, length, places, resized, side, preprocessing.resample)[0]
+        weights.append(full * (wanted == places).unsqueeze(1))
+    return weights
+
+
+def _weights(
+    start: Tensor, length: Tensor, places: Tensor, size: int, side: int, resample: int
+) -> Tensor:
+    """Pillow's resampling weights [n, p, side]: pixels [start, start + length) of a side, for
+    each of n boxes, to those of `size` pixels that `places` [p] names. Rows sum to 1."""
+    kernel, support = FILTERS[resample]
+    scale, begin = (length / size).view(-1, 1, 1), start.view(-1, 1, 1)
+    centers = begin + (places.view(1, -1, 1) + 0.5) * scale
+    pixels = torch.arange(side, device=start.device).view(1, 1, -1) + 0.5
+    offset = (pixels - centers) / scale.clamp(min=1)
+    inside = (pixels > begin) & (pixels < begin + length.view(-1, 1, 1))
+    weights = kernel(offset) * (inside & (offset.abs() < support))
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def _resample(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Resample [3, height, width] in [0, 255] by weights [n, S, height] and [n, S, width].
+
+    Each pass rounds to whole values as Pillow does, so that a view is what a file would hold.
+    """
+    count, size, _ = rows.shape
+    channels, height, width = pixels.shape
+    wide = _round(pixels.reshape(-1, width) @ columns.flatten(0, 1).T)
+    wide = wide.view(channels, height, count, size).permute(2, 1, 0, 3).flatten(2)
+    views = _round(rows @ wide).view(count, size, channels, size)
+    return views.transpose(1, 2) / 255
+
+
+def _round(values: Tensor) -> Tensor:
+    return (values + 0.5).floor_().clamp_(0, 255)
+
+
+def _bilinear(x: Tensor) -> Tensor:
+    return (1 - x.abs()).clamp(min=0)
+
+
+def _bicubic(x: Tensor) -> Tensor:
+    a, x = -0.5, x.abs()
+    near = ((a + 2) * x - (a + 3)) * x.square() + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return torch.where(x < 1, near, far)
+
+
+def _lanczos(x: Tensor) -> Tensor:
+    return torch.sinc(x) * torch.sinc(x / 3)
+
+
+# Pillow's numbers: kernel and how far it reaches in output pixels.
+FILTERS: dict[int, tuple[Callable[[Tensor], Tensor], float]] = {
+    1: (_lanczos, 3.0),
+    BILINEAR: (_bilinear, 1.0),
+    3: (_bicubic, 2.0),
+}

@@ -1,0 +1,288 @@
+"""Inside the worker: load the model, warm it up, run batches. Service's only torch import."""
+
+import logging
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+import models.checkpoint
+from models.bundle import DefenseBundle, load_bundle
+from models.checkpoint import Checkpoint, load_checkpoint
+from models.defenses import DEFENSES
+from models.guard import Finding, Guard, Picture
+from models.tapt import Objective
+from service.errors import ModelError
+from service.settings import Settings
+from service.work import Answer, Failure, Ready, Truncation, Work
+
+WARM_LABELS = 10
+FORWARD, BACKWARD = 16, 24  # activations held a token, in widths: a pass, and a layer's backward
+CPU_TOKENS = 2**16  # the largest batch that keeps a CPU's latency sensible
+
+Settle = Callable[[str, Answer | Failure], None]
+Cancelled = Callable[[str], bool]
+
+log = logging.getLogger(__name__)
+
+
+class Runner:
+    """One loaded model; `run` answers a batch of requests of equal method and views.
+
+    Raises:
+        ModelError: the device is not there, or checkpoint or bundle cannot be used.
+    """
+
+    def __init__(self, settings: Settings, index: int) -> None:
+        self.progress = time.monotonic()
+        self._settings = settings
+        self._device = _device(settings.device, index)
+        dtype = settings.dtype
+        if dtype == "auto":
+            dtype = "float32" if self._device.type == "cpu" else "bfloat16"
+        try:
+            checkpoint = load_checkpoint(settings.model, self._device, getattr(torch, dtype))
+            bundle = _find_bundle(settings, checkpoint)
+        except models.checkpoint.ModelError as error:
+            raise ModelError(str(error)) from error
+        objective = Objective(
+            reference=None if bundle is None else bundle.statistics,
+            layers=0 if bundle is None else bundle.layers,
+            alignment_weight=settings.alignment_weight,
+            gamma=settings.gamma,
+            learning_rate=settings.learning_rate,
+        )
+        self.guard = Guard(
+            checkpoint, bundle, objective, settings.selection_ratio, settings.hypothesis_template
+        )
+        self.ready = self._describe()
+        self._warm_up()
+
+    def memory_bytes(self) -> int:
+        """Memory in use on the device; on a CPU, the resident memory of this process."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        statm = Path("/proc/self/statm")
+        if statm.exists():
+            return int(statm.read_text().split()[1]) * resource.getpagesize()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def run(self, batch: list[Work], settle: Settle, cancelled: Cancelled) -> dict[str, int]:
+        """Answer every request of a batch, each as soon as its own loop ends.
+
+        A batch that does not fit the device is run again in halves, one that fails otherwise
+        request by request, so that one poisoned input fails alone.
+        """
+        counts: Counter[str] = Counter()
+        encoder = self.guard.encoder
+        hits, misses = encoder.hits, encoder.misses
+        self._run_in_parts(batch, settle, cancelled, counts)
+        counts["text_cache_hits"] = encoder.hits - hits
+        counts["text_cache_misses"] = encoder.misses - misses
+        return counts
+
+    def _run_in_parts(
+        self, batch: list[Work], settle: Settle, cancelled: Cancelled, counts: Counter[str]
+    ) -> None:
+        left = {work.id: work for work in batch}
+
+        def settle_once(id: str, result: Answer | Failure) -> None:
+            if left.pop(id, None) is not None:
+                settle(id, result)
+
+        try:
+            return self._run(batch, settle_once, cancelled)
+        except torch.OutOfMemoryError:
+            log.warning("out of memory with %d requests", len(batch))
+            reason, size = "oom_splits", (len(left) + 1) // 2
+        except Exception:
+            log.exception("a batch of %d requests failed", len(batch))
+            reason, size = "error_splits", 1
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        rest = list(left.values())
+        if len(batch) == 1:
+            for work in rest:
+                settle(work.id, Failure("internal", "The request could not be worked on."))
+            return None
+        counts[reason] += 1
+        for start in range(0, len(rest), size):
+            self._run_in_parts(rest[start : start + size], settle, cancelled, counts)
+        return None
+
+    def _run(self, batch: list[Work], settle: Settle, cancelled: Cancelled) -> None:
+        pictures = [Picture(w.image, w.labels, w.template, w.readout, w.seed) for w in batch]
+        for places in self.guard.group(pictures):
+            works, group = [batch[i] for i in places], [pictures[i] for i in places]
+            pace = _Pace(self, works, group, cancelled)
+            start = time.perf_counter()
+            for finding in self.guard.classify(group, works[0].method, works[0].views, pace):
+                row = finding.verdict.row
+                reason = pace.truncated.get(row)
+                if reason == "cancelled":
+                    settle(works[row].id, Failure("client_gone", "The client left."))
+                else:
+                    seconds = time.perf_counter() - start
+                    settle(works[row].id, self._answer(works[row], finding, reason, seconds))
+
+    def _answer(
+        self, work: Work, finding: Finding, truncated: Truncation | None, seconds: float
+    ) -> Answer:
+        verdict = finding.verdict
+        scores = verdict.probabilities.tolist()
+        if not np.isfinite(scores).all():
+            raise FloatingPointError("a score is not finite")
+        agreeing = verdict.views.argmax(dim=-1) == verdict.probabilities.argmax()
+        bundle = self.guard.bundle
+        threshold = None if bundle is None else bundle.suspicion
+        return Answer(
+            scores=scores,
+            undefended_scores=finding.undefended.tolist(),
+            design=self.guard.design if work.method == "tapt" else "none",
+            steps=verdict.steps,
+            views=len(verdict.views),
+            views_kept=verdict.kept,
+            entropy_before=verdict.entropy_before,
+            entropy_after=verdict.entropy_after,
+            agreement=float(agreeing.float().mean()),
+            suspicion=finding.doubt,
+            suspected=threshold is not None and finding.doubt > threshold,
+            truncated=truncated,
+            labels_truncated=finding.labels_truncated,
+            adapt_seconds=finding.seconds,
+            predict_seconds=seconds - finding.seconds,
+        )
+
+    def _describe(self) -> Ready:
+        checkpoint, bundle = self.guard.checkpoint, self.guard.bundle
+        clip = checkpoint.clip
+        visual = None if bundle is None else bundle.prompts.vision
+        return Ready(
+            info={
+                "model": {
+                    "name": checkpoint.name,
+                    "sha256": checkpoint.sha256,
+                    "parameters": sum(p.numel() for p in clip.model.parameters()),
+                    "image_size": clip.image_size,
+                    "context_length": clip.context_length,
+                    "dtype": str(clip.dtype).removeprefix("torch."),
+                    "device": str(self._device),
+                },
+                "bundle": None if bundle is None else bundle.describe(),
+                "design": self.guard.design,
+                "designs": ["v", "vli", "vlj"],
+                "defenses": list(DEFENSES),
+                "versions": {
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                },
+            },
+            max_batch_tokens=self._batch_tokens(),
+            image_tokens=1 + clip.patches + (0 if visual is None else visual.shape[2]),
+            context_length=clip.context_length,
+        )
+
+    def _batch_tokens(self) -> int:
+        """Tokens whose activations fit half of the device's free memory.
+
+        Every view passes once without gradient; the kept ones hold each layer's activations.
+        """
+        if self._device.type != "cuda":
+            return CPU_TOKENS
+        clip = self.guard.checkpoint.clip
+        widths = FORWARD + self._settings.selection_ratio * BACKWARD * clip.vision_layers
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return max(CPU_TOKENS, int(free / 2 / (widths * clip.vision_width * clip.dtype.itemsize)))
+
+    def _warm_up(self) -> None:
+        """The full adaptation at a typical shape, so that the first request finds all warm."""
+        settings, name = self._settings, self.guard.checkpoint.name
+        side = self.guard.checkpoint.clip.image_size
+        work = Work(
+            id="warm-up",
+            image=np.zeros((side, side, 3), np.uint8),
+            labels=tuple(f"label {number}" for number in range(WARM_LABELS)),
+            template=None,
+            method="tapt",
+            steps=max(1, settings.steps),
+            views=settings.views,
+            readout=settings.readout,
+            seed=0,
+            deadline=float("inf"),
+        )
+        results: list[Answer | Failure] = []
+        for _ in range(2):
+            self.run([work], lambda _, result: results.append(result), lambda _: False)
+        if any(isinstance(result, Failure) for result in results):
+            raise ModelError(f"{name} failed its warm-up; the log says why")
+
+
+class _Pace:
+    """Who leaves the loop when: at the end of its steps, near its deadline, or cancelled."""
+
+    def __init__(
+        self, runner: Runner, works: list[Work], pictures: list[Picture], cancelled: Cancelled
+    ) -> None:
+        self._runner, self._works, self._cancelled = runner, works, cancelled
+        self._steps = [
+            work.steps if work.method == "tapt" and runner.guard.adaptable(picture) else 0
+            for work, picture in zip(works, pictures, strict=True)
+        ]
+        self._last = time.monotonic()
+        self._readout: float | None = None
+        self.truncated: dict[int, Truncation] = {}
+
+    def __call__(self, steps: int, rows: list[int]) -> set[int]:
+        now = time.monotonic()
+        # The first look costs about what reading out will, and at least a step.
+        step, self._last = now - self._last, now
+        self._readout = step if self._readout is None else self._readout
+        self._runner.progress = now
+        gone = set()
+        for row in rows:
+            work = self._works[row]
+            if self._cancelled(work.id):
+                self.truncated[row] = "cancelled"
+            elif steps < self._steps[row]:
+                if now + step + self._readout <= work.deadline:
+                    continue
+                self.truncated[row] = "deadline"
+            gone.add(row)
+        return gone
+
+
+def _find_bundle(settings: Settings, checkpoint: Checkpoint) -> DefenseBundle | None:
+    """The bundle that the settings name, or the one beside the checkpoint, if any."""
+    beside = checkpoint.directory / "bundle"
+    if not settings.bundle and not beside.is_dir():
+        log.warning(
+            "no defense bundle for %s: only the template's own words adapt, by the entropy alone",
+            checkpoint.name,
+        )
+        return None
+    directory = Path(settings.bundle) if settings.bundle else beside
+    return load_bundle(directory, checkpoint.clip, checkpoint.sha256)
+
+
+def _device(name: str, index: int) -> torch.device:
+    """The worker's device.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    if name == "auto":
+        name = f"cuda:{index}" if index < torch.cuda.device_count() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device {name!r} is unknown") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices")
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {name!r} is not supported; cpu and cuda are")
+    return device
