@@ -8,10 +8,20 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "TAPT_"
+
+
+def _must_be_off(value: bool) -> bool:
+    if value:
+        raise ValueError("not available yet, only false is accepted")
+    return value
+
+
+Off = Annotated[bool, AfterValidator(_must_be_off)]
+"""A knob whose feature is not built yet. A literal False would refuse the text `false`."""
 
 
 class Settings(BaseSettings):
@@ -75,6 +85,9 @@ class Settings(BaseSettings):
     request_timeout_ms: int = Field(
         60_000, ge=1, description="Time from a request's slot to its answer, milliseconds."
     )
+    upload_timeout_ms: int = Field(
+        30_000, ge=1, description="Time for a request's body to arrive, milliseconds."
+    )
     max_body_bytes: int = Field(
         16 * 2**20, ge=1024, description="Largest request body, bytes; more is answered 413."
     )
@@ -91,26 +104,20 @@ class Settings(BaseSettings):
         False,
         description="Accept a request's `seed`. A known seed lets an attacker aim at the views.",
     )
-    allow_image_urls: Literal[False] = Field(
-        False, description="Fetch images by URL. Not available yet: only `false` is accepted."
-    )
+    allow_image_urls: Off = Field(False, description="Fetch images by URL. Not available yet.")
     on_overload: Literal["reject"] = Field(
         "reject", description="What a full queue does. Only `reject` (429) is available yet."
     )
     expose: Literal["full", "rounded", "label"] = Field(
         "full", description="Scores in answers: all digits, two digits, or 1 and 0 only."
     )
-    enable_attack_demo: Literal[False] = Field(
-        False, description="Attack demonstration. Not available yet: only `false` is accepted."
-    )
+    enable_attack_demo: Off = Field(False, description="Attack demonstration. Not available yet.")
 
     drain_timeout_s: float = Field(
         30.0, ge=0, description="Longest wait for running requests at shutdown, seconds."
     )
     workers: int = Field(1, ge=1, description="Worker processes; on CUDA, one device each.")
-    compile: Literal[False] = Field(
-        False, description="torch.compile. Not available yet: only `false` is accepted."
-    )
+    compile: Off = Field(False, description="torch.compile. Not available yet.")
     tier: Literal["standard"] = Field(
         "standard", description="Cost tier. Only `standard` is available yet."
     )
@@ -143,3 +150,29 @@ def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
     return sorted(
         name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in known
     )
+
+
+def table() -> str:
+    """`docs/configuration.md`: every knob with its variable, flag and default."""
+    lines = [
+        "# Configuration",
+        "",
+        "Each knob is an environment variable or a flag of `tapt-serve`; the flag wins. A "
+        "`TAPT_*` variable that is no knob is an error. Made by `python -m service.settings`.",
+        "",
+        "| variable | flag | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for name, field in Settings.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        default = "" if field.default in ("", ()) else f"`{_shown(field.default)}`"
+        lines.append(f"| `{PREFIX}{name.upper()}` | `{flag}` | {default} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(default: object) -> str:
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,89 @@
+"""The application: its parts, its life, and one shape for every error."""
+
+import math
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from service.door import Door
+from service.engine import Engine
+from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, Unauthorized
+from service.journal import Journal, error_body
+from service.metrics import Metrics
+from service.routes import classify, docs, health, hf, info, page
+from service.settings import Settings
+from service.worker import Backend, WorkerProcess
+
+
+def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
+    """The ASGI application. `backend` stands in for the worker processes, in tests.
+
+    `app.state.engine` is the engine, for whoever runs the server.
+    """
+    backends: Sequence[Backend] = (
+        [WorkerProcess(settings, index) for index in range(settings.workers)]
+        if backend is None
+        else [backend]
+    )
+    metrics = Metrics()
+    engine = Engine(settings, metrics, backends)
+    door = Door(settings, metrics, engine)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await engine.start()
+        yield
+        await engine.stop(settings.drain_timeout_s)
+        door.close()
+
+    app = FastAPI(
+        title="tapt-serve",
+        summary="Zero-shot image classification that defends itself at test time.",
+        version=version("tapt-serve"),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.settings = settings
+    app.state.metrics = metrics
+    app.state.engine = engine
+    app.state.door = door
+    for routes in (classify, hf, health, info, docs, page):
+        app.include_router(routes.router)
+    docs.complete(app)
+    app.add_exception_handler(ServiceError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_middleware(Journal, metrics=metrics)
+    return app
+
+
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServiceError)
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    request.state.log["error"] = error.error_type
+    return JSONResponse(error_body(error, request.state.request_id), error.status, headers)
+
+
+async def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
+    """What the router itself refuses, in our shape."""
+    assert isinstance(error, HTTPException)
+    known: ServiceError
+    match error.status_code:
+        case 404:
+            known = NotFound("There is nothing at this address.")
+        case 405:
+            known = MethodNotAllowed("This address does not take that method.")
+        case _:
+            known = BadRequest("The request is malformed.")
+    answer = await _answer_error(request, known)
+    answer.headers.update(error.headers or {})
+    return answer

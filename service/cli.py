@@ -1,0 +1,196 @@
+"""`tapt-serve serve | classify | info`: one flag a knob, and every mistake as one sentence."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import ValidationError
+
+from service.errors import ModelError, ServiceError
+from service.settings import PREFIX, Settings, unknown_variables
+
+MISTAKE = 2  # exit status for a wrong flag, variable or argument
+
+
+class Mistake(Exception):
+    """Something on the command line or in the environment is wrong; one line a problem."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        settings = _settings(options)
+        status: int = options.command(options, settings)
+        return status
+    except Mistake as mistake:
+        print(mistake, file=sys.stderr)
+        return MISTAKE
+    except (ServiceError, ModelError) as error:
+        print(error, file=sys.stderr)
+    except OSError as error:
+        print(f"{error.filename or 'tapt-serve'}: {error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    return 1
+
+
+def _serve(options: argparse.Namespace, settings: Settings) -> int:
+    from service.server import serve
+
+    try:
+        return serve(settings)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        print(f"Cannot listen on {settings.host}:{settings.port}: {reason}.", file=sys.stderr)
+        return 1
+
+
+def _classify(options: argparse.Namespace, settings: Settings) -> int:
+    from service import shell
+    from service.schemas import Choices
+
+    asked = _choices(options)
+    try:
+        choices = Choices.model_validate(asked)
+    except ValidationError as error:
+        raise Mistake(_lines(error)) from None
+    if options.seed is not None:  # whoever sits at the machine is its operator
+        settings = settings.model_copy(update={"allow_client_seed": True})
+    undefended = None
+    if options.url:
+        answer = shell.classify_there(options.url, options.image, asked, settings)
+    else:
+        answer, undefended = shell.classify_here(options.image, choices, settings)
+    if options.json:
+        print(answer.model_dump_json(indent=2))
+    else:
+        shell.show_classification(answer, undefended)
+    return 0
+
+
+def _info(options: argparse.Namespace, settings: Settings) -> int:
+    from service import shell
+
+    there = options.url
+    facts = shell.info_there(there, settings) if there else shell.info_here(settings)
+    if options.json:
+        import json
+
+        print(json.dumps(facts, indent=2))
+    else:
+        shell.show_info(facts)
+    return 0
+
+
+def _choices(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for on the command line; a knob that was not given is left to the server."""
+    labels = options.labels
+    given = {name: getattr(options, name, None) for name in ("method", "readout")}
+    given |= {name: _int(getattr(options, name, None)) for name in ("steps", "views")}
+    defense = {name: value for name, value in given.items() if value is not None}
+    if options.seed is not None:
+        defense["seed"] = options.seed
+    body: dict[str, Any] = {"candidate_labels": labels[0] if len(labels) == 1 else labels}
+    if defense:
+        body["defense"] = defense
+    if options.top_k is not None:
+        body["top_k"] = options.top_k
+    if template := getattr(options, "hypothesis_template", None):
+        body["hypothesis_template"] = template
+    return body
+
+
+def _int(text: str | None) -> int | None:
+    return None if text is None else int(text)  # the settings have already checked it
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    if unknown := unknown_variables():
+        raise Mistake(f"Unknown variable: {', '.join(unknown)}; see docs/configuration.md.")
+    given = vars(options)
+    try:
+        return Settings(**{name: given[name] for name in Settings.model_fields if name in given})
+    except ValidationError as error:
+        raise Mistake(_lines(error)) from None
+
+
+def _lines(error: ValidationError) -> str:
+    """One line a problem, without the values: one of them may be a key."""
+    lines = []
+    for problem in error.errors(include_url=False, include_input=False, include_context=False):
+        what = problem["msg"].removeprefix("Value error, ")
+        where = ".".join(map(str, problem["loc"]))
+        if where in Settings.model_fields:
+            where = f"{_flag(where)} ({PREFIX}{where.upper()})"
+        lines.append(f"{where}: {what}" if where else what)
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tapt-serve",
+        description="Zero-shot image classification that defends itself at test time.",
+    )
+    parser.add_argument("--version", action="version", version=version("tapt-serve"))
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve", help="serve the model over HTTP", usage="%(prog)s [--KNOB VALUE ...]"
+    )
+    serve.set_defaults(command=_serve)
+
+    classify = commands.add_parser(
+        "classify",
+        help="classify one image",
+        usage="%(prog)s IMAGE --labels LABELS [--json] [--url URL] [--KNOB VALUE ...]",
+    )
+    classify.set_defaults(command=_classify)
+    classify.add_argument("image", type=Path, metavar="IMAGE")
+    classify.add_argument(
+        "--labels",
+        action="append",
+        required=True,
+        help="comma-separated, or given once for each label",
+    )
+    classify.add_argument("--top-k", type=int, help="show only so many")
+    classify.add_argument("--seed", type=int, help="draws the views; random if absent")
+
+    info = commands.add_parser(
+        "info",
+        help="show the model's facts and limits",
+        usage="%(prog)s [--json] [--url URL] [--KNOB VALUE ...]",
+    )
+    info.set_defaults(command=_info)
+
+    for command in (classify, info):
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.add_argument("--url", help="ask this running server instead of loading the model")
+    for command in (serve, classify, info):
+        _add_knobs(command)
+    return parser
+
+
+def _add_knobs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("knobs")
+    for name, field in Settings.model_fields.items():
+        default = "none" if field.default in ("", ()) else field.default
+        text = f"{field.description} [default: {default}; env: {PREFIX}{name.upper()}]"
+        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+        if isinstance(field.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            literal = get_origin(field.annotation) is Literal
+            options["metavar"] = "|".join(get_args(field.annotation)) if literal else "VALUE"
+        group.add_argument(_flag(name), **options)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

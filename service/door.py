@@ -1,0 +1,157 @@
+"""The way of a classification from the socket to the engine and back.
+
+The order is the point: the length is checked before the body is read, the body is read before a
+place in the queue is taken (a slow upload holds none), the place is taken before anything is
+decoded, and the decoding happens off the event loop.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
+
+from service.engine import Engine
+from service.errors import BadRequest, ClientGone, TooLarge, Unprocessable, UploadTimeout
+from service.metrics import Metrics
+from service.plan import plan
+from service.schemas import Choices
+from service.settings import Settings
+from service.slots import Slot
+from service.work import Answer, Work
+
+UPLOADS = 32  # bodies that are read at once; with max_body_bytes, the memory they may take
+DECODERS = min(4, os.cpu_count() or 1)
+
+Parse = Callable[[bytes, str], tuple[bytes, Choices]]
+"""A body and its content type to an image file and the rest. Raises ServiceError or pydantic's
+ValidationError."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A request, its answer, and where the seconds went."""
+
+    work: Work
+    answer: Answer
+    top_k: int | None
+    queue_seconds: float
+    decode_seconds: float
+    total_seconds: float
+
+
+class Door:
+    """Lets requests in, one `classify` each."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, engine: Engine) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._engine = engine
+        self._uploads = asyncio.Semaphore(UPLOADS)
+        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+
+    def close(self) -> None:
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    async def classify(self, request: Request, parse: Parse) -> Outcome:
+        """Read, decode, submit. Raises ServiceError."""
+        began = time.monotonic()
+        body = await self._receive(request)
+        with self._engine.reserve(len(body)) as slot:
+            prepare = partial(self._prepare, request, parse, body, slot)
+            return await _while_connected(request, self._work(prepare, slot, began))
+
+    async def _receive(self, request: Request) -> bytes:
+        limit = self._settings.max_body_bytes
+        too_large = TooLarge(f"The body is larger than {limit} bytes.")
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > limit:
+            raise too_large
+        body = bytearray()
+        try:
+            async with (
+                asyncio.timeout(self._settings.upload_timeout_ms / 1000),
+                self._uploads,
+                aclosing(request.stream()) as chunks,
+            ):
+                async for chunk in chunks:
+                    body += chunk
+                    if len(body) > limit:
+                        raise too_large
+        except TimeoutError:
+            raise UploadTimeout("The body did not arrive in time.") from None
+        except ClientDisconnect:
+            raise ClientGone("The client left.") from None
+        return bytes(body)
+
+    async def _work(
+        self, prepare: Callable[[], tuple[Work, int | None]], slot: Slot, began: float
+    ) -> Outcome:
+        decoding = time.monotonic()
+        work, top_k = await asyncio.get_running_loop().run_in_executor(self._decoders, prepare)
+        decoded = time.monotonic()
+        self._metrics.decode_seconds.observe(decoded - decoding)
+        answer = await self._engine.submit(slot, work)
+        total = time.monotonic() - began
+        return Outcome(work, answer, top_k, slot.waited, decoded - decoding, total)
+
+    def _prepare(
+        self, request: Request, parse: Parse, body: bytes, slot: Slot
+    ) -> tuple[Work, int | None]:
+        try:
+            file, choices = parse(body, request.headers.get("content-type", ""))
+        except ValidationError as error:
+            raise _translate(error) from None
+        work = plan(request.state.request_id, file, choices, self._settings, slot.since)
+        request.state.log |= {
+            "labels": len(work.labels),
+            "defense": work.method,
+            "steps": work.steps,
+            "views": work.views,
+        }
+        return work, choices.top_k
+
+
+def _translate(error: ValidationError) -> BadRequest | Unprocessable:
+    """The first of pydantic's complaints as one sentence, without the client's input."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return BadRequest("The body is neither JSON nor a multipart form.")
+    where = ".".join(map(str, first["loc"]))
+    match first["type"]:
+        case "extra_forbidden":
+            return Unprocessable(f"The field `{where[:64]}` is unknown.")
+        case "missing":
+            return Unprocessable(f"The field `{where}` is missing.")
+    what = first["msg"].removeprefix("Value error, ")
+    return Unprocessable(f"`{where}`: {what}." if where else f"{what}.")
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of some work, which is cancelled when the client leaves."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone("The client left.")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,70 @@
+"""How much of an answer leaves the house.
+
+Whoever can ask often can climb along scores; fewer digits slow that down. The order of the labels
+and the measures of the defense would tell what the scores no longer do, so they shrink alike.
+"""
+
+import math
+from typing import Literal
+
+from service.door import Outcome
+from service.schemas import Classification, DefenseReport, ScoredLabel, Timings
+
+Expose = Literal["full", "rounded", "label"]
+
+
+def present(outcome: Outcome, model: str, expose: Expose) -> Classification:
+    """The answer as its client may see it."""
+    work, answer = outcome.work, outcome.answer
+    first = _best(answer.scores)
+
+    def measure(value: float) -> float | None:
+        if expose == "label" or not math.isfinite(value):
+            return None
+        return round(value, 2) if expose == "rounded" else value
+
+    def score(index: int) -> float:
+        if expose == "label":
+            return float(index == first)
+        value = min(1.0, max(0.0, answer.scores[index]))
+        return round(value, 2) if expose == "rounded" else value
+
+    scored = [ScoredLabel(label=label, score=score(i)) for i, label in enumerate(work.labels)]
+    # Best first; what looks equal stays in the order that the client gave.
+    order = sorted(range(len(scored)), key=lambda i: (i != first, -scored[i].score))
+    return Classification(
+        id=work.id,
+        model=model,
+        labels=[scored[i] for i in order[: outcome.top_k]],
+        defense=DefenseReport(
+            method=work.method,
+            design=answer.design,
+            steps=answer.steps,
+            views=answer.views,
+            views_kept=answer.views_kept,
+            readout=work.readout,
+            truncated=answer.truncated,
+            labels_truncated=answer.labels_truncated,
+            entropy_before=measure(answer.entropy_before),
+            entropy_after=measure(answer.entropy_after),
+            agreement=measure(answer.agreement),
+            suspicion=measure(answer.suspicion),
+            suspected=answer.suspected,
+            undefended_label=work.labels[_best(answer.undefended_scores)],
+        ),
+        timings_ms=Timings(
+            queue=_milliseconds(outcome.queue_seconds),
+            decode=_milliseconds(outcome.decode_seconds),
+            adapt=_milliseconds(answer.adapt_seconds),
+            predict=_milliseconds(answer.predict_seconds),
+            total=_milliseconds(outcome.total_seconds),
+        ),
+    )
+
+
+def _best(scores: list[float]) -> int:
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 3)

@@ -1,0 +1,44 @@
+"""What a client asks for, within what the server allows."""
+
+import math
+import secrets
+
+from service.errors import Unprocessable
+from service.images import decode
+from service.schemas import SEEDS, Choices, DefenseOptions
+from service.settings import Settings
+from service.work import Work
+
+
+def plan(id: str, file: bytes, choices: Choices, settings: Settings, since: float) -> Work:
+    """A request with its image decoded and every choice made: the server's where the client made
+    none, and lowered to the server's limits. `since` is the instant from which its time counts.
+
+    Raises ServiceError: Unprocessable, or what `images.decode` finds.
+    """
+    labels = tuple(choices.candidate_labels)
+    template = choices.hypothesis_template or settings.hypothesis_template
+    if len(labels) > settings.max_labels:
+        raise Unprocessable(f"There are {len(labels)} labels; the limit is {settings.max_labels}.")
+    if max(map(len, (template, *labels))) > settings.max_label_chars:
+        limit = settings.max_label_chars
+        raise Unprocessable(f"A label or the template is longer than {limit} characters.")
+    wanted = choices.defense or DefenseOptions()
+    if wanted.seed is not None and not settings.allow_client_seed:
+        raise Unprocessable("This server takes no seed from its clients.")
+    method = wanted.method or settings.method
+    steps = settings.steps if wanted.steps is None else min(wanted.steps, settings.max_steps)
+    views = settings.views if wanted.views is None else min(wanted.views, settings.max_views)
+    timeout = min(wanted.deadline_ms or math.inf, settings.request_timeout_ms)
+    return Work(
+        id=id,
+        image=decode(file, settings.max_image_pixels),
+        labels=labels,
+        template=template,
+        method=method,
+        steps=steps if method == "tapt" else 0,
+        views=1 if method == "plain" else views,
+        readout=wanted.readout or settings.readout,
+        seed=secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed,
+        deadline=since + timeout / 1000,
+    )

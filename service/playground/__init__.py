@@ -1,0 +1,1 @@
+"""The playground page; `service/routes/page.py` serves it."""

@@ -1,0 +1,46 @@
+"""`POST /v1/classify`: an image and labels in, ranked labels and the defense's report out."""
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse
+
+from service.door import Door
+from service.exposure import present
+from service.forms import read_form
+from service.images import from_base64
+from service.keys import check_key, scheme
+from service.routes.docs import ERRORS, FORM, REQUEST_ID, body_of
+from service.schemas import Choices, Classification, ClassifyRequest
+
+router = APIRouter(tags=["classification"])
+
+
+@router.post(
+    "/v1/classify",
+    summary="Classify an image",
+    response_model=Classification,
+    responses={200: {"headers": REQUEST_ID}, **ERRORS},
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": body_of(ClassifyRequest), "multipart/form-data": FORM},
+        }
+    },
+    dependencies=[Depends(check_key), Depends(scheme)],
+)
+async def classify(request: Request) -> JSONResponse:
+    """Send a form with the file, or JSON with the file as base64. The labels come back best
+    first, with what the defense spent and what it saw."""
+    state = request.app.state
+    door: Door = state.door
+    max_labels: int = state.settings.max_labels
+
+    def parse(body: bytes, content_type: str) -> tuple[bytes, Choices]:
+        if content_type.lower().startswith("multipart/form-data"):
+            file, rest = read_form(body, content_type, max_labels)
+            return file, Choices.model_validate(rest)
+        asked = ClassifyRequest.model_validate_json(body)
+        return from_base64(asked.image), asked
+
+    outcome = await door.classify(request, parse)
+    model = state.engine.info.get("model", state.settings.model)
+    return JSONResponse(present(outcome, model, state.settings.expose).model_dump())

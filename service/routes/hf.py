@@ -1,0 +1,70 @@
+"""`POST /`: the wire format of Hugging Face's zero-shot-image-classification task.
+
+The body of the answer is theirs, a bare list; what the native route adds goes into headers.
+"""
+
+from urllib.parse import quote
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse
+
+from service.door import Door
+from service.exposure import present
+from service.images import from_base64
+from service.keys import check_key, scheme
+from service.routes.docs import ERRORS, REPORT, REQUEST_ID, body_of
+from service.schemas import Choices, Classification, HFRequest, ScoredLabel
+
+router = APIRouter(tags=["classification"])
+
+
+@router.post(
+    "/",
+    summary="Classify an image, for Hugging Face clients",
+    response_model=list[ScoredLabel],
+    responses={200: {"headers": REQUEST_ID | REPORT}, **ERRORS},
+    openapi_extra={
+        "requestBody": {"required": True, "content": {"application/json": body_of(HFRequest)}}
+    },
+    dependencies=[Depends(check_key), Depends(scheme)],
+)
+async def classify(request: Request) -> JSONResponse:
+    """For `InferenceClient(model=URL).zero_shot_image_classification(...)` and its kin in other
+    languages. The older shapes `{"image": ...}`, `{"inputs": {"image": ...}}` and comma-separated
+    labels are read too."""
+    state = request.app.state
+    door: Door = state.door
+    outcome = await door.classify(request, _parse)
+    model = state.engine.info.get("model", state.settings.model)
+    answer = present(outcome, model, state.settings.expose)
+    return JSONResponse([label.model_dump() for label in answer.labels], headers=_report(answer))
+
+
+def _parse(body: bytes, content_type: str) -> tuple[bytes, Choices]:
+    asked = HFRequest.model_validate_json(body)
+    return from_base64(asked.inputs), asked.choices
+
+
+def _report(answer: Classification) -> dict[str, str]:
+    """The headers of `docs.REPORT`; those without a value are left out."""
+    defense, timings = answer.defense, answer.timings_ms
+    values = {
+        "x-defense-method": defense.method,
+        "x-defense-design": defense.design,
+        "x-defense-steps": defense.steps,
+        "x-defense-views": defense.views,
+        "x-defense-views-kept": defense.views_kept,
+        "x-defense-readout": defense.readout,
+        "x-defense-truncated": defense.truncated,
+        "x-labels-truncated": defense.labels_truncated,
+        "x-entropy-before": defense.entropy_before,
+        "x-entropy-after": defense.entropy_after,
+        "x-agreement": defense.agreement,
+        "x-suspicion": defense.suspicion,
+        "x-suspected": str(defense.suspected).lower(),
+        "x-undefended-label": quote(defense.undefended_label, safe=" "),
+        "x-queue-time": timings.queue,
+        "x-inference-time": round(timings.adapt + timings.predict, 3),
+        "x-total-time": timings.total,
+    }
+    return {name: str(value) for name, value in values.items() if value is not None}

@@ -1,0 +1,43 @@
+"""`GET /`: the playground, a page that asks the API in the browser. It loads nothing from
+elsewhere, and its policy lets nothing else in."""
+
+from importlib.resources import files
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from service.errors import NotFound
+
+router = APIRouter(include_in_schema=False)
+
+FILES = {
+    "index.html": "text/html; charset=utf-8",
+    "page.css": "text/css; charset=utf-8",
+    "page.js": "text/javascript; charset=utf-8",
+}
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+@router.get("/")
+async def page() -> Response:
+    return _file("index.html")
+
+
+@router.get("/playground/{name}")
+async def file(name: str) -> Response:
+    return _file(name)
+
+
+def _file(name: str) -> Response:
+    if name not in FILES:
+        raise NotFound("There is nothing at this address.")
+    body = files("service.playground").joinpath(name).read_bytes()
+    return Response(body, headers=HEADERS, media_type=FILES[name])

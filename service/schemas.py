@@ -1,0 +1,196 @@
+"""The bodies of HTTP requests and answers; no other room knows these shapes."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+
+SEEDS = 2**63
+"""Seeds lie below this."""
+
+
+def _split(labels: Any) -> Any:
+    return labels.split(",") if isinstance(labels, str) else labels
+
+
+def _check_labels(labels: list[str]) -> list[str]:
+    if len(labels) < 2:
+        raise ValueError("at least two labels are needed")
+    if "" in labels:
+        raise ValueError("a label is blank")
+    if len(set(labels)) < len(labels):
+        raise ValueError("a label is repeated")
+    return labels
+
+
+def _check_template(template: str) -> str:
+    if template.count("{}") != 1 or "{" in (rest := template.replace("{}", "")) or "}" in rest:
+        raise ValueError("a template holds exactly one {} and no other brace")
+    return template
+
+
+Label = Annotated[str, StringConstraints(strip_whitespace=True)]
+Labels = Annotated[
+    list[Label],
+    BeforeValidator(_split, json_schema_input_type=list[str] | str),
+    AfterValidator(_check_labels),
+    Field(
+        description="Two or more different labels; surrounding blanks are dropped. One string is "
+        "split at its commas.",
+        examples=[["cat", "dog"]],
+    ),
+]
+Template = Annotated[
+    str,
+    AfterValidator(_check_template),
+    Field(description="The sentence around a label, with one `{}`; null: the server's default."),
+]
+
+
+class DefenseOptions(BaseModel):
+    """What a request may spend on its defense. Absent: the server's default. Values above the
+    server's limits are lowered to them, and the answer tells what was spent."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    method: Literal["plain", "ensemble", "tapt"] | None = None
+    steps: int | None = Field(default=None, ge=0, description="Adaptation steps.")
+    views: int | None = Field(
+        default=None, ge=1, description="Random views, the image itself included."
+    )
+    readout: Literal["single", "kept", "all", "weighted"] | None = None
+    deadline_ms: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="The answer is wanted within this time.",
+    )
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        lt=SEEDS,
+        description="Draws the views; only where the server allows it.",
+    )
+
+
+class Choices(BaseModel):
+    """All of a request but its image."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    candidate_labels: Labels
+    top_k: int | None = Field(default=None, ge=1, description="Labels in the answer; absent: all.")
+    hypothesis_template: Template | None = None
+    defense: DefenseOptions | None = None
+
+
+class ClassifyRequest(Choices):
+    """The JSON body of `POST /v1/classify`."""
+
+    image: str = Field(description="An image file as base64 or as a `data:` URI.")
+
+
+class HFParameters(BaseModel):
+    """Further fields, which newer clients may send, are ignored as transformers ignores them."""
+
+    model_config = ConfigDict(strict=True)
+
+    candidate_labels: Labels
+    hypothesis_template: Template | None = None
+
+
+class HFRequest(BaseModel):
+    """The Hugging Face zero-shot-image-classification task. The older shapes `{"image": ...}`,
+    `{"inputs": {"image": ...}}` and labels beside the image instead of in `parameters` are read
+    as well."""
+
+    model_config = ConfigDict(strict=True)
+
+    inputs: str = Field(description="An image file as base64 or as a `data:` URI.")
+    parameters: HFParameters
+
+    @model_validator(mode="before")
+    @classmethod
+    def _modernize(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        inputs = body.get("inputs", body.get("image"))
+        if isinstance(inputs, dict):
+            inputs = inputs.get("image")
+        parameters = body.get("parameters")
+        if parameters is None:
+            parameters = body
+        return {"parameters": parameters} | ({} if inputs is None else {"inputs": inputs})
+
+    @property
+    def choices(self) -> Choices:
+        return Choices.model_construct(
+            candidate_labels=self.parameters.candidate_labels,
+            hypothesis_template=self.parameters.hypothesis_template,
+        )
+
+
+class ScoredLabel(BaseModel):
+    label: str
+    score: float = Field(ge=0, le=1)
+
+
+class DefenseReport(BaseModel):
+    """What the defense cost and what it saw. Measures are null where the server exposes labels
+    only."""
+
+    method: str
+    design: str = Field(description="Which prompts adapted.")
+    steps: int = Field(description="Adaptation steps done.")
+    views: int
+    views_kept: int = Field(description="Most confident views, which the loss was taken over.")
+    readout: str
+    truncated: str | None = Field(description="`deadline` when the adaptation was cut short.")
+    labels_truncated: int = Field(description="Labels cut to the model's context.")
+    entropy_before: float | None = Field(description="Nats, of the kept views' mean.")
+    entropy_after: float | None
+    agreement: float | None = Field(description="Share of the views that agree with the answer.")
+    suspicion: float | None = Field(description="Grows with the signs of an attack.")
+    suspected: bool = Field(description="Whether suspicion passed the bundle's threshold.")
+    undefended_label: str = Field(description="What plain CLIP would have answered.")
+
+
+class Timings(BaseModel):
+    """Milliseconds."""
+
+    queue: float
+    decode: float
+    adapt: float
+    predict: float
+    total: float = Field(description="From the first byte to the answer.")
+
+
+class Classification(BaseModel):
+    """The answer of `POST /v1/classify`."""
+
+    id: str
+    model: str
+    labels: list[ScoredLabel] = Field(description="Best first.")
+    defense: DefenseReport
+    timings_ms: Timings
+
+
+class Status(BaseModel):
+    """The answer of a health route when all is well."""
+
+    status: Literal["ok"] = "ok"
+
+
+class ErrorBody(BaseModel):
+    """Every error."""
+
+    error: str = Field(description="One sentence.")
+    error_type: str
+    request_id: str

@@ -1,0 +1,95 @@
+"""The server process: one uvicorn, from the first signal of readiness to the last answer."""
+
+import asyncio
+import contextlib
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from rich.console import Console
+
+from service import logs
+from service.app import create_app
+from service.engine import Engine
+from service.settings import Settings
+from service.worker import Backend
+
+TICK = 0.05  # seconds
+KEEP_ALIVE = 75  # seconds; longer than a usual proxy's, so that the proxy closes first
+LAST_WORDS = 5  # seconds for answers to be written once the work is over
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn would close its socket at the first signal; `drained` comes in between, so that
+    readiness can be seen to fall while the accepted requests finish."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.asked_to_stop = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.asked_to_stop:
+            self.should_exit = self.force_exit = True
+        self.asked_to_stop = True
+
+
+def serve(settings: Settings, backend: Backend | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; the exit status, 1 when the model cannot be served.
+
+    Raises OSError when the address cannot be had. `backend` is for tests, as in `create_app`.
+    """
+    logs.configure(settings.log_format)
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.create_server((settings.host, settings.port), family=family)
+    with listener:
+        return asyncio.run(_run(create_app(settings, backend), settings, listener))
+
+
+async def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int:
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=LAST_WORDS,
+    )
+    server = _Server(config)
+    watch = asyncio.create_task(_watch(server, app.state.engine, settings, _url(listener)))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watch
+    if app.state.engine.fatal:
+        print(app.state.engine.fatal, file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _watch(server: _Server, engine: Engine, settings: Settings, url: str) -> None:
+    """Tell when the model is loaded, then wait for the end and bring it about in order."""
+    with Console(stderr=True).status(f"Loading {settings.model}"):
+        while not (engine.ready or _over(server, engine)):
+            await asyncio.sleep(TICK)
+    if engine.ready:
+        print(f"listening on {url}", flush=True)
+    while not _over(server, engine):
+        await asyncio.sleep(TICK)
+    if not engine.fatal:
+        await engine.stop(settings.drain_timeout_s)
+    server.should_exit = True
+
+
+def _over(server: _Server, engine: Engine) -> bool:
+    return server.asked_to_stop or server.should_exit or engine.fatal is not None
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
