@@ -1,0 +1,75 @@
+"""Views against Pillow, and what draws them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.views import Preprocessing, draw_crops, make_views
+from tests import tiny
+
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+def preprocess(size: int, resample: int = 3) -> Preprocessing:
+    return Preprocessing(size, size, None, resample, MEAN, STD)
+
+
+def to_bytes(view: torch.Tensor) -> np.ndarray:
+    return (view.permute(1, 2, 0) * 255).round().numpy().astype(int)
+
+
+@pytest.mark.parametrize("resample", [1, 2, 3])
+@pytest.mark.parametrize(("height", "width", "size"), [(120, 91, 32), (30, 50, 64), (64, 64, 64)])
+def test_view_zero_is_pillows_resize_and_centre_crop(
+    resample: int, height: int, width: int, size: int
+) -> None:
+    image = tiny.draw_image(0, height - height % 6, width - width % 7)
+    preprocessing = preprocess(size, resample)
+    view = to_bytes(make_views(image, 1, 0, preprocessing, tiny.CPU)[0])
+    tall, wide = preprocessing.resized(*image.shape[:2])
+    whole = np.asarray(Image.fromarray(image).resize((wide, tall), resample)).astype(int)
+    top, left = (tall - size) // 2, (wide - size) // 2
+    difference = np.abs(view - whole[top : top + size, left : left + size])
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.005
+
+
+def test_the_other_views_are_pillows_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = tiny.draw_image(1, 96, 119)
+    views = make_views(image, 20, 5, preprocess(32), tiny.CPU)
+    boxes, flips = draw_crops(19, 5, *image.shape[:2])
+    assert flips.any()
+    assert not flips.all()
+    for view, (top, left, height, width), flip in zip(views[1:], boxes, flips, strict=True):
+        crop = Image.fromarray(image[top : top + height, left : left + width])
+        expected = np.asarray(crop.resize((32, 32), 2)).astype(int)
+        expected = expected[:, ::-1] if flip else expected
+        assert np.abs(to_bytes(view) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 4000), (4000, 1), (7, 3)])
+def test_any_shape_gives_views(height: int, width: int) -> None:
+    image = np.full((height, width, 3), 200, np.uint8)
+    views = make_views(image, 6, 0, preprocess(32), tiny.CPU)
+    torch.testing.assert_close(views, torch.full_like(views, 200 / 255))
+
+
+def test_crops_lie_inside_and_cover_the_stated_area() -> None:
+    boxes, _ = draw_crops(500, 3, 80, 120)
+    top, left, height, width = boxes.T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + height <= 80).all()
+    assert (left + width <= 120).all()
+    share = height * width / (80 * 120)
+    assert share.min() > 0.07
+    assert share.max() > 0.8
+
+
+def test_a_crop_out_of_the_picture_is_black() -> None:
+    """A processor may crop more than it resized to; transformers pads with zeros."""
+    image = np.full((40, 40, 3), 255, np.uint8)
+    view = make_views(image, 1, 0, Preprocessing(32, 16, None, 3, MEAN, STD), tiny.CPU)[0]
+    assert view[:, 8:24, 8:24].min() == 1
+    assert view[:, :8].max() == 0
