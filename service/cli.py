@@ -44,7 +44,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
     try:
         return serve(settings)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        reason = str(error.strerror).partition(" (while")[0]  # the address is said already
         print(f"Cannot listen on {settings.host}:{settings.port}: {reason}.", file=sys.stderr)
         return 1
 

@@ -74,7 +74,7 @@ def read_form(body: bytes, content_type: str, max_labels: int) -> tuple[bytes, d
     """
     _, options = parse_options_header(content_type)
     parts = _Parts(limit=max_labels + len(FIELDS))
-    callbacks: "MultipartCallbacks" = {
+    callbacks: MultipartCallbacks = {
         "on_part_begin": parts.on_part_begin,
         "on_header_begin": parts.on_header_begin,
         "on_header_field": parts.on_header_field,

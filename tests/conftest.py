@@ -97,3 +97,10 @@ def photo() -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(data.chelsea()).save(buffer, "JPEG")
     return buffer.getvalue()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say which tests were skipped and why, however quiet the run."""
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        terminalreporter.write_line(f"SKIPPED {report.nodeid}: {reason}", yellow=True)

@@ -62,7 +62,7 @@ def _report(answer: Classification) -> dict[str, str]:
         "x-agreement": defense.agreement,
         "x-suspicion": defense.suspicion,
         "x-suspected": str(defense.suspected).lower(),
-        "x-undefended-label": quote(defense.undefended_label, safe=" "),
+        "x-undefended-label": quote(defense.undefended_label, safe=""),
         "x-queue-time": timings.queue,
         "x-inference-time": round(timings.adapt + timings.predict, 3),
         "x-total-time": timings.total,
