@@ -28,6 +28,7 @@ from service.metrics import Metrics
 from service.scheduler import Item, Scheduler, count_tokens
 from service.settings import Settings
 from service.slots import Slot, Slots
+from service.tally import tally_answer, tally_batch, tally_counts
 from service.work import Answer, Beat, Failure, Fatal, Finished, Ready, Settled, Work
 from service.worker import Backend, Event, Lost
 
@@ -136,6 +137,8 @@ class Engine:
 
     async def stop(self, drain_timeout: float) -> None:
         """Drain for at most `drain_timeout` seconds, fail what is left, stop the workers."""
+        if self._stopped:
+            return
         self.drain()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._drained.wait(), drain_timeout)
@@ -179,7 +182,7 @@ class Engine:
         now = self._clock()
         request = _Request(slot, asyncio.get_running_loop().create_future())
         self._requests[work.id] = request
-        tokens = count_tokens(work, self._model)
+        tokens = count_tokens(work, self._model, self._settings.hypothesis_template)
         self._scheduler.add(Item(work, (work.method, work.views), tokens, now, work.deadline))
         try:
             self._pump()
@@ -231,15 +234,15 @@ class Engine:
     def _dispatch(self, worker: _Worker, batch: list[Item], now: float) -> None:
         worker.busy, worker.size, worker.began = True, len(batch), now
         worker.running = {item.work.id: item for item in batch}
-        self._metrics.batch_size.observe(len(batch))
-        self._metrics.batch_views.observe(sum(item.work.views for item in batch))
         for item in batch:
             slot = self._requests[item.work.id].slot
             slot.waited = now - item.enqueued
             slot.release()
             if not item.attempts:
                 self._metrics.queue_seconds.observe(now - slot.since)
-        worker.backend.run([item.work for item in batch])
+        works = [item.work for item in batch]
+        tally_batch(self._metrics, works)
+        worker.backend.run(works)
 
     def _on_event(self, worker: _Worker, event: Event) -> None:
         match event:
@@ -265,7 +268,7 @@ class Engine:
 
     def _on_result(self, work: Work, result: Answer | Failure) -> None:
         if isinstance(result, Answer):
-            self._observe(work, result)
+            tally_answer(self._metrics, work, result)
             self._settle(work.id, result)
         else:
             error = ERRORS.get(result.error_type, InternalError)
@@ -277,10 +280,7 @@ class Engine:
             self._settle(id, InternalError("The worker gave no answer."))
         last = (self._clock() - worker.began) / worker.size
         self._seconds_per_request += SMOOTHING * (last - self._seconds_per_request)
-        self._metrics.text_cache_hits.inc(counts.get("text_cache_hits", 0))
-        self._metrics.text_cache_misses.inc(counts.get("text_cache_misses", 0))
-        for reason in ("oom", "error"):
-            self._metrics.batch_splits.labels(reason).inc(counts.get(f"{reason}_splits", 0))
+        tally_counts(self._metrics, counts)
 
     def _on_lost(self, worker: _Worker, event: Lost) -> None:
         """Queue its requests again, each to run alone: whichever of them killed the worker takes
@@ -306,24 +306,6 @@ class Engine:
         self._metrics.queue_depth.set(len(self._slots))
         if self._draining and not self._slots and not self._requests:
             self._drained.set()
-
-    def _observe(self, work: Work, answer: Answer) -> None:
-        metrics = self._metrics
-        metrics.adaptation_seconds.labels(work.method, answer.design).observe(answer.adapt_seconds)
-        metrics.adaptation_steps.observe(answer.steps)
-        metrics.entropy_before.observe(answer.entropy_before)
-        metrics.entropy_after.observe(answer.entropy_after)
-        metrics.view_agreement.observe(answer.agreement)
-        metrics.suspected_adversarial.inc(answer.suspected)
-        first, undefended = (
-            max(range(len(scores)), key=scores.__getitem__)
-            for scores in (answer.scores, answer.undefended_scores)
-        )
-        metrics.label_changed.inc(first != undefended)
-        if answer.truncated:
-            metrics.truncated.labels(answer.truncated).inc()
-        if answer.labels_truncated:
-            metrics.truncated.labels("labels").inc()
 
 
 def _jitter(seconds: float) -> float:

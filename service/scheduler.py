@@ -99,12 +99,13 @@ class Scheduler:
         return batch, group[0].enqueued + (0.0 if full else self.max_queue_delay)
 
 
-def count_tokens(work: Work, model: Ready) -> int:
+def count_tokens(work: Work, model: Ready, default_template: str) -> int:
     """What a request costs in a batch: image tokens of all views, text tokens of all labels.
 
     There is no tokenizer on this side of the pipe. A prompt is taken as a token for each three
     UTF-8 bytes, and four for its ends and slots; all are as long as the longest, as in the batch.
     """
-    longest = max(len(work.template.replace("{}", label).encode()) for label in work.labels)
+    template = work.template or default_template
+    longest = max(len(template.replace("{}", label).encode()) for label in work.labels)
     text = min(model.context_length, 4 + longest // 3)
     return work.views * model.image_tokens + len(work.labels) * text

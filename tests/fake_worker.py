@@ -1,8 +1,12 @@
-"""A worker without a process or a model, played from the test."""
+"""Workers for tests: `FakeWorker` without a process, played from the test, and runners without a
+model for real processes."""
 
 import asyncio
+import time
 from collections.abc import Callable
 
+from service.errors import ModelError
+from service.settings import Settings
 from service.work import Answer, Beat, Failure, Fatal, Finished, Ready, Settled, Work
 from service.worker import Event, Lost
 
@@ -100,3 +104,43 @@ class FakeWorker:
     def _forget_batch(self) -> None:
         if self._timer:
             self._timer.cancel()
+
+
+class EchoRunner:
+    """A Runner that takes 20 ms a request; the label `hang` hangs, `raise` raises."""
+
+    def __init__(self, settings: Settings, index: int) -> None:
+        self.ready = READY
+        self.progress = time.monotonic()
+
+    def memory_bytes(self) -> int:
+        return 42
+
+    def run(
+        self,
+        batch: list[Work],
+        settle: Callable[[str, Answer | Failure], None],
+        cancelled: Callable[[str], bool],
+    ) -> dict[str, int]:
+        for work in batch:
+            if work.labels[0] == "raise":
+                raise RuntimeError("raised in a test")
+            until = time.monotonic() + (60.0 if work.labels[0] == "hang" else 0.02)
+            while time.monotonic() < until and not cancelled(work.id):
+                time.sleep(0.005)
+        for work in batch:
+            if cancelled(work.id):
+                settle(work.id, Failure("client_gone", "Cancelled."))
+            else:
+                settle(work.id, answer(work))
+        return {"text_cache_hits": len(batch)}
+
+
+class FatalRunner(EchoRunner):
+    def __init__(self, settings: Settings, index: int) -> None:
+        raise ModelError("There is no checkpoint in models/nowhere.")
+
+
+class CrashingRunner(EchoRunner):
+    def __init__(self, settings: Settings, index: int) -> None:
+        raise SystemExit(3)
