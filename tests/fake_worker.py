@@ -10,7 +10,9 @@ from service.settings import Settings
 from service.work import Answer, Beat, Failure, Fatal, Finished, Ready, Settled, Work
 from service.worker import Event, Lost
 
-READY = Ready(info={"model": "fake"}, max_batch_tokens=10_000, image_tokens=10, context_length=77)
+READY = Ready(
+    info={"model": {"name": "fake"}}, max_batch_tokens=10_000, image_tokens=10, context_length=77
+)
 
 
 def answer(work: Work) -> Answer:

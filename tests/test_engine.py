@@ -89,7 +89,7 @@ class House:
         assert (engine.queue_depth, engine._slots.bytes) == (0, 0)
         assert not engine._requests
         assert not len(engine._scheduler)
-        assert not any(worker.running for worker in engine._workers)
+        assert engine._fleet.running == 0
         assert self.metric("queue_depth") == 0
 
 
@@ -287,7 +287,10 @@ async def test_before_the_first_ready_and_after_the_drain_it_is_503():
         worker.be_ready()
         assert house.engine.ready
         assert house.engine.started
-        assert house.engine.info == {"model": "fake", "workers": {"configured": 1, "ready": 1}}
+        assert house.engine.info == {
+            "model": {"name": "fake"},
+            "workers": {"configured": 1, "ready": 1},
+        }
         house.engine.drain()
         assert not house.engine.ready
         with pytest.raises(NotReady, match="shutting down"):
@@ -502,7 +505,7 @@ async def test_whatever_happens_each_settles_once_and_nothing_is_left(
 
     async def death(which: int, at: float, pause: float) -> None:
         await asyncio.sleep(at)
-        if house.engine._workers[which].ready:
+        if house.engine._fleet._workers[which].ready:
             workers[which].die()
             await asyncio.sleep(pause)
             workers[which].be_ready()
