@@ -1,0 +1,225 @@
+"""Labelled pictures from disk: `ImageFolder` directories and Hugging Face style parquet, streamed.
+
+Nothing is decoded before it is asked for, and a parquet file is read a record batch at a time,
+so that a data set larger than memory costs one batch.
+"""
+
+import io
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class DataError(Exception):
+    """A data set cannot be read; the message is one sentence that names the path and the reason."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture and its class.
+
+    `image` is RGB in its own size; `label` indexes the data set's `names`, or is -1 where a
+    picture has no label.
+    """
+
+    image: Image.Image
+    label: int
+
+    @property
+    def pixels(self) -> Pixels:
+        """The picture as uint8 [height, width, 3]."""
+        return np.asarray(self.image)
+
+
+class Dataset(Protocol):
+    """What `open_dataset` returns: a length, class names, and examples in a chosen order."""
+
+    @property
+    def names(self) -> list[str]:
+        """Class names in the order of the labels; empty where the data has no labels."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Example]: ...
+
+    def examples(self, limit: int | None = None, seed: int | None = None) -> Iterator[Example]:
+        """Yield at most `limit` examples, in stored order or shuffled by `seed`.
+
+        The same seed gives the same examples; a limit with a seed is a random sample of the
+        whole. Raises DataError at the first picture that cannot be decoded.
+        """
+
+
+def open_dataset(path: str | Path) -> Dataset:
+    """Open a parquet file, a directory of parquet shards, or a directory with a folder a class.
+
+    A directory that holds pictures and no folders is a data set without labels. Raises DataError
+    where the path is none of these.
+    """
+    path = Path(path)
+    if path.is_file():
+        return ParquetDataset([path])
+    if not path.is_dir():
+        raise DataError(f"no data at {path}: there is no such file or directory")
+    shards = sorted(path.glob("*.parquet"))
+    return ParquetDataset(shards) if shards else FolderDataset(path)
+
+
+class FolderDataset:
+    """A directory with one folder a class, or of unlabelled pictures."""
+
+    def __init__(self, root: Path) -> None:
+        folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
+        self._names = [folder.name for folder in folders]
+        self._files = [
+            (file, label) for label, folder in enumerate(folders) for file in _pictures(folder)
+        ]
+        if not folders:
+            self._files = [(file, -1) for file in _pictures(root)]
+        if not self._files:
+            raise DataError(f"no pictures under {root}: expected parquet files or a folder a class")
+
+    @property
+    def names(self) -> list[str]:
+        return self._names
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __iter__(self) -> Iterator[Example]:
+        return self.examples()
+
+    def examples(self, limit: int | None = None, seed: int | None = None) -> Iterator[Example]:
+        for index in _order(len(self), limit, seed):
+            file, label = self._files[index]
+            yield Example(_decode(file, str(file)), label)
+
+
+class ParquetDataset:
+    """Parquet files in the Hugging Face layout: `image.bytes`, and `label` where there is one."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._parquet = _import_parquet()
+        self._files = files
+        self._lengths: list[int] = []
+        self._names: list[str] = []
+        for file in files:
+            opened = self._open(file)
+            self._check(file, opened.schema_arrow)
+            names = _class_names(opened.schema_arrow.metadata)
+            if self._lengths and names != self._names:
+                raise DataError(f"{file} names other classes than {files[0]}")
+            self._names = names
+            self._lengths.append(opened.metadata.num_rows)
+
+    @property
+    def names(self) -> list[str]:
+        return self._names
+
+    def __len__(self) -> int:
+        return sum(self._lengths)
+
+    def __iter__(self) -> Iterator[Example]:
+        return self.examples()
+
+    def examples(self, limit: int | None = None, seed: int | None = None) -> Iterator[Example]:
+        order = _order(len(self), limit, seed)
+        rows = self._stream(len(order)) if seed is None else self._pick(list(order))
+        for where, data, label in rows:
+            yield Example(_decode(io.BytesIO(data), where), label)
+
+    def _stream(self, count: int) -> Iterator[tuple[str, bytes, int]]:
+        row = 0
+        for file in self._files:
+            opened = self._open(file)
+            for batch in opened.iter_batches(batch_size=256, columns=self._columns(opened)):
+                for record in batch.to_pylist():
+                    if row == count:
+                        return
+                    yield self._row(file, record, row)
+                    row += 1
+
+    def _pick(self, order: list[int]) -> Iterator[tuple[str, bytes, int]]:
+        # A shuffle visits every row group, so the encoded bytes (a few KB each) of the rows that
+        # were asked for are held; the decoded pictures are not.
+        wanted, held, start = set(order), {}, 0
+        for file, length in zip(self._files, self._lengths, strict=True):
+            if any(row in wanted for row in range(start, start + length)):
+                opened = self._open(file)
+                row = start
+                for batch in opened.iter_batches(batch_size=256, columns=self._columns(opened)):
+                    chosen = [i for i in range(batch.num_rows) if row + i in wanted]
+                    for i, record in zip(chosen, batch.take(chosen).to_pylist(), strict=True):
+                        held[row + i] = self._row(file, record, row + i)
+                    row += batch.num_rows
+            start += length
+        for index in order:
+            yield held.pop(index)
+
+    def _row(self, file: Path, record: dict[str, Any], row: int) -> tuple[str, bytes, int]:
+        data, label = record["image"]["bytes"], record.get("label")
+        if data is None:
+            raise DataError(f"{file} holds no bytes for picture {row}")
+        return f"picture {row} of {file}", data, -1 if label is None else int(label)
+
+    def _columns(self, opened: Any) -> list[str]:
+        return [name for name in ("image", "label") if name in opened.schema_arrow.names]
+
+    def _open(self, file: Path) -> Any:
+        try:
+            return self._parquet.ParquetFile(file)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} is not a readable parquet file") from error
+
+    def _check(self, file: Path, schema: Any) -> None:
+        image = schema.field("image").type if "image" in schema.names else None
+        if image is None or image.num_fields == 0 or image.get_field_index("bytes") < 0:
+            raise DataError(f"{file} has no column image.bytes, the Hugging Face picture layout")
+
+
+def _import_parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(
+            "parquet needs pyarrow, which is not installed: pip install 'tapt-serve[train]'"
+        ) from error
+    return pyarrow.parquet
+
+
+def _class_names(metadata: dict[bytes, bytes] | None) -> list[str]:
+    described = json.loads((metadata or {}).get(b"huggingface", b"{}"))
+    label = described.get("info", {}).get("features", {}).get("label", {})
+    return [str(name) for name in label.get("names", [])]
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+
+
+def _order(count: int, limit: int | None, seed: int | None) -> range | list[int]:
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit must not be negative, got {limit}")
+    kept = count if limit is None else min(limit, count)
+    if seed is None:
+        return range(kept)
+    return random.Random(seed).sample(range(count), kept)
+
+
+def _decode(source: Path | io.BytesIO, where: str) -> Image.Image:
+    try:
+        with Image.open(source) as opened:
+            return opened.convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where} is not a picture that can be decoded") from error

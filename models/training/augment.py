@@ -1,0 +1,76 @@
+"""Random crops, flips, colors and mixes of a batch of images, as tensor arithmetic.
+
+All random numbers come from a host generator, so the same seed gives the same batch on every
+device, and a resumed run sees what an uninterrupted one would have seen.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Which image was mixed into which: row i holds `share` of i and 1 - share of partner[i]."""
+
+    partner: Tensor
+    share: float
+
+    def labels(self, labels: Tensor, classes: int) -> Tensor:
+        """Mixed one-hot labels [batch, classes]."""
+        hot = F.one_hot(labels, classes).float()
+        return self.share * hot + (1 - self.share) * hot[self.partner.to(labels.device)]
+
+
+def crop(images: Tensor, size: int, generator: torch.Generator, smallest: float = 0.35) -> Tensor:
+    """Random resized crop and horizontal flip (Szegedy et al. 2015): uint8 or float
+    [batch, 3, height, width] to float in [0, 1] of [batch, 3, size, size].
+
+    A crop covers between `smallest` and all of the area, at aspect ratios from 3/4 to 4/3.
+    """
+    count = len(images)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(count, generator=generator) * (high - low) + low
+
+    area, aspect = uniform(smallest, 1.0), uniform(-math.log(4 / 3), math.log(4 / 3)).exp()
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 0, 2] = width * flip, uniform(-1, 1) * (1 - width)
+    theta[:, 1, 1], theta[:, 1, 2] = height, uniform(-1, 1) * (1 - height)
+    grid = F.affine_grid(theta.to(images.device), [count, 3, size, size], align_corners=False)
+    pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+    return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+
+
+def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Random brightness, contrast and saturation, each scaled by 1 +- strength; stays in [0, 1]."""
+    factors = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator) - 1)
+    brightness, contrast, saturation = factors.to(images.device)
+    images = images * brightness
+    images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast)
+    return torch.lerp(images.mean(1, keepdim=True), images, saturation).clamp(0, 1)
+
+
+def mix(images: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Mix]:
+    """With the given probability one mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of
+    the whole batch with its own reverse; both with a uniform share, that is Beta(1, 1).
+    """
+    count, _, height, width = images.shape
+    chance, kind, share, y, x = torch.rand(5, generator=generator).tolist()
+    partner = torch.arange(count).flip(0)
+    if chance >= probability:
+        return images, Mix(partner, 1.0)
+    if kind < 0.5:
+        return torch.lerp(images.flip(0), images, share), Mix(partner, share)
+    side = math.sqrt(1 - share)
+    rows, columns = round(height * side), round(width * side)
+    top, left = round(y * (height - rows)), round(x * (width - columns))
+    mixed = images.clone()
+    box = (slice(None), slice(None), slice(top, top + rows), slice(left, left + columns))
+    mixed[box] = images.flip(0)[box]
+    return mixed, Mix(partner, 1 - rows * columns / (height * width))

@@ -1,0 +1,143 @@
+"""Pictures from folders and from parquet: names, labels, order, and errors in one sentence."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from models.data import DataError, ParquetDataset, open_dataset
+
+COUNT = 7
+
+
+def shade(label: int) -> Image.Image:
+    return Image.new("RGB", (6, 4), (10 * label, 0, 0))
+
+
+def png(label: int) -> bytes:
+    buffer = io.BytesIO()
+    shade(label).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(path: Path, labels: list[int], names: list[str]) -> None:
+    features = {"label": {"_type": "ClassLabel", "names": names}}
+    described = {"huggingface": json.dumps({"info": {"features": features}})}
+    images = [{"bytes": png(label), "path": None} for label in labels]
+    table = pa.table({"image": images, "label": labels}).replace_schema_metadata(described)
+    pq.write_table(table, path, row_group_size=2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "folder"
+    for label, name in enumerate(["ant", "bee"]):
+        (root / name).mkdir(parents=True)
+        for i in range(2):
+            shade(label).save(root / name / f"{i}.png")
+    (root / "bee" / "notes.txt").write_text("not a picture")
+    return root
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    root = tmp_path / "shards"
+    root.mkdir()
+    names = [f"class {i}" for i in range(COUNT)]
+    write_parquet(root / "a.parquet", [0, 1, 2, 3], names)
+    write_parquet(root / "b.parquet", [4, 5, 6], names)
+    return root
+
+
+def test_folder_names_its_classes_and_skips_what_is_no_picture(folder: Path) -> None:
+    dataset = open_dataset(folder)
+    assert dataset.names == ["ant", "bee"]
+    assert [example.label for example in dataset] == [0, 0, 1, 1]
+    assert len(dataset) == 4
+
+
+def test_pictures_without_folders_have_no_labels(folder: Path) -> None:
+    dataset = open_dataset(folder / "ant")
+    assert dataset.names == []
+    assert [example.label for example in dataset] == [-1, -1]
+
+
+def test_shards_read_as_one_set(shards: Path) -> None:
+    dataset = open_dataset(shards)
+    assert dataset.names[6] == "class 6"
+    examples = list(dataset)
+    assert [example.label for example in examples] == list(range(COUNT))
+    assert len(dataset) == COUNT
+    assert examples[5].pixels.shape == (4, 6, 3)
+    assert examples[5].pixels.dtype == np.uint8
+    assert (examples[5].pixels[..., 0] == 50).all()
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_a_seed_gives_the_same_sample_of_the_whole(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    dataset = open_dataset(request.getfixturevalue(kind))
+
+    def labels(limit: int | None, seed: int | None) -> list[int]:
+        return [example.label for example in dataset.examples(limit, seed)]
+
+    assert labels(3, 5) == labels(3, 5)
+    assert len(labels(3, 5)) == 3
+    assert sorted(labels(None, 1)) == sorted(labels(None, None))
+    assert len({tuple(labels(3, seed)) for seed in range(8)}) > 1
+    assert labels(2, None) == labels(None, None)[:2]
+
+
+def test_shuffled_pictures_keep_their_labels(shards: Path) -> None:
+    for example in open_dataset(shards).examples(seed=3):
+        assert (example.pixels[..., 0] == 10 * example.label).all()
+
+
+def test_palette_pictures_come_as_rgb(tmp_path: Path) -> None:
+    shade(3).convert("P").save(tmp_path / "palette.png")
+    assert next(iter(open_dataset(tmp_path))).pixels.shape == (4, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: None, "no such file"),
+        (lambda path: path.mkdir(), "no pictures"),
+        (lambda path: path.write_bytes(b"PAR1 but not really"), "not a readable parquet"),
+        (lambda path: pq.write_table(pa.table({"text": ["a"]}), path), "no column image.bytes"),
+    ],
+)
+def test_an_unreadable_path_is_one_sentence(tmp_path: Path, make: object, reason: str) -> None:
+    path = tmp_path / "data"
+    make(path)  # type: ignore[operator]
+    with pytest.raises(DataError, match=reason) as caught:
+        open_dataset(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_picture_is_named(folder: Path) -> None:
+    (folder / "ant" / "0.png").write_bytes(png(0)[:40])
+    with pytest.raises(DataError, match=r"ant/0\.png"):
+        list(open_dataset(folder))
+
+
+def test_shards_of_other_classes_do_not_mix(shards: Path) -> None:
+    write_parquet(shards / "c.parquet", [0], ["something else"])
+    with pytest.raises(DataError, match="other classes"):
+        open_dataset(shards)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match=r"tapt-serve\[train\]"):
+        ParquetDataset([shards / "a.parquet"])
