@@ -20,7 +20,14 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from service.engine import Engine
-from service.errors import BadRequest, ClientGone, TooLarge, Unprocessable, UploadTimeout
+from service.errors import (
+    BadRequest,
+    ClientGone,
+    QueueFull,
+    TooLarge,
+    Unprocessable,
+    UploadTimeout,
+)
 from service.metrics import Metrics
 from service.plan import plan
 from service.schemas import Choices
@@ -28,7 +35,7 @@ from service.settings import Settings
 from service.slots import Slot
 from service.work import Answer, Work
 
-UPLOADS = 32  # bodies that are read at once; with max_body_bytes, the memory they may take
+UPLOADS = 16  # times max_body_bytes: the memory that unfinished bodies may take together
 DECODERS = min(4, os.cpu_count() or 1)
 
 Parse = Callable[[bytes, str], tuple[bytes, Choices]]
@@ -44,6 +51,7 @@ class Outcome:
 
     work: Work
     answer: Answer
+    model: str
     top_k: int | None
     queue_seconds: float
     decode_seconds: float
@@ -57,7 +65,7 @@ class Door:
         self._settings = settings
         self._metrics = metrics
         self._engine = engine
-        self._uploads = asyncio.Semaphore(UPLOADS)
+        self._arriving = 0  # bytes of unfinished bodies
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
     def close(self) -> None:
@@ -81,17 +89,24 @@ class Door:
         try:
             async with (
                 asyncio.timeout(self._settings.upload_timeout_ms / 1000),
-                self._uploads,
                 aclosing(request.stream()) as chunks,
             ):
                 async for chunk in chunks:
                     body += chunk
+                    self._arriving += len(chunk)
                     if len(body) > limit:
                         raise too_large
+                    # Bytes are counted and not uploads: a slow one holds only what it has sent,
+                    # so that a few idle connections cannot shut everybody else out.
+                    if self._arriving > UPLOADS * limit:
+                        self._metrics.rejected.labels("uploads").inc()
+                        raise QueueFull("Too much is being uploaded at once.", retry_after=1)
         except TimeoutError:
             raise UploadTimeout("The body did not arrive in time.") from None
         except ClientDisconnect:
             raise ClientGone("The client left.") from None
+        finally:
+            self._arriving -= len(body)
         return bytes(body)
 
     async def _work(
@@ -103,7 +118,8 @@ class Door:
         self._metrics.decode_seconds.observe(decoded - decoding)
         answer = await self._engine.submit(slot, work)
         total = time.monotonic() - began
-        return Outcome(work, answer, top_k, slot.waited, decoded - decoding, total)
+        model = self._engine.info["model"]["name"]
+        return Outcome(work, answer, model, top_k, slot.waited, decoded - decoding, total)
 
     def _prepare(
         self, request: Request, parse: Parse, body: bytes, slot: Slot

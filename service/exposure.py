@@ -13,7 +13,7 @@ from service.schemas import Classification, DefenseReport, ScoredLabel, Timings
 Expose = Literal["full", "rounded", "label"]
 
 
-def present(outcome: Outcome, model: str, expose: Expose) -> Classification:
+def present(outcome: Outcome, expose: Expose) -> Classification:
     """The answer as its client may see it."""
     work, answer = outcome.work, outcome.answer
     first = _best(answer.scores)
@@ -34,7 +34,7 @@ def present(outcome: Outcome, model: str, expose: Expose) -> Classification:
     order = sorted(range(len(scored)), key=lambda i: (i != first, -scored[i].score))
     return Classification(
         id=work.id,
-        model=model,
+        model=outcome.model,
         labels=[scored[i] for i in order[: outcome.top_k]],
         defense=DefenseReport(
             method=work.method,

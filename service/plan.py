@@ -17,10 +17,10 @@ def plan(id: str, file: bytes, choices: Choices, settings: Settings, since: floa
     Raises ServiceError: Unprocessable, or what `images.decode` finds.
     """
     labels = tuple(choices.candidate_labels)
-    template = choices.hypothesis_template or settings.hypothesis_template
     if len(labels) > settings.max_labels:
         raise Unprocessable(f"There are {len(labels)} labels; the limit is {settings.max_labels}.")
-    if max(map(len, (template, *labels))) > settings.max_label_chars:
+    template = choices.hypothesis_template  # none: the model knows its own
+    if max(map(len, (template or "", *labels))) > settings.max_label_chars:
         limit = settings.max_label_chars
         raise Unprocessable(f"A label or the template is longer than {limit} characters.")
     wanted = choices.defense or DefenseOptions()

@@ -9,6 +9,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 from rich.console import Console
+from rich.markup import escape
 
 from service import logs
 from service.app import create_app
@@ -74,16 +75,18 @@ async def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int
 
 async def _watch(server: _Server, engine: Engine, settings: Settings, url: str) -> None:
     """Tell when the model is loaded, then wait for the end and bring it about in order."""
-    with Console(stderr=True).status(f"Loading {settings.model}"):
+    with Console(stderr=True).status(escape(f"Loading {settings.model}")):
         while not (engine.ready or _over(server, engine)):
             await asyncio.sleep(TICK)
     if engine.ready:
         print(f"listening on {url}", flush=True)
     while not _over(server, engine):
         await asyncio.sleep(TICK)
-    if not engine.fatal:
-        await engine.stop(settings.drain_timeout_s)
-    server.should_exit = True
+    try:
+        if not engine.fatal:
+            await engine.stop(settings.drain_timeout_s)
+    finally:
+        server.should_exit = True
 
 
 def _over(server: _Server, engine: Engine) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from service.door import Outcome
@@ -54,10 +55,10 @@ def classify_here(
     answer = settled[0]
     if isinstance(answer, Failure):
         raise ERRORS.get(answer.error_type, InternalError)(answer.message)
-    outcome = Outcome(work, answer, choices.top_k, 0.0, decode_seconds, total)
-    model = runner.ready.info.get("model", settings.model)
+    model = runner.ready.info["model"]["name"]
+    outcome = Outcome(work, answer, model, choices.top_k, 0.0, decode_seconds, total)
     undefended = dict(zip(work.labels, answer.undefended_scores, strict=True))
-    shown = present(outcome, model, "full")
+    shown = present(outcome, "full")
     return shown, [undefended[scored.label] for scored in shown.labels]
 
 
@@ -67,7 +68,7 @@ def classify_there(
     """One image, by the server at `url`. Raises OSError, with one
     sentence where the server refused."""
     body = {**choices, "image": base64.b64encode(path.read_bytes()).decode()}
-    with progress.status(f"Asking {url}"):
+    with progress.status(escape(f"Asking {url}")):
         return Classification.model_validate(_ask(url, "/v1/classify", settings, body))
 
 
@@ -84,22 +85,25 @@ def info_there(url: str, settings: Settings) -> dict[str, Any]:
 
 def show_classification(answer: Classification, undefended: list[float] | None) -> None:
     """A table of labels, best first, and a line with what was spent."""
-    table = Table(caption=_spent(answer), caption_justify="left", caption_style="")
-    table.add_column("label")
+    table = Table()
+    table.add_column("label", overflow="fold")
     if undefended:
         table.add_column("undefended", justify="right")
     table.add_column("defended", justify="right", style="bold")
     for index, scored in enumerate(answer.labels):
         before = [f"{undefended[index]:.3f}"] if undefended else []
-        table.add_row(scored.label, *before, f"{scored.score:.3f}")
+        table.add_row(escape(scored.label), *before, f"{scored.score:.3f}")
     screen.print(table)
+    screen.print(escape(_spent(answer)))
 
 
 def show_info(facts: Mapping[str, Any]) -> None:
     """A table of facts, nested ones with dotted names."""
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in _flatten("", facts):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     screen.print(table)
 
 
@@ -123,7 +127,7 @@ def _flatten(prefix: str, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _load(settings: Settings) -> "Runner":
-    with progress.status(f"Loading {settings.model}"):
+    with progress.status(escape(f"Loading {settings.model}")):
         from service.runner import Runner  # torch: seconds, and only here
 
         runner: Runner = Runner(settings, 0)

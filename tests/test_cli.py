@@ -188,9 +188,9 @@ def test_images_that_cannot_be_read(
 
 def test_info_prints_the_models_facts(runner: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"model": "fake"}
+    assert json.loads(capsys.readouterr().out) == {"model": {"name": "fake"}}
     assert main(["info"]) == 0
-    assert re.search(r"model\W+fake", capsys.readouterr().out)
+    assert re.search(r"model\.name\W+fake", capsys.readouterr().out)
 
 
 # serve, as a process of its own.

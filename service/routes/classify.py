@@ -42,5 +42,4 @@ async def classify(request: Request) -> JSONResponse:
         return from_base64(asked.image), asked
 
     outcome = await door.classify(request, parse)
-    model = state.engine.info.get("model", state.settings.model)
-    return JSONResponse(present(outcome, model, state.settings.expose).model_dump())
+    return JSONResponse(present(outcome, state.settings.expose).model_dump())

@@ -35,8 +35,7 @@ async def classify(request: Request) -> JSONResponse:
     state = request.app.state
     door: Door = state.door
     outcome = await door.classify(request, _parse)
-    model = state.engine.info.get("model", state.settings.model)
-    answer = present(outcome, model, state.settings.expose)
+    answer = present(outcome, state.settings.expose)
     return JSONResponse([label.model_dump() for label in answer.labels], headers=_report(answer))
 
 
