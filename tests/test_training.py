@@ -145,10 +145,11 @@ def test_exported_preprocessor_is_ours(tokenizer: Any, tmp_path: Path) -> None:
     export(build_model(RECIPE, tokenizer), tokenizer, tmp_path / "model")
     noise = torch.randint(0, 256, (37, 53, 3), generator=torch.Generator().manual_seed(2))
     image = Image.fromarray(noise.to(torch.uint8).numpy())
-    image.save(tmp_path / "noise.png")
+    (tmp_path / "pictures").mkdir()
+    image.save(tmp_path / "pictures" / "noise.png")
     processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
     theirs = processor(images=image, return_tensors="pt")["pixel_values"]
-    ours, _ = stack(open_dataset(tmp_path), RECIPE.size)
+    ours, _ = stack(open_dataset(tmp_path / "pictures"), RECIPE.size)
     assert torch.allclose(normalize(ours.float() / 255), theirs, atol=1e-4)
 
 
