@@ -1,0 +1,1 @@
+"""Adversarial perturbations within an L-infinity ball."""

@@ -1,0 +1,167 @@
+"""Inside the worker, on a tiny CLIP: every request settles once, and alone where it fails."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.defenses.defense import Images
+from service.errors import ModelError
+from service.runner import Runner
+from service.settings import Settings
+from service.work import Answer, Failure, Work
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tiny.save_checkpoint(tmp_path_factory.mktemp("clip"))
+    tiny.make_bundle(tiny.load(directory)).save(directory / "bundle")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def runner(directory: Path) -> Runner:
+    return Runner(Settings(model=str(directory), device="cpu"), 0)
+
+
+def make_work(number: int, **changes: object) -> Work:
+    work = Work(
+        id=f"work-{number}",
+        image=tiny.draw_image(number),
+        labels=tiny.LABELS[: 2 + number % 5],
+        template=None,
+        method="tapt",
+        steps=1,
+        views=8,
+        readout="all",
+        seed=number,
+        deadline=time.monotonic() + 60,
+    )
+    return replace(work, **changes)  # type: ignore[arg-type]
+
+
+def run(
+    runner: Runner, batch: list[Work], cancelled: tuple[str, ...] = ()
+) -> tuple[dict[str, Answer | Failure], dict[str, int]]:
+    settled: dict[str, Answer | Failure] = {}
+
+    def settle(id: str, result: Answer | Failure) -> None:
+        assert id not in settled, "settled twice"
+        settled[id] = result
+
+    counts = runner.run(batch, settle, lambda id: id in cancelled)
+    assert settled.keys() == {work.id for work in batch}
+    return settled, counts
+
+
+def test_an_answer_says_what_was_spent(runner: Runner) -> None:
+    settled, counts = run(runner, [make_work(1)])
+    answer = settled["work-1"]
+    assert isinstance(answer, Answer)
+    assert sum(answer.scores) == pytest.approx(1, abs=1e-5)
+    assert sum(answer.undefended_scores) == pytest.approx(1, abs=1e-5)
+    assert (answer.design, answer.steps, answer.views, answer.truncated) == ("vli", 1, 8, None)
+    assert counts["text_cache_misses"] == 2
+    assert run(runner, [make_work(1)])[1]["text_cache_misses"] == 0
+
+
+def test_steps_that_differ_are_each_given(runner: Runner) -> None:
+    settled, _ = run(runner, [make_work(i, steps=i) for i in range(4)])
+    assert [settled[f"work-{i}"].steps for i in range(4)] == [0, 1, 2, 3]  # type: ignore[union-attr]
+
+
+def test_a_near_deadline_stops_at_a_step_boundary(runner: Runner) -> None:
+    late = make_work(0, steps=8, deadline=time.monotonic())
+    settled, _ = run(runner, [late, make_work(1, steps=2)])
+    answer, other = settled["work-0"], settled["work-1"]
+    assert isinstance(answer, Answer)
+    assert (answer.truncated, answer.steps) == ("deadline", 0)
+    assert isinstance(other, Answer)
+    assert (other.truncated, other.steps) == (None, 2)
+
+
+def test_a_cancelled_request_leaves_and_the_others_do_not_notice(runner: Runner) -> None:
+    batch = [make_work(i, steps=2) for i in range(3)]
+    settled, _ = run(runner, batch, cancelled=("work-1",))
+    undisturbed, _ = run(runner, batch)
+    assert isinstance(settled["work-1"], Failure)
+    for id in ("work-0", "work-2"):
+        one, other = settled[id], undisturbed[id]
+        assert isinstance(one, Answer)
+        assert isinstance(other, Answer)
+        assert one.scores == pytest.approx(other.scores, abs=1e-5)
+
+
+def test_a_poisoned_request_fails_alone(runner: Runner) -> None:
+    poison = make_work(1, image=np.zeros((0, 0, 3), np.uint8))
+    settled, counts = run(runner, [make_work(0), poison, make_work(2)])
+    assert isinstance(settled["work-1"], Failure)
+    assert settled["work-1"].error_type == "internal"
+    assert isinstance(settled["work-0"], Answer)
+    assert isinstance(settled["work-2"], Answer)
+    assert counts["error_splits"] == 1
+
+
+def test_out_of_memory_halves_the_batch(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    import models.guard
+
+    defend = models.guard.DEFENSES["tapt"]
+    sizes: list[int] = []
+
+    def starved(clip: object, images: Images) -> object:
+        sizes.append(len(images.views))
+        if len(images.views) > 2:
+            raise torch.OutOfMemoryError("for a test")
+        return defend(clip, images)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(models.guard.DEFENSES, "tapt", starved)
+    settled, counts = run(runner, [make_work(i) for i in range(5)])
+    assert all(isinstance(result, Answer) for result in settled.values())
+    assert sizes == [5, 3, 2, 1, 2]
+    assert counts["oom_splits"] == 2
+
+
+def test_without_a_bundle_zero_steps_equal_plain_and_one_step_adapts(tmp_path: Path) -> None:
+    directory = tiny.save_checkpoint(tmp_path)
+    runner = Runner(Settings(model=str(directory), device="cpu", learning_rate=1e-2), 0)
+    assert runner.ready.info["bundle"] is None
+    single = {"views": 1, "readout": "single"}
+    works = [make_work(i, steps=s, **single) for i, s in ((6, 0), (6, 3))]
+    works = [replace(work, id=f"{work.id}-{work.steps}") for work in works]
+    plain, _ = run(runner, [make_work(6, method="plain", views=1)])
+    settled, _ = run(runner, works)
+    answer, still, moved = plain["work-6"], settled["work-6-0"], settled["work-6-3"]
+    assert isinstance(answer, Answer)
+    assert isinstance(still, Answer)
+    assert isinstance(moved, Answer)
+    assert still.scores == pytest.approx(answer.scores, abs=1e-6)
+    assert moved.scores != pytest.approx(answer.scores, abs=1e-3)
+    assert moved.design == "text"
+
+
+def test_templates_without_leading_words_run_beside_others(tmp_path: Path) -> None:
+    """Without a bundle their prompts have other shapes, and there is nothing to adapt in `{}`."""
+    runner = Runner(Settings(model=str(tiny.save_checkpoint(tmp_path)), device="cpu"), 0)
+    templates = ["{}", "a photo of a {}.", "a {}"]
+    settled, counts = run(
+        runner, [make_work(i, template=template) for i, template in enumerate(templates)]
+    )
+    steps = [settled[f"work-{i}"].steps for i in range(3)]  # type: ignore[union-attr]
+    assert steps == [0, 1, 1]
+    assert counts.get("error_splits", 0) == 0
+
+
+def test_a_bundle_of_another_checkpoint_is_refused(directory: Path, tmp_path: Path) -> None:
+    other = tiny.save_checkpoint(tmp_path, seed=5)
+    with pytest.raises(ModelError, match="was learned on checkpoint"):
+        Runner(Settings(model=str(other), bundle=str(directory / "bundle"), device="cpu"), 0)
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "toaster", "meta"])
+def test_a_device_that_is_not_there_is_one_sentence(directory: Path, device: str) -> None:
+    with pytest.raises(ModelError, match=device):
+        Runner(Settings(model=str(directory), device=device), 0)
