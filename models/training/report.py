@@ -1,0 +1,208 @@
+"""Command that measures an exported model and writes its figures, its curve and its model card.
+
+`python -m models.training.report --data DIR --curve runs/embedded/curve.jsonl` writes
+`curve.jsonl`, `curve.svg` and the part of `MODEL_CARD.md` between the two figure marks; the prose
+around them is written by hand.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, CLIPModel
+from transformers import __version__ as transformers_version
+
+from models.data import open_dataset
+from models.training.zeroshot import image_features, rank, stack
+
+BEGIN, END = "<!-- figures: written by models.training.report -->", "<!-- end of figures -->"
+SETS = {
+    "tiny_imagenet_val": "the 200 classes it was trained on, unseen photographs",
+    "imagenette_unseen": "10 classes without a training photograph",
+    "caltech101": "101 classes of another domain",
+}
+# What somebody would type, tried on photographs of real size (label of the photograph: labels).
+TRIED = {
+    "school bus": ("school bus", "bicycle", "dog", "pizza"),
+    "convertible": ("a red sports car", "cat", "tree", "sandwich"),
+    "Bernese mountain dog": ("cat", "dog", "bird", "fish"),
+    "banana": ("banana", "hammer", "airplane", "shirt"),
+    "cheeseburger": ("hamburger", "car", "flower", "bed"),
+    "electric guitar": ("guitar", "boat", "horse", "lamp"),
+    "hen": ("bird", "truck", "keyboard", "mountain"),
+    "fire engine": ("fire truck", "golden retriever", "chair", "apple"),
+    "jellyfish": ("jellyfish", "laptop", "bridge", "hat"),
+    "castle": ("castle", "monkey", "spoon", "shoe"),
+    "bee": ("insect", "building", "ship", "clock"),
+    "suspension bridge": ("bridge", "rabbit", "cup", "sofa"),
+}
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson 1927), both ends in [0, 1]; count is positive."""
+    z = 1.959964
+    rate, spread = hits / count, z * z / count
+    middle = (rate + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / count + spread / count / 4)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def tabulate(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table_of_accuracy(model: Any, tokenizer: Any, data: Path, size: int) -> str:
+    rows = []
+    for name, what in SETS.items():
+        dataset = open_dataset(data / f"{name}.parquet")
+        images, labels = stack(dataset, size)
+        order = rank(model, tokenizer, images, dataset.names).argsort(1, descending=True)
+        first = int((order[:, 0] == labels).sum())
+        fifth = (order[:, :5] == labels[:, None]).any(1).float().mean()
+        low, high = (f"{100 * end:.1f}" for end in wilson(first, len(labels)))
+        rate = f"{100 * first / len(labels):.1f} ({low} to {high})"
+        chance = f"{100 / len(dataset.names):.1f}"
+        rows.append((f"`{name}`", what, rate, f"{100 * fifth:.1f}", chance, str(len(labels))))
+    heads = ("set", "what", "top-1 % (95% interval)", "top-5 %", "chance %", "n")
+    return tabulate(heads, rows)
+
+
+def table_of_rankings(model: Any, tokenizer: Any, photographs: Path, size: int) -> str:
+    """The first photograph of each tried class and how the model scores the tried labels."""
+    dataset = open_dataset(photographs)
+    images, labels = stack(dataset, size)
+    scale = float(model.logit_scale.detach().exp())
+    rows = []
+    for photograph, tried in TRIED.items():
+        index = int((labels == dataset.names.index(photograph)).nonzero()[0])
+        scores = (scale * rank(model, tokenizer, images[index : index + 1], list(tried)))[0]
+        shares = scores.softmax(0)
+        ordered = [f"{tried[i]} {shares[i]:.2f}" for i in shares.argsort(descending=True).tolist()]
+        rows.append((photograph, "yes" if shares.argmax() == 0 else "no", ", ".join(ordered)))
+    return tabulate(("photograph of", "first right", "labels tried, with scores"), rows)
+
+
+def time_forward(model: Any, size: int) -> float:
+    """Median seconds of one plain forward of 64 views over five tries."""
+    views = torch.zeros(64, 3, size, size, device=model.device)
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        with torch.no_grad():
+            image_features(model, views)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def describe_machine() -> str:
+    cpu = platform.processor() or platform.machine()
+    listed = Path("/proc/cpuinfo")
+    if listed.exists():
+        models = [line for line in listed.read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0].split(":")[1].strip() if models else cpu
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, transformers {transformers_version}"
+    )
+
+
+def read_curve(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def draw_curve(curve: list[dict[str, float]], path: Path) -> None:
+    """Loss and zero-shot accuracy over the epochs, as SVG; the same curve gives the same file."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "embedded", "svg.fonttype": "none"})
+    from matplotlib import pyplot
+
+    epochs = [row["epoch"] for row in curve]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    left.plot(epochs, [row["loss_image"] for row in curve], marker=".")
+    left.set(xlabel="epoch", ylabel="image loss")
+    for name, label in (("val", "200 classes, validation"), ("unseen", "10 unseen classes")):
+        right.plot(epochs, [100 * row[name] for row in curve], marker=".", label=label)
+    for before, after in itertools.pairwise(curve):
+        if before["pixels"] != after["pixels"]:
+            right.axvline(before["epoch"], color="0.8", zorder=0)
+            right.text(before["epoch"], 0, f" {after['pixels']:.0f} px", color="0.5")
+    right.set(xlabel="epoch", ylabel="zero-shot top-1, %")
+    right.set_ylim(bottom=0)
+    right.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def write_between_marks(card: Path, text: str) -> None:
+    """Replace what is between the figure marks. Raises ValueError where the card lacks them."""
+    page = card.read_text()
+    if BEGIN not in page or END not in page:
+        raise ValueError(f"{card} has no figure marks")
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    card.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+def describe(model: Any, tokenizer: Any, data: Path, weights: Path, last: dict[str, float]) -> str:
+    """The figures of the card, in Markdown."""
+    size = model.config.vision_config.image_size
+    parameters: int = sum(parameter.numel() for parameter in model.parameters())
+    seconds = time_forward(model, size)
+    trained = (
+        f"Trained for {last['epoch']:.1f} epochs, {last['step']:.0f} steps, "
+        f"{last['seconds'] / 60:.0f} minutes."
+    )
+    facts = (
+        f"{trained} {parameters / 1e6:.2f} million parameters, "
+        f"{weights.stat().st_size / 1e6:.1f} MB of weights; a plain forward of 64 views takes "
+        f'{seconds:.2f} s in fp32. Measured in fp32 with the template "a photo of a {{}}." on: '
+        f"{describe_machine()}."
+    )
+    return "\n\n".join(
+        (
+            facts,
+            table_of_accuracy(model, tokenizer, data, size),
+            "![Training curve](curve.svg)",
+            "Labels somebody would type, on the first photograph of each kind in "
+            "`photographs.parquet` (cut to a square, 64 pixels). One photograph each is a check "
+            "for nonsense, not a measurement.",
+            table_of_rankings(model, tokenizer, data / "photographs.parquet", size),
+            "Made by `python -m models.training.report --data DIR`.",
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure an exported CLIP and write its card.")
+    parser.add_argument("--data", type=Path, required=True, help="directory of the parquet files")
+    parser.add_argument("--model", type=Path, default=Path("models/embedded"))
+    parser.add_argument("--curve", type=Path, help="curve.jsonl (default: the model's own)")
+    options = parser.parse_args()
+    kept = options.model / "curve.jsonl"
+    if options.curve:
+        shutil.copyfile(options.curve, kept)
+    curve = read_curve(kept)
+    draw_curve(curve, options.model / "curve.svg")
+    model = CLIPModel.from_pretrained(options.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    weights = options.model / "model.safetensors"
+    text = describe(model, tokenizer, options.data, weights, curve[-1])
+    write_between_marks(options.model / "MODEL_CARD.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
