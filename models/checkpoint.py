@@ -67,13 +67,12 @@ def load_checkpoint(
         raise ModelError(f"{name} cannot be loaded as a CLIP: {_first_line(error)}") from error
     if report["missing_keys"] or report["mismatched_keys"]:
         raise ModelError(f"{name} lacks weights that its config names")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
+    tokenizer = _load_tokenizer(directory, name, model.config.text_config.vocab_size)
     preprocessing = _read_preprocessing(directory, name, model.config.vision_config.image_size)
     clip = PromptedCLIP(model.to(device), preprocessing.mean, preprocessing.std)
-    return Checkpoint(name, directory, clip, tokenizer, preprocessing, _hash(files))
+    # Answers carry the name: of a directory here, only the last part is anybody's business.
+    shown = directory.resolve().name if Path(name).is_dir() else name
+    return Checkpoint(shown, directory, clip, tokenizer, preprocessing, _hash(files))
 
 
 def _locate(name: str) -> Path:
@@ -81,7 +80,7 @@ def _locate(name: str) -> Path:
         return EMBEDDED
     if Path(name).is_dir():
         return Path(name)
-    patterns = ["*.json", "*.txt", "model*.safetensors"]
+    patterns = ["*.json", "*.txt", "*.model", "model*.safetensors"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError as error:
@@ -90,6 +89,20 @@ def _locate(name: str) -> Path:
         raise ModelError(f"{name} is no directory here, and no hub or cache holds it") from error
     except (HfHubHTTPError, OSError) as error:
         raise ModelError(f"{name} cannot be fetched: {_first_line(error)}") from error
+
+
+def _load_tokenizer(directory: Path, name: str, vocabulary: int) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True
+        )
+        ids = tokenizer("a photo of a dog")["input_ids"]
+    except Exception as error:  # a tokenizer's own code may raise anything
+        raise ModelError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
+    # Where the files are missing, transformers makes up a tokenizer that knows no words.
+    if len(set(ids)) < 4 or max(ids) >= vocabulary:
+        raise ModelError(f"{name} has no tokenizer that fits its {vocabulary} text embeddings")
+    return tokenizer
 
 
 def _read_preprocessing(directory: Path, name: str, image_size: int) -> Preprocessing:

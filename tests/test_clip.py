@@ -86,6 +86,7 @@ def test_text_is_cut_behind_its_end_without_changing_it(tmp_path: Path) -> None:
         (lambda d: (d / "config.json").write_text('{"model_type": "bert"}'), "bert checkpoint"),
         (lambda d: (d / "model.safetensors").unlink(), "no safetensors weights"),
         (lambda d: (d / "model.safetensors").write_bytes(b"nonsense"), "cannot be loaded"),
+        (lambda d: [f.unlink() for f in d.glob("*token*")], "no tokenizer that fits"),
     ],
 )
 def test_a_wrong_checkpoint_is_one_sentence(tmp_path: Path, spoil: object, message: str) -> None:
