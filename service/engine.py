@@ -169,11 +169,10 @@ class Engine:
 
     def _withdraw(self, id: str) -> None:
         """Forget a request, whose outcome is known or no longer wanted."""
-        request = self._requests.pop(id)
+        del self._requests[id]
         self._scheduler.remove(id)
         if self._fleet.cancel(id):
             self._metrics.truncated.labels("cancelled").inc()
-        request.slot.release()
 
     def _settle(self, id: str, outcome: Answer | ServiceError) -> None:
         request = self._requests.get(id)

@@ -50,8 +50,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
+        mishaps: list[dict[str, Any]] = []
         with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+            runner.get_loop().set_exception_handler(lambda _, mishap: mishaps.append(mishap))
             runner.run(test(*args, **kwargs))
+        assert not mishaps
 
     return run
 
@@ -125,6 +128,7 @@ async def test_an_answer_comes_back_and_is_measured():
         assert house.metric("adaptation_seconds_count", method="tapt", design="vli") == 1
         assert house.metric("label_changed_total") == 1
         assert house.metric("suspected_adversarial_total") == 0
+        assert house.metric("truncated_total", reason="cancelled") is None
         assert house.metric("device_memory_bytes", worker="0") == 7
         assert house.metric("worker_up", worker="0") == 1
 
@@ -236,18 +240,18 @@ async def test_a_client_that_leaves_a_batch_stops_its_work_only():
 @virtual
 async def test_a_full_queue_is_a_429_that_knows_how_long():
     worker = FakeWorker(seconds=lambda batch: 8.0 * len(batch))
-    async with open_house(worker, max_queue_size=2, max_batch_size=1) as house:
-        for i in range(20):  # the mean forgets its first guess
-            await house.ask(str(i))
-        running = house.asking("running")
+    async with open_house(worker, max_queue_size=2, max_batch_size=2) as house:
+        for _ in range(20):  # the mean forgets its first guess
+            await asyncio.gather(house.ask(), house.ask())
+        running = [house.asking(), house.asking()]
         await asyncio.sleep(0.1)
-        waiting = [house.asking(str(i)) for i in range(2)]
+        waiting = [house.asking(), house.asking()]
         await asyncio.sleep(0.1)
         with pytest.raises(QueueFull) as refusal:
             await house.ask()
-        assert 0.8 * 3 * 7.5 <= refusal.value.retry_after <= 1.2 * 3 * 8
+        assert 0.8 * 4 * 7.5 <= refusal.value.retry_after <= 1.2 * 4 * 8
         assert house.metric("rejected_total", reason="queue_full") == 1
-        await asyncio.gather(running, *waiting)
+        await asyncio.gather(*running, *waiting)
 
 
 @virtual
@@ -318,6 +322,7 @@ async def test_a_lost_batch_runs_again_one_by_one_before_the_others():
         await asyncio.gather(*tasks)
         order = [[work.labels[0] for work in batch] for batch in worker.batches]
         assert order == [["0", "1", "2"], ["0"], ["1"], ["2"], ["3"]]
+        assert house.metric("queue_seconds_count") == 4
 
 
 @virtual
@@ -342,16 +347,33 @@ async def test_who_loses_two_workers_is_503_and_takes_nobody_along():
 
 
 @virtual
-async def test_another_worker_takes_over():
-    first, second = by_hand(), FakeWorker()
+async def test_another_worker_takes_over_but_never_a_third():
+    first, second = by_hand(), by_hand()
     async with open_house(first, second) as house:
         first.be_ready()
+        second.be_ready()
         asked = house.asking()
         await asyncio.sleep(0.1)
         first.die()
         assert house.engine.ready
-        await asked
         assert sizes(second) == [1]
+        first.be_ready()
+        second.die()
+        with pytest.raises(NotReady, match="lost"):
+            await asked
+        assert sizes(first) == [1]
+
+
+@virtual
+async def test_an_answer_in_time_outlives_its_worker():
+    worker = by_hand()
+    async with open_house(worker) as house:
+        worker.be_ready()
+        asked = house.asking()
+        await asyncio.sleep(0.1)
+        worker.settle()
+        worker.die(restarting=False)
+        assert isinstance(await asked, Answer)
 
 
 @virtual
@@ -404,12 +426,13 @@ async def test_answers_that_are_late_double_or_missing():
         worker.be_ready()
         answered, forgotten = house.asking("answered"), house.asking("forgotten")
         await asyncio.sleep(0.1)
-        worker.settle(worker.batches[0][0])
-        worker.deliver(Settled(worker.batches[0][0].id, Failure("internal", "A second one.")))
+        for _ in range(2):
+            worker.settle(worker.batches[0][0])
         worker.deliver(Settled("unknown", Failure("internal", "For nobody.")))
         worker.batches.append([])
         worker.finish(text_cache_hits=3, oom_splits=2, error_splits=1)
         assert isinstance(await answered, Answer)
+        assert house.metric("adaptation_steps_count") == 1
         with pytest.raises(InternalError):
             await forgotten
         assert house.metric("text_cache_hits_total") == 3
