@@ -116,7 +116,7 @@ def _objective(metadata: dict[str, str], figures: dict[str, Tensor]) -> tapt.Obj
         )
     return tapt.Objective(
         reference=reference,
-        layers=int(metadata["align_layer_to"]) - int(metadata["align_layer_from"]),
+        layers=int(metadata["align_layer_to"]),
         alignment_weight=float(metadata["align_weight"]),
         gamma=float(metadata["gamma"]),
         entropy=metadata["entropy"] == "True",

@@ -39,11 +39,8 @@ class Preprocessing:
         """Height and width of a picture after the resize."""
         if self.short_side is None:
             return self.size or (height, width)
-        scale = self.short_side / min(height, width)
-        return tuple(  # type: ignore[return-value]
-            self.short_side if side == min(height, width) else int(side * scale + 1e-9)
-            for side in (height, width)
-        )
+        short = min(height, width)
+        return self.short_side * height // short, self.short_side * width // short
 
 
 def make_views(

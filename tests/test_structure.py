@@ -14,7 +14,8 @@ SERVICE_FLOORS = [
     {"routes.docs", "exposure"},
     {"door"},
     {"engine", "plan", "forms"},
-    {"scheduler", "worker", "tally", "images"},
+    {"fleet", "images"},
+    {"scheduler", "worker", "tally"},
     {"process", "runner", "slots", "journal", "keys"},
     {"errors", "logs", "metrics", "schemas", "settings", "work"},
 ]

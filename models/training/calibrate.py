@@ -1,189 +1,289 @@
 """Make a defense bundle for a checkpoint: prompts, the statistics taken with them, a threshold.
 
-python -m models.training.calibrate --data DIR --out BUNDLE [--model embedded] ...
+    tapt-serve calibrate --data DIR --out BUNDLE [--model embedded] ...
+
+Labelled pictures teach prompts. Unlabelled ones take fresh statistics for the prompts of a bundle
+that exists (`--prompts BUNDLE --labels cat,dog,...`). A run that was cut short goes on from
+`BUNDLE.partial` when it is started again with the same settings.
 """
 
 import argparse
+import json
+import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
+import transformers
+from rich.progress import Progress as Bar
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.bundle import DefenseBundle
+from models.bundle import DefenseBundle, load_bundle
 from models.checkpoint import Checkpoint, ModelError, load_checkpoint
 from models.data import DataError, Dataset, open_dataset
 from models.guard import DEFAULT_TEMPLATE, Guard, Picture
-from models.labels import tokenize
+from models.labels import LabelBatch, tokenize
+from models.prompts import DESIGNS, DefensePrompts
 from models.statistics import TokenStatistics, token_moments
-from models.tapt import Objective
-from models.training.prompt_tuning import Tuning, attack, tune_prompts
+from models.training.prompt_tuning import Progress, Tuning, attack, begin, tune
 from models.views import make_views
 
 CHUNK = 64  # pictures at once outside of the tuning
+SAVE_EVERY = 50  # steps
 CPU = torch.device("cpu")
 
 
-def make_bundle(
-    checkpoint: Checkpoint,
-    data: Dataset,
-    tuning: Tuning,
-    images: int,
-    false_positive_rate: float,
-    views: int,
-    progress: Progress,
-    names: list[str] | None = None,
-) -> DefenseBundle:
-    """Learn prompts on a labelled data set and take statistics and threshold with them.
+def gather(
+    checkpoint: Checkpoint, data: Dataset, most: int, shots: int | None, seed: int, bar: Bar
+) -> tuple[Tensor, Tensor]:
+    """View 0 of pictures, uint8 [N, 3, S, S], and their labels [N], -1 where there is none.
 
-    Args:
-        images: how many pictures the statistics and the threshold are taken from.
-        names: class names to use instead of the data set's own.
+    In an order drawn by `seed`; at most `most`, and at most `shots` a class.
 
     Raises:
-        DataError: the data set has no labels.
+        DataError: there is no picture.
     """
-    clip, names = checkpoint.clip, names or data.names
+    pixels, labels, seen = [], [], Counter[int]()
+    task = bar.add_task("reading pictures", total=most)
+    for example in data.examples(most if shots is None else None, seed):
+        if shots is not None and seen[example.label] >= shots:
+            continue
+        seen[example.label] += 1
+        view = make_views(example.pixels, 1, 0, checkpoint.preprocessing, CPU)[0]
+        pixels.append((view * 255).round().byte())
+        labels.append(example.label)
+        bar.advance(task)
+        if len(pixels) == most:
+            break
+    if not pixels:
+        raise DataError("there are no pictures to calibrate with")
+    bar.update(task, total=len(pixels))
+    return torch.stack(pixels), torch.tensor(labels)
+
+
+def learn(
+    checkpoint: Checkpoint,
+    names: list[str],
+    pixels: Tensor,
+    targets: Tensor,
+    tuning: Tuning,
+    partial: Path,
+    bar: Bar,
+) -> DefensePrompts:
+    """Learn prompts, going on from the files in `partial` and leaving them there as it goes."""
+    settings = {**asdict(tuning), "names": names, "checkpoint": checkpoint.sha256}
+    settings["pictures"] = len(pixels)
+    progress = _resume(partial, settings, checkpoint) or begin(checkpoint.clip, tuning)
+    task = bar.add_task("learning prompts", total=tuning.steps, completed=progress.step)
+
+    def report(progress: Progress) -> None:
+        text = f"learning prompts, loss {progress.losses[-1]:.3f}"
+        bar.update(task, completed=progress.step, description=text)
+        if progress.step % SAVE_EVERY == 0:
+            _save(partial, settings, progress)
+
+    labels = _tokenize(checkpoint, names, 0 if tuning.design == "v" else tuning.tokens)
+    prepared = checkpoint.preprocessing
+    return tune(checkpoint.clip, labels, pixels, targets, prepared, tuning, progress, report)
+
+
+def take_statistics(
+    checkpoint: Checkpoint,
+    names: list[str],
+    pixels: Tensor,
+    targets: Tensor,
+    prompts: DefensePrompts,
+    tuning: Tuning,
+    bar: Bar,
+) -> TokenStatistics:
+    """Clean and adversarial token moments with exactly these prompts.
+
+    Pictures without a label are attacked away from what the prompted model says of them.
+    """
+    clip = checkpoint.clip
+    slots = 0 if prompts.text is None else prompts.text.shape[2]
+    text = clip.encode_labels(_tokenize(checkpoint, names, slots), prompts.text)
+    task = bar.add_task("taking statistics", total=2 * len(pixels))
+
+    def batches(attacked: bool) -> Iterator[Tensor]:
+        for start in range(0, len(pixels), CHUNK):
+            batch = (pixels[start : start + CHUNK].float() / 255).to(clip.device)
+            if attacked:
+                goals = targets[start : start + CHUNK].to(clip.device)
+                with torch.no_grad():
+                    seen = clip.encode_images(batch.unsqueeze(0), prompts.vision).features[0]
+                goals = torch.where(goals < 0, (seen @ text.T).argmax(dim=-1), goals)
+                budget = tuning.epsilon, tuning.attack_steps
+                batch = attack(clip, batch, goals, text, prompts, *budget)
+            yield batch
+            bar.advance(task, len(batch))
+
+    clean = token_moments(clip, batches(False), prompts)
+    return TokenStatistics(*clean, *token_moments(clip, batches(True), prompts))
+
+
+def set_threshold(
+    checkpoint: Checkpoint,
+    bundle: DefenseBundle,
+    names: list[str],
+    pixels: Tensor,
+    views: int,
+    rate: float,
+    bar: Bar,
+) -> float:
+    """The suspicion that a share `rate` of these clean pictures passes."""
+    guard = Guard(checkpoint, bundle)
+    task = bar.add_task("setting the threshold", total=len(pixels))
+    doubts: list[float] = []
+    for number, picture in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        asked = Picture(picture, tuple(names), None, "single", number)
+        doubts += [f.doubt for f in guard.classify([asked], "tapt", views, lambda _, r: set(r))]
+        bar.advance(task)
+    return float(torch.tensor(doubts).quantile(1 - rate))
+
+
+def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
+    """The whole way from the command's options to a bundle.
+
+    Raises:
+        ModelError, DataError: checkpoint, bundle or pictures cannot be used.
+    """
+    checkpoint = load_checkpoint(options.model, torch.device(options.device))
+    data = open_dataset(options.data)
+    names = options.labels.split(",") if options.labels else data.names
     if not names:
-        raise DataError("prompts are learned on labelled pictures; these have no labels")
-    slots = 0 if tuning.design == "v" else tuning.tokens
-    texts = [DEFAULT_TEMPLATE.replace("{}", name) for name in names]
-    end = clip.model.config.text_config.eos_token_id
-    labels = tokenize(checkpoint.tokenizer, end, texts, clip.context_length, slots).to(clip.device)
-
-    task = progress.add_task("learning prompts", total=tuning.steps)
-    prompts = tune_prompts(
-        clip,
-        labels,
-        _batches(checkpoint, data, tuning),
-        tuning,
-        lambda step, loss: progress.update(
-            task, completed=step + 1, description=f"learning prompts, loss {loss:.3f}"
-        ),
-    )
-    text = clip.encode_labels(labels, prompts.text)
-    held_out = tuning.seed + 1
-    task = progress.add_task("taking statistics", total=2 * images)
-
-    def pixels(attacked: bool) -> Iterator[Tensor]:
-        for batch, targets in _chunks(checkpoint, data, images, held_out, CHUNK):
-            yield (
-                attack(clip, batch, targets, text, prompts, tuning.epsilon, tuning.attack_steps)
-                if attacked
-                else batch
-            )
-            progress.advance(task, len(batch))
-
-    clean, adversarial = (
-        token_moments(clip, pixels(attacked), prompts) for attacked in (False, True)
-    )
-    shape = prompts.vision if prompts.vision is not None else prompts.text
-    assert shape is not None
+        raise DataError(f"{options.data} has no labels; name some with --labels")
+    tuning = Tuning(**{name: getattr(options, name) for name in asdict(Tuning())})
+    if options.prompts:
+        old = load_bundle(options.prompts, checkpoint.clip, checkpoint.sha256)
+        prompts, template, layers = old.prompts, old.template, old.layers
+        made: dict[str, Any] = {"prompts_from": old.describe()}
+    else:
+        if not data.names:
+            raise DataError(f"{options.data} has no labels to learn from; see --prompts")
+        most = options.shots * len(names)
+        pixels, targets = gather(checkpoint, data, most, options.shots, tuning.seed, bar)
+        partial = options.out.with_name(options.out.name + ".partial")
+        prompts = learn(checkpoint, names, pixels, targets, tuning, partial, bar)
+        template = DEFAULT_TEMPLATE
+        shape = prompts.vision if prompts.vision is not None else prompts.text
+        layers = 0 if shape is None else shape.shape[1]
+        made = {"tuning": asdict(tuning), "shots": options.shots, "pictures": len(pixels)}
+    pixels, targets = gather(checkpoint, data, options.images, None, tuning.seed + 1, bar)
+    statistics = take_statistics(checkpoint, names, pixels, targets, prompts, tuning, bar)
     bundle = DefenseBundle(
         prompts=prompts,
-        statistics=TokenStatistics(*clean, *adversarial),
-        template=DEFAULT_TEMPLATE,
-        layers=shape.shape[1],
+        statistics=statistics,
+        template=template,
+        layers=layers,
         checkpoint_sha256=checkpoint.sha256,
-        provenance={"tuning": asdict(tuning), "classes": len(names), "statistics_images": images},
+        provenance={
+            **made,
+            "data": options.data.name,
+            "classes": len(names),
+            "statistics_pictures": len(pixels),
+            "threshold_views": options.threshold_views,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     )
-    task = progress.add_task("setting the threshold", total=images)
-    doubts: list[float] = []
-    guard = Guard(checkpoint, bundle, Objective())
-    for example in data.examples(images, held_out):
-        picture = Picture(example.pixels, tuple(names), None, "single", len(doubts))
-        doubts += [f.doubt for f in guard.classify([picture], "tapt", views, _leave_at_once)]
-        progress.advance(task)
-    threshold = float(torch.tensor(doubts).quantile(1 - false_positive_rate))
-    return DefenseBundle(
-        prompts=prompts,
-        statistics=bundle.statistics,
-        template=bundle.template,
-        layers=bundle.layers,
-        checkpoint_sha256=bundle.checkpoint_sha256,
-        suspicion=threshold,
-        false_positive_rate=false_positive_rate,
-        provenance={**bundle.provenance, "threshold_views": views},
+    rate = options.false_positive_rate
+    threshold = set_threshold(checkpoint, bundle, names, pixels, options.threshold_views, rate, bar)
+    return replace(bundle, suspicion=threshold, false_positive_rate=rate)
+
+
+def _tokenize(checkpoint: Checkpoint, names: list[str], slots: int) -> LabelBatch:
+    clip = checkpoint.clip
+    texts = [DEFAULT_TEMPLATE.replace("{}", name) for name in names]
+    end = clip.model.config.text_config.eos_token_id
+    return tokenize(checkpoint.tokenizer, end, texts, clip.context_length, slots).to(clip.device)
+
+
+def _save(partial: Path, settings: dict[str, Any], progress: Progress) -> None:
+    """Tensors first, then the file that says how far they are: one without the other is no
+    progress."""
+    partial.mkdir(parents=True, exist_ok=True)
+    tensors = {f"prompts.{k}": v for k, v in progress.prompts.tensors.items()}
+    for name, (first, second) in progress.moments.items():
+        tensors |= {f"first.{name}": first, f"second.{name}": second}
+    meta = {"settings": settings, "step": progress.step, "losses": progress.losses}
+    scratch = partial / f"{progress.step}.tmp"
+    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, scratch)
+    scratch.replace(partial / f"{progress.step}.safetensors")
+    scratch.write_text(json.dumps(meta))
+    scratch.replace(partial / "progress.json")
+    for old in partial.glob("*.safetensors"):
+        if old.stem != str(progress.step):
+            old.unlink()
+
+
+def _resume(partial: Path, settings: dict[str, Any], checkpoint: Checkpoint) -> Progress | None:
+    """The progress of an earlier run with these very settings, if there is one."""
+    try:
+        meta = json.loads((partial / "progress.json").read_text())
+        if meta["settings"] != settings:
+            return None
+        tensors = load_file(partial / f"{meta['step']}.safetensors")
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return None
+    groups: dict[str, dict[str, Tensor]] = {"prompts": {}, "first": {}, "second": {}}
+    for name, value in tensors.items():
+        group, _, key = name.partition(".")
+        groups[group][key] = value.clone().to(checkpoint.clip.device)
+    moments = {name: (groups["first"][name], groups["second"][name]) for name in groups["first"]}
+    prompts = DefensePrompts(settings["design"], groups["prompts"])
+    return Progress(prompts, moments, meta["step"], meta["losses"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tapt-serve calibrate",
+        description="Make a defense bundle for a checkpoint from pictures.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.add_argument("--model", default="embedded", help="embedded, a directory, or a hub id")
+    parser.add_argument("--data", type=Path, required=True, help="folder or parquet of pictures")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the new bundle")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--shots", type=int, default=16, help="pictures a class to learn from")
+    parser.add_argument("--images", type=int, default=1000, help="for statistics and threshold")
+    parser.add_argument("--labels", default="", help="class names instead of the data's own")
+    parser.add_argument("--prompts", type=Path, help="take this bundle's prompts, learn none")
+    parser.add_argument("--threshold-views", type=int, default=16, help="views a picture")
+    parser.add_argument("--false-positive-rate", type=float, default=0.05, help="of the threshold")
+    tuning = parser.add_argument_group("learning")
+    for name, value in asdict(Tuning()).items():
+        kind = _number if isinstance(value, float) else type(value)
+        choices = sorted(DESIGNS.keys() - {"text"}) if name == "design" else None
+        tuning.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, default=value, choices=choices, help=" "
+        )
+    return parser
 
 
-def _leave_at_once(_: int, rows: list[int]) -> set[int]:
-    return set(rows)
-
-
-def _chunks(
-    checkpoint: Checkpoint, data: Dataset, limit: int | None, seed: int, size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """View 0 of pictures [size, 3, S, S] in [0, 1] and their targets [size]."""
-    held: list[tuple[Tensor, int]] = []
-    device = checkpoint.clip.device
-    for example in data.examples(limit, seed):
-        view = make_views(example.pixels, 1, 0, checkpoint.preprocessing, CPU)[0]
-        held.append((view, example.label))
-        if len(held) == size:
-            yield _collate(held, device)
-            held = []
-    if held:
-        yield _collate(held, device)
-
-
-def _collate(held: list[tuple[Tensor, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    pixels = torch.stack([view for view, _ in held])
-    return pixels.to(device), torch.tensor([label for _, label in held], device=device)
-
-
-def _batches(
-    checkpoint: Checkpoint, data: Dataset, tuning: Tuning
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches for ever, mirrored at random."""
-    source = torch.Generator().manual_seed(tuning.seed)
-    epoch = 0
-    while True:
-        for pixels, targets in _chunks(checkpoint, data, None, tuning.seed + epoch, tuning.batch):
-            flips = torch.rand(len(pixels), generator=source) < 0.5
-            flips = flips.to(pixels.device).view(-1, 1, 1, 1)
-            yield torch.where(flips, pixels.flip(-1), pixels), targets
-        epoch += 1
+def _number(text: str) -> float:
+    """A number, or a fraction such as 2/255."""
+    return float(Fraction(text))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m models.training.calibrate", description=(__doc__ or "").splitlines()[0]
-    )
-    defaults = Tuning()
-    parser.add_argument("--model", default="embedded", help="embedded, a directory, or a hub id")
-    parser.add_argument("--data", type=Path, required=True, help="labelled folder or parquet")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the new bundle")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--images", type=int, default=1000, help="for statistics and threshold")
-    parser.add_argument("--views", type=int, default=16, help="for the threshold")
-    parser.add_argument("--false-positive-rate", type=float, default=0.05)
-    for name, value in asdict(defaults).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    options: dict[str, Any] = vars(parser.parse_args(argv))
+    options = _parser().parse_args(argv)
     try:
-        checkpoint = load_checkpoint(options["model"], torch.device(options["device"]))
-        data = open_dataset(options["data"])
-        tuning = Tuning(**{name: options[name] for name in asdict(defaults)})
-        with Progress() as progress:
-            bundle = make_bundle(
-                checkpoint,
-                data,
-                tuning,
-                min(options["images"], len(data)),
-                options["false_positive_rate"],
-                options["views"],
-                progress,
-            )
-    except (ModelError, DataError) as error:
+        with Bar() as bar:
+            bundle = calibrate(options, bar)
+    except (ModelError, DataError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    bundle.save(options["out"])
-    print(f"wrote {options['out']}: prompts {bundle.prompts_sha256[:12]}")
+    bundle.save(options.out)
+    shutil.rmtree(options.out.with_name(options.out.name + ".partial"), ignore_errors=True)
+    print(f"{options.out}: {bundle.prompts.design} prompts {bundle.prompts_sha256[:12]}")
     return 0
 
 

@@ -1,29 +1,37 @@
 """Learning defensive prompts beforehand by adversarial prompt tuning.
 
 The checkpoint stays frozen; shared prompts learn to classify pictures that are attacked, at each
-step, through those very prompts (TAPT section 3.3, after Li et al., CVPR 2024). Half of every
-batch stays clean, so that the prompts keep what the model knew.
+step, through those very prompts (TAPT, arXiv 2411.13136, section 3.3). A share of every batch
+stays clean, so that the prompts keep what the model knew.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import adamw
 from models.attacks.pgd import pgd
 from models.clip import PromptedCLIP
 from models.labels import LabelBatch
 from models.prompts import DefensePrompts
+from models.views import Preprocessing, make_views
 
 SPREAD = 0.02  # standard deviation of fresh prompts, as CLIP's own embeddings have
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How prompts are learned; `epsilon` in [0, 1] pixels, `depth` and `tokens` a tower."""
+    """How prompts are learned.
+
+    `epsilon` is in [0, 1] pixels; `depth` and `tokens` count a tower's prompted layers and its
+    prompts a layer; `views` 1 takes the loss through the single view, as published, and more
+    through the mean prediction over that many, which is what serving reads.
+    """
 
     design: str = "vli"
     depth: int = 9
@@ -36,27 +44,40 @@ class Tuning:
     epsilon: float = 1 / 255
     attack_steps: int = 2
     clean_share: float = 0.5
+    views: int = 1
     seed: int = 0
 
 
-def fresh_prompts(clip: PromptedCLIP, tuning: Tuning) -> DefensePrompts:
-    """Random prompts [1, ...] for a checkpoint; depth is cut to the layers a tower has."""
+@dataclass(slots=True)
+class Progress:
+    """How far the tuning is: all that it needs to go on, `step` counting the steps done."""
+
+    prompts: DefensePrompts
+    moments: adamw.Moments
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+
+
+def begin(clip: PromptedCLIP, tuning: Tuning) -> Progress:
+    """Fresh random prompts for a checkpoint; the depth is cut to the layers that a tower has."""
     source = torch.Generator().manual_seed(tuning.seed)
 
     def draw(*shape: int) -> Tensor:
         return (torch.randn(1, *shape, generator=source) * SPREAD).to(clip.device)
 
-    depth = min(tuning.depth, clip.vision_layers, clip.text_layers)
-    text = {"text": draw(depth, tuning.tokens, clip.text_width)}
+    both = min(tuning.depth, clip.vision_layers, clip.text_layers)
+    deep = both if tuning.design == "vlj" else min(tuning.depth, clip.vision_layers)
+    tensors: dict[str, Tensor] = {}
+    if tuning.design in ("v", "vli"):
+        tensors["vision"] = draw(deep, tuning.tokens, clip.vision_width)
+    if tuning.design in ("vli", "vlj"):
+        tensors["text"] = draw(both, tuning.tokens, clip.text_width)
     if tuning.design == "vlj":
         scale = clip.text_width**-0.5 / SPREAD
-        weight = draw(depth, clip.vision_width, clip.text_width) * scale
-        bias = torch.zeros(1, depth, clip.vision_width, device=clip.device)
-        return DefensePrompts("vlj", text | {"projection.weight": weight, "projection.bias": bias})
-    vision = {
-        "vision": draw(min(tuning.depth, clip.vision_layers), tuning.tokens, clip.vision_width)
-    }
-    return DefensePrompts(tuning.design, vision if tuning.design == "v" else vision | text)
+        tensors["projection.weight"] = draw(deep, clip.vision_width, clip.text_width) * scale
+        tensors["projection.bias"] = torch.zeros(1, deep, clip.vision_width, device=clip.device)
+    prompts = DefensePrompts(tuning.design, tensors)
+    return Progress(prompts, adamw.begin(tensors))
 
 
 def attack(
@@ -69,75 +90,128 @@ def attack(
     steps: int,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """PGD on a prompted CLIP's single view: pixels [N, 3, S, S] away from their targets [N].
+    """PGD on a prompted CLIP's single view, away from the targets, quantized to uint8 values.
 
     Args:
+        pixels: [N, 3, S, S] in [0, 1]; `targets` [N] are indices into the classes.
         text: features [C, D] of the classes at those prompts.
     """
     visual = None if prompts is None else prompts.vision
 
     def loss(attacked: Tensor) -> Tensor:
-        return F.cross_entropy(_logits(clip, attacked, text, visual), targets, reduction="sum")
+        logits = _logits(clip, attacked.unsqueeze(1), text, visual)[:, 0]
+        return F.cross_entropy(logits, targets, reduction="sum")
 
-    return pgd(pixels, loss, epsilon, steps, 2 * epsilon / max(2, steps), generator)
+    attacked = pgd(pixels, loss, epsilon, steps, 2 * epsilon / max(2, steps), generator)
+    return (attacked * 255).round() / 255
 
 
-def tune_prompts(
+def tune(
     clip: PromptedCLIP,
     labels: LabelBatch,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    pixels: Tensor,
+    targets: Tensor,
+    preprocessing: Preprocessing,
     tuning: Tuning,
-    report: Callable[[int, float], None] = lambda step, loss: None,
+    progress: Progress,
+    report: Callable[[Progress], None],
 ) -> DefensePrompts:
-    """Learn prompts on (pixels [N, 3, S, S] in [0, 1], targets [N]) batches, one a step.
+    """Go on from `progress` to the last step and return the learned prompts.
+
+    What a step draws depends on its number and the seed alone, so that a run that was cut short
+    ends where one in a single piece does.
 
     Args:
         labels: the classes, with the slots that the design's text prompts take.
-        report: told the step and its loss.
+        pixels: view 0 of the pictures, uint8 [N, 3, S, S]; `targets` [N] their classes.
+        report: told after every step.
     """
-    prompts = fresh_prompts(clip, tuning)
-    leaves = {name: value.requires_grad_() for name, value in prompts.tensors.items()}
-    optimizer = torch.optim.AdamW(leaves.values(), tuning.rate, weight_decay=tuning.weight_decay)
-    source = torch.Generator().manual_seed(tuning.seed)
-    for step in range(tuning.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = tuning.rate * _schedule(step, tuning)
-        pixels, targets = next(batches)
-        frozen = prompts.map({name: value.detach() for name, value in leaves.items()})
-        text = clip.encode_labels(labels, frozen.text)
-        attacked = int(len(pixels) * (1 - tuning.clean_share))
-        pixels = pixels.clone()
-        pixels[:attacked] = attack(
+    while progress.step < tuning.steps:
+        source = torch.Generator().manual_seed(tuning.seed * 1_000_003 + progress.step)
+        picked = torch.randint(len(pixels), (tuning.batch,), generator=source)
+        batch = pixels[picked].float() / 255
+        mirrored = torch.rand(tuning.batch, 1, 1, 1, generator=source) < 0.5
+        batch = torch.where(mirrored, batch.flip(-1), batch).to(clip.device)
+        goals = targets[picked].to(clip.device)
+        prompts = progress.prompts
+        text = clip.encode_labels(labels, prompts.text)
+        hurt = int(tuning.batch * (1 - tuning.clean_share))
+        batch[:hurt] = attack(
             clip,
-            pixels[:attacked],
-            targets[:attacked],
+            batch[:hurt],
+            goals[:hurt],
             text,
-            frozen,
+            prompts,
             tuning.epsilon,
             tuning.attack_steps,
             source,
         )
-        text.requires_grad_()
-        loss = F.cross_entropy(_logits(clip, pixels, text, prompts.vision), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        if frozen.text is not None and text.grad is not None:
-            through_text = clip.text_gradient(labels, frozen.text, text.grad)
-            held = leaves["text"].grad
-            leaves["text"].grad = through_text if held is None else held + through_text
-        optimizer.step()
-        report(step, loss.item())
-    return prompts.map({name: value.detach() for name, value in leaves.items()})
+        views = _spread(batch, tuning.views, preprocessing, source)
+        loss, found = _gradients(clip, views, goals, labels, text, prompts)
+        progress.step += 1
+        moved, progress.moments = adamw.advance(
+            prompts.tensors,
+            found,
+            progress.moments,
+            progress.step,
+            tuning.rate * _schedule(progress.step, tuning),
+            tuning.weight_decay,
+        )
+        progress.prompts = prompts.map(moved)
+        progress.losses.append(loss)
+        report(progress)
+    return progress.prompts
 
 
-def _logits(clip: PromptedCLIP, pixels: Tensor, text: Tensor, visual: Tensor | None) -> Tensor:
-    """Logits [N, C]: all pictures share the prompts, so they are the views of one request."""
-    return clip.logit_scale * clip.encode_images(pixels.unsqueeze(0), visual).features[0] @ text.T
+def _spread(
+    batch: Tensor, views: int, preprocessing: Preprocessing, source: torch.Generator
+) -> Tensor:
+    """Views [N, views, 3, S, S] of pictures [N, 3, S, S], view 0 the picture itself."""
+    if views == 1:
+        return batch.unsqueeze(1)
+    pictures = (batch * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    seeds = torch.randint(2**31, (len(batch),), generator=source).tolist()
+    cut = [
+        make_views(picture, views, seed, preprocessing, batch.device)
+        for picture, seed in zip(pictures, seeds, strict=True)
+    ]
+    return torch.stack(cut)
+
+
+def _gradients(
+    clip: PromptedCLIP,
+    views: Tensor,
+    goals: Tensor,
+    labels: LabelBatch,
+    text: Tensor,
+    prompts: DefensePrompts,
+) -> tuple[float, dict[str, Tensor]]:
+    """The cross-entropy of the mean prediction over views, and its gradients by prompt name."""
+    leaves = prompts.map({k: v.detach().requires_grad_() for k, v in prompts.tensors.items()})
+    text = text.detach().requires_grad_()
+    log_p = _logits(clip, views, text, leaves.vision).log_softmax(dim=-1)
+    loss = F.nll_loss(log_p.logsumexp(dim=1) - math.log(views.shape[1]), goals)
+    names, values = [*leaves.tensors, "features"], [*leaves.tensors.values(), text]
+    gradients = torch.autograd.grad(loss, values, allow_unused=True)
+    found = {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
+    pull = found.pop("features")
+    if prompts.text is not None:
+        through_text = clip.text_gradient(labels, prompts.text, pull)
+        found["text"] = found["text"] + through_text if "text" in found else through_text
+    return loss.item(), found
+
+
+def _logits(clip: PromptedCLIP, views: Tensor, text: Tensor, visual: Tensor | None) -> Tensor:
+    """Logits [N, m, C] of views [N, m, 3, S, S]: all share the prompts, so they are the views of
+    one request."""
+    flat = clip.encode_images(views.flatten(0, 1).unsqueeze(0), visual).features[0]
+    logits: Tensor = (clip.logit_scale * flat @ text.T).unflatten(0, views.shape[:2])
+    return logits
 
 
 def _schedule(step: int, tuning: Tuning) -> float:
-    """Linear warm-up, then half a cosine to 0."""
-    if step < tuning.warm_up:
-        return (step + 1) / tuning.warm_up
+    """Linear warm-up, then half a cosine to 0; `step` counts from 1."""
+    if step <= tuning.warm_up:
+        return step / tuning.warm_up
     done = (step - tuning.warm_up) / max(1, tuning.steps - tuning.warm_up)
     return 0.5 * (1 + math.cos(math.pi * done))
