@@ -56,7 +56,7 @@ def make_views(
         image: RGB [height, width, 3] of any size.
         seed: draws the crops on the host, so that device and batch do not change them.
     """
-    pixels = torch.from_numpy(image).to(device).permute(2, 0, 1).float()
+    pixels = torch.tensor(image, device=device).permute(2, 0, 1).float()
     first = [weights.unsqueeze(0) for weights in _whole(pixels, preprocessing)]
     if views == 1:
         return _resample(pixels, *first)

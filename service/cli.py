@@ -1,4 +1,4 @@
-"""`tapt-serve serve | classify | info`: one flag a knob, and every mistake as one sentence."""
+"""`tapt-serve serve | classify | info | calibrate`: one flag a knob, every mistake one sentence."""
 
 import argparse
 import sys
@@ -21,6 +21,11 @@ class Mistake(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["calibrate"]:  # no knob of the service; it brings its own flags
+        from models.training.calibrate import main as calibrate
+
+        return calibrate(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
         settings = _settings(options)
@@ -165,6 +170,8 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s [--json] [--url URL] [--KNOB VALUE ...]",
     )
     info.set_defaults(command=_info)
+
+    commands.add_parser("calibrate", help="make a defense bundle for a checkpoint from pictures")
 
     for command in (classify, info):
         command.add_argument("--json", action="store_true", help="print JSON")
