@@ -266,7 +266,13 @@ def _find_bundle(settings: Settings, checkpoint: Checkpoint) -> DefenseBundle | 
         )
         return None
     directory = Path(settings.bundle) if settings.bundle else beside
-    return load_bundle(directory, checkpoint.clip, checkpoint.sha256)
+    bundle = load_bundle(directory, checkpoint.clip, checkpoint.sha256)
+    if bundle.prompts.design != settings.design:
+        raise ModelError(
+            f"the bundle {directory} is of design {bundle.prompts.design}, "
+            f"the settings ask for {settings.design}"
+        )
+    return bundle
 
 
 def _device(name: str, index: int) -> torch.device:

@@ -161,6 +161,11 @@ def test_a_bundle_of_another_checkpoint_is_refused(directory: Path, tmp_path: Pa
         Runner(Settings(model=str(other), bundle=str(directory / "bundle"), device="cpu"), 0)
 
 
+def test_a_bundle_of_another_design_is_refused(directory: Path) -> None:
+    with pytest.raises(ModelError, match=r"of design vli, the settings ask for vlj"):
+        Runner(Settings(model=str(directory), design="vlj", device="cpu"), 0)
+
+
 @pytest.mark.parametrize("device", ["cuda:7", "toaster", "meta"])
 def test_a_device_that_is_not_there_is_one_sentence(directory: Path, device: str) -> None:
     with pytest.raises(ModelError, match=device):
