@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from skimage import data
 
 from service.app import create_app
 from service.settings import Settings
+
+# For torch, here and in the processes that tests start: tiny models run faster on one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class Server:
