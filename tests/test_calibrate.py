@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.attacks.pgd import pgd
+from models.attacks.pgd import ascend
 from models.bundle import DefenseBundle, load_bundle
 from models.checkpoint import Checkpoint
 from models.training import calibrate
@@ -135,14 +135,14 @@ def test_unlabelled_pictures_cannot_teach(
     assert "no labels to learn from" in capsys.readouterr().err
 
 
-def test_pgd_stays_in_its_ball_and_raises_the_loss() -> None:
+def test_the_inner_loop_stays_in_its_ball_and_raises_the_loss() -> None:
     pixels = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     weights = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(1))
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         return (x * weights).sum()
 
-    attacked = pgd(pixels, loss, 0.03, 10, 0.01, torch.Generator().manual_seed(2))
+    attacked = ascend(pixels, loss, 0.03, 10, 0.01, torch.Generator().manual_seed(2))
     assert (attacked - pixels).abs().max() <= 0.03 + 1e-6
     assert attacked.min() >= 0
     assert attacked.max() <= 1

@@ -1,1 +1,14 @@
-"""Adversarial perturbations within an L-infinity ball."""
+"""Adversarial perturbations within an L-infinity ball, every attack by its name."""
+
+from models.attacks.apgd import apgd
+from models.attacks.attack import Attack
+from models.attacks.autoattack import autoattack
+from models.attacks.pgd import pgd
+from models.attacks.square import square
+
+ATTACKS: dict[str, Attack] = {
+    "pgd": pgd,
+    "apgd": apgd,
+    "square": square,
+    "autoattack": autoattack,
+}

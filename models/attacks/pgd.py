@@ -1,12 +1,37 @@
 """Projected gradient descent (Madry et al., ICLR 2018), untargeted, L-infinity."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from models.attacks.attack import Budget, Model, cross_entropy, draw_start, pick, slope, strongest
+
+REACH = 2.5  # epsilons that all steps together could go, as published
+
 
 def pgd(
+    model: Model, pixels: Tensor, labels: Tensor, budget: Budget, seeds: Sequence[int]
+) -> Tensor:
+    """Sign steps up the cross-entropy from a random start; see `Attack`."""
+    size = REACH * budget.epsilon / max(1, budget.steps)
+    low, high = (pixels - budget.epsilon).clamp(min=0), (pixels + budget.epsilon).clamp(max=1)
+
+    def runs() -> Iterator[Tensor]:
+        for run in range(budget.restarts):
+            here = draw_start(pixels, budget.epsilon, seeds, run)
+            best, most = here, torch.full((len(pixels),), -torch.inf, device=pixels.device)
+            for _ in range(budget.steps):
+                at = slope(model, here, labels, cross_entropy, budget.draws)
+                best, most = pick(at.score > most, here, best), torch.maximum(at.score, most)
+                here = (here + size * at.gradient.sign()).clamp(low, high)
+            yield best
+            yield here  # the last step's, which no slope has looked at yet
+
+    return strongest(model, pixels, labels, budget, runs())
+
+
+def ascend(
     pixels: Tensor,
     loss: Callable[[Tensor], Tensor],
     epsilon: float,
@@ -14,7 +39,8 @@ def pgd(
     step_size: float,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Pixels [N, 3, S, S] in [0, 1], at most `epsilon` away, that raise the loss.
+    """Pixels [N, 3, S, S] in [0, 1], at most `epsilon` away, that raise the loss: PGD's bare
+    loop, for training, where the last step is as good as the best.
 
     Args:
         pixels: clean images in [0, 1]; `epsilon` and `step_size` are in the same scale.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import adamw
-from models.attacks.pgd import pgd
+from models.attacks.pgd import ascend
 from models.clip import PromptedCLIP
 from models.labels import LabelBatch
 from models.prompts import DefensePrompts
@@ -102,7 +102,7 @@ def attack(
         logits = _logits(clip, attacked.unsqueeze(1), text, visual)[:, 0]
         return F.cross_entropy(logits, targets, reduction="sum")
 
-    attacked = pgd(pixels, loss, epsilon, steps, 2 * epsilon / max(2, steps), generator)
+    attacked = ascend(pixels, loss, epsilon, steps, 2 * epsilon / max(2, steps), generator)
     return (attacked * 255).round() / 255
 
 

@@ -1,0 +1,157 @@
+"""What every attack is made of: one signature, a budget, losses, slopes, and the strongest result.
+
+All are untargeted and bound in the L-infinity norm. A model is any function from pixels
+[N, 3, S, S] in [0, 1] to logits [N, C] or anything a softmax reads the same, such as log
+probabilities. It may be random: a budget's `draws` average its gradient over calls (expectation
+over transformation, Athalye et al., ICML 2018). Where it has no useful gradient, `approximate`
+lends it another's (BPDA, same paper).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LEVELS = 255  # of a channel in an 8-bit picture
+
+Model = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What an attacker may spend.
+
+    `epsilon` is in [0, 1] pixels; `steps` are those of a gradient attack's run and `queries` the
+    forward passes of a score-based one; `restarts` count runs; `draws` are the calls of a random
+    model that one gradient or score is averaged over; `targets` the classes that a targeted loss
+    is aimed at.
+    """
+
+    epsilon: float
+    steps: int = 20
+    restarts: int = 1
+    draws: int = 1
+    targets: int = 3
+    queries: int = 500
+
+
+Attack = Callable[[Model, Tensor, Tensor, Budget, Sequence[int]], Tensor]
+"""(model, pixels, labels, budget, seeds) -> attacked pixels [N, 3, S, S].
+
+`pixels` are multiples of 1/255; so is what comes back, at most `epsilon` away and in [0, 1].
+`labels` [N] are the true classes; `seeds` draw what is random in the attack, one an image, so
+that a result does not depend on its company.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Slope:
+    """Where an attack stands: per image, the loss and whether the model is wrong [N], and the
+    loss's gradient [N, 3, S, S]."""
+
+    loss: Tensor
+    wrong: Tensor
+    gradient: Tensor
+
+    @property
+    def score(self) -> Tensor:
+        """[N]: orders results of an attack; a wrong answer is above every right one."""
+        return self.loss.nan_to_num() + self.wrong * 1e6
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """[N]"""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """[N]: the best other logit less the true one, positive where the model is wrong."""
+    true = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(true, -torch.inf).amax(dim=1) - logits[true]
+
+
+def slope(model: Model, pixels: Tensor, labels: Tensor, loss: Loss, draws: int) -> Slope:
+    """Loss and gradient at some pixels, averaged over `draws` calls of the model."""
+    leaf = pixels.detach().requires_grad_()
+    total, gradient = torch.zeros(len(leaf), device=leaf.device), torch.zeros_like(leaf)
+    seen: list[Tensor] = []
+    for _ in range(draws):
+        logits = model(leaf)
+        losses = loss(logits, labels)
+        gradient += torch.autograd.grad(losses.sum(), leaf)[0] / draws
+        total += losses.detach() / draws
+        seen.append(logits.detach().softmax(dim=1))
+    return Slope(total, torch.stack(seen).mean(dim=0).argmax(dim=1) != labels, gradient)
+
+
+@torch.no_grad()
+def look(model: Model, pixels: Tensor, labels: Tensor, loss: Loss, draws: int) -> Slope:
+    """As `slope`, without the gradient, which is zero."""
+    logits = [model(pixels) for _ in range(draws)]
+    losses = torch.stack([loss(each, labels) for each in logits]).mean(dim=0)
+    mean = torch.stack([each.softmax(dim=1) for each in logits]).mean(dim=0)
+    return Slope(losses, mean.argmax(dim=1) != labels, torch.zeros_like(pixels))
+
+
+def strongest(
+    model: Model, pixels: Tensor, labels: Tensor, budget: Budget, candidates: Iterable[Tensor]
+) -> Tensor:
+    """Of some attacked pixels the ones that hurt most once they are 8-bit pictures."""
+    best, most = pixels, torch.full((len(pixels),), -torch.inf, device=pixels.device)
+    for candidate in candidates:
+        attacked = quantize(candidate, pixels, budget.epsilon)
+        score = look(model, attacked, labels, cross_entropy, budget.draws).score
+        best = pick(score > most, attacked, best)
+        most = torch.maximum(score, most)
+    return best
+
+
+def quantize(attacked: Tensor, pixels: Tensor, epsilon: float) -> Tensor:
+    """Attacked pixels as multiples of 1/255, still within the ball around 8-bit `pixels`.
+
+    Raises:
+        ValueError: the ball holds no other 8-bit picture.
+    """
+    reach = int(epsilon * LEVELS + 1e-4)
+    if reach < 1:
+        raise ValueError(f"an epsilon of {epsilon:g} is below 1/255, one level of a picture")
+    origin = (pixels * LEVELS).round()
+    moved = (attacked * LEVELS).round() - origin
+    return (origin + moved.clamp(-reach, reach)).clamp(0, LEVELS) / LEVELS
+
+
+def draw_start(pixels: Tensor, epsilon: float, seeds: Sequence[int], run: int) -> Tensor:
+    """Uniform in the ball around pixels; an image's noise hangs on its seed and the run."""
+    noise = []
+    for seed in seeds:
+        source = torch.Generator().manual_seed((seed * 1_000_003 + run) % 2**63)
+        noise.append(torch.rand(pixels.shape[1:], generator=source))
+    shift = (2 * torch.stack(noise).to(pixels.device) - 1) * epsilon
+    return (pixels + shift).clamp(0, 1)
+
+
+def pick(choice: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Per image, `first` where `choice` [N] is true, else `second`."""
+    return torch.where(choice.view(-1, *[1] * (first.dim() - 1)), first, second)
+
+
+def approximate(value: Tensor, stand_in: Tensor) -> Tensor:
+    """`value`, with the gradient of `stand_in`: the backward approximation of BPDA."""
+    passed: Tensor = _PassThrough.apply(value, stand_in)  # type: ignore[no-untyped-call]
+    return passed
+
+
+class _PassThrough(torch.autograd.Function):
+    """Exact in the forward direction, which `stand_in + (value - stand_in).detach()` is not."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor, stand_in: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Any) -> Any:
+        return None, gradients[0]

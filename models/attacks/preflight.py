@@ -1,0 +1,52 @@
+"""Checks before figures are believed: what makes an attack look weak without a model being strong.
+
+A defense that hides its gradients is not robust; each sentence names what was seen and what to do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from models.attacks.attack import Budget, Model, cross_entropy, look, slope
+from models.attacks.pgd import pgd
+from models.attacks.square import square
+
+LARGE = 0.5  # an epsilon that leaves nothing of a picture
+
+
+def preflight(
+    model: Model, pixels: Tensor, labels: Tensor, budget: Budget, seeds: Sequence[int]
+) -> list[str]:
+    """Warnings on attacking a model at some pixels [N, 3, S, S], one sentence each.
+
+    A handful of pictures is enough for the grossest faults; many are needed to see partial ones.
+    """
+    at = slope(model, pixels, labels, cross_entropy, budget.draws)
+    with torch.no_grad():
+        random = not torch.equal(model(pixels), model(pixels))
+    warnings = []
+    if random and budget.draws == 1:
+        warnings.append("The model is random: average gradients over draws with --eot.")
+    if flat := int((at.gradient.flatten(1).abs().amax(dim=1) == 0).sum()):
+        warnings.append(f"The gradient is zero on {flat} of {len(pixels)} pictures: it is masked.")
+
+    def standing(attacked: Tensor) -> Tensor:
+        return ~look(model, attacked, labels, cross_entropy, budget.draws).wrong
+
+    right = standing(pixels)
+    by_pgd = right & standing(pgd(model, pixels, labels, budget, seeds))
+    by_square = right & standing(square(model, pixels, labels, budget, seeds))
+    if beaten := int((by_pgd & ~by_square).sum()):
+        warnings.append(
+            f"Square breaks {beaten} of the {int(by_pgd.sum())} pictures that PGD leaves right: "
+            "gradients are masked, a figure from gradient attacks alone would flatter."
+        )
+    large = pgd(model, pixels, labels, replace(budget, epsilon=LARGE), seeds)
+    if left := int((right & standing(large)).sum()):
+        warnings.append(
+            f"PGD at an epsilon of {LARGE:g} leaves {left} of {len(pixels)} pictures right: "
+            "the attack does not work on this model, or needs more steps."
+        )
+    return warnings

@@ -1,0 +1,66 @@
+"""The Square attack (Andriushchenko et al., ECCV 2020): random search by scores, no gradient.
+
+What a defense hides from gradients it does not hide from this; where it beats a gradient attack,
+the gradients are masked.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.attacks.attack import Budget, Model, look, margin, pick, strongest
+
+SHARE = 0.8  # of the picture that the first square covers
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000, as published
+
+
+def square(
+    model: Model, pixels: Tensor, labels: Tensor, budget: Budget, seeds: Sequence[int]
+) -> Tensor:
+    """Squares of one color at the edge of the ball, kept where they raise the margin; see
+    `Attack`. It goes on after the model is wrong, because another model may not be."""
+
+    def runs() -> Iterator[Tensor]:
+        for run in range(budget.restarts):
+            sources = [np.random.default_rng([seed, run]) for seed in seeds]
+            yield search(model, pixels, labels, budget, sources)
+
+    return strongest(model, pixels, labels, budget, runs())
+
+
+def search(
+    model: Model,
+    pixels: Tensor,
+    labels: Tensor,
+    budget: Budget,
+    sources: Sequence[np.random.Generator],
+) -> Tensor:
+    """One run: vertical stripes first, then ever smaller squares."""
+    size = pixels.shape[-1]
+
+    def signs(*shape: int) -> Tensor:
+        drawn = [source.choice([-1.0, 1.0], shape) for source in sources]
+        return torch.from_numpy(np.stack(drawn)).to(pixels)
+
+    best = (pixels + budget.epsilon * signs(3, 1, size)).clamp(0, 1)
+    most = look(model, best, labels, margin, budget.draws).loss
+    for query in range(1, budget.queries):
+        side = side_of(query, budget.queries, size)
+        colors = signs(3, 1, 1)
+        inside = torch.zeros_like(pixels, dtype=torch.bool)
+        for row, source in enumerate(sources):
+            top, left = source.integers(0, size - side + 1, 2)
+            inside[row, :, top : top + side, left : left + side] = True
+        tried = torch.where(inside, (pixels + budget.epsilon * colors).clamp(0, 1), best)
+        found = look(model, tried, labels, margin, budget.draws).loss
+        best, most = pick(found > most, tried, best), torch.maximum(found, most)
+    return best
+
+
+def side_of(query: int, queries: int, size: int) -> int:
+    """The side in pixels of the square that a query changes."""
+    passed = sum(query / queries * 10_000 > mark for mark in HALVINGS)
+    return min(size, max(1, round(math.sqrt(SHARE / 2**passed) * size)))
