@@ -40,7 +40,7 @@ parity: setup
 
 # Train the embedded model: make embedded DATA=DIR
 embedded: setup
-	$(BIN)/python -m models.training.embedded --data $(DATA)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m models.training.embedded --data $(DATA)
 
 clean:
 	rm -rf .venv build *.egg-info
