@@ -21,10 +21,12 @@ TEXT_TOKENS = 8192  # in one chunk of label rows: what bounds the memory of the 
 
 @dataclass(frozen=True, slots=True)
 class ImageFeatures:
-    """`features` [B, V, D] of unit length in fp32; `inputs`: per collected layer, the block's
-    input with its prompts in place, [B, V, tokens, width]."""
+    """`features` [B, V, D] of unit length and `projected`, the same at their own length, in fp32;
+    `inputs`: per collected layer, the block's input with its prompts in place, [B, V, tokens,
+    width]."""
 
     features: Tensor
+    projected: Tensor
     inputs: list[Tensor]
 
 
@@ -87,7 +89,8 @@ class PromptedCLIP:
                 inputs.append(hidden.unflatten(0, (batch, views)))
             hidden = _run_block(block, hidden, causal=False)
         pooled = self.model.visual_projection(vision.post_layernorm(hidden[:, 0]))
-        return ImageFeatures(_normalize(pooled).unflatten(0, (batch, views)), inputs)
+        projected = pooled.float().unflatten(0, (batch, views))
+        return ImageFeatures(_normalize(projected), projected, inputs)
 
     def encode_labels(self, labels: LabelBatch, prompts: Tensor | None = None) -> Tensor:
         """Label features [R, D] of unit length in fp32, without gradient.

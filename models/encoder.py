@@ -1,12 +1,13 @@
-"""Label sets as a defense reads them: tokenized, encoded at the learned prompts, remembered.
+"""Label sets as a defense reads them: tokenized, encoded at their prompts, remembered.
 
-Text features at the learned prompts are the same for every request with the same labels, so they
-are kept, bounded in bytes, the least recently used going first.
+Text features before adapting are the same for every request with the same labels, so they are
+kept, bounded in bytes, the least recently used going first.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from models.prompts import DefensePrompts
 
 CACHE_BYTES = 64 * 2**20
 
+Prompting = Literal["none", "words", "learned"]
+"""The prompts that a defense starts from: none at all, the template's own leading words, or the
+bundle's. Without a bundle the words stand in for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedLabels:
@@ -25,7 +30,7 @@ class EncodedLabels:
 
     batch: LabelBatch
     features: Tensor
-    prompts: DefensePrompts | None
+    prompts: DefensePrompts
 
 
 class LabelEncoder:
@@ -33,41 +38,42 @@ class LabelEncoder:
 
     def __init__(self, checkpoint: Checkpoint, bundle: DefenseBundle | None) -> None:
         self._checkpoint, self._bundle = checkpoint, bundle
-        self._cache: OrderedDict[tuple[bool, tuple[str, ...]], EncodedLabels] = OrderedDict()
+        self._cache: OrderedDict[tuple[Prompting, tuple[str, ...]], EncodedLabels] = OrderedDict()
         self._bytes = 0
         self.hits = self.misses = 0
 
-    def encode(self, labels: Sequence[str], template: str, prompted: bool) -> EncodedLabels:
+    def encode(self, labels: Sequence[str], template: str, prompting: Prompting) -> EncodedLabels:
         """Features of labels put into a template that holds one `{}`.
 
-        `prompted` ones are read at the bundle's prompts, in slots of their own. Without a bundle
-        the prompts are the template's own leading words, so that they change nothing yet.
+        Learned prompts have slots of their own. The template's leading words stand where they
+        stood, so that as prompts they change nothing yet.
         """
+        if self._bundle is None and prompting == "learned":
+            prompting = "words"
         texts = tuple(template.replace("{}", label) for label in labels)
-        key = (prompted, (template, *texts))
+        key = (prompting, (template, *texts))
         if key in self._cache:
             self.hits += 1
             self._cache.move_to_end(key)
             return self._cache[key]
         self.misses += 1
-        encoded = self._encode(texts, template.partition("{}")[0], prompted)
+        encoded = self._encode(texts, template.partition("{}")[0], prompting)
         self._cache[key] = encoded
         self._bytes += _size(encoded)
         while self._bytes > CACHE_BYTES and len(self._cache) > 1:
             self._bytes -= _size(self._cache.popitem(last=False)[1])
         return encoded
 
-    def _encode(self, texts: tuple[str, ...], lead: str, prompted: bool) -> EncodedLabels:
+    def _encode(self, texts: tuple[str, ...], lead: str, prompting: Prompting) -> EncodedLabels:
         clip, tokenizer = self._checkpoint.clip, self._checkpoint.tokenizer
         end = clip.model.config.text_config.eos_token_id
-        prompts = self._bundle.prompts if self._bundle is not None and prompted else None
-        text = None if prompts is None else prompts.text
+        learned = self._bundle.prompts if self._bundle and prompting == "learned" else None
+        text = None if learned is None else learned.text
         slots = 0 if text is None else text.shape[2]
         batch = tokenize(tokenizer, end, texts, clip.context_length, slots).to(clip.device)
-        if prompted and self._bundle is None:
-            prompts = self._leading_words(batch, lead)
-        # The leading words stand where they stood, so their features are those of plain text.
-        return EncodedLabels(batch, clip.encode_labels(batch, text), prompts)
+        if learned is None:
+            learned = self._leading_words(batch, lead if prompting == "words" else "")
+        return EncodedLabels(batch, clip.encode_labels(batch, text), learned)
 
     def _leading_words(self, batch: LabelBatch, lead: str) -> DefensePrompts:
         """The embeddings [1, 1, n, width] of the tokens that the template begins with."""

@@ -4,7 +4,7 @@ Service, command line and evaluation all classify through here.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,16 +15,14 @@ from torch import Tensor
 from models.bundle import DefenseBundle
 from models.checkpoint import Checkpoint
 from models.defenses import DEFENSES, plain
-from models.defenses.defense import Images, LabelFeatures, Verdict
-from models.encoder import EncodedLabels, LabelEncoder, join_encoded
+from models.defenses.defense import Images, LabelFeatures, Leaving, Verdict
+from models.encoder import EncodedLabels, LabelEncoder, Prompting, join_encoded
 from models.prompts import DefensePrompts
 from models.suspicion import suspicion
 from models.tapt import Objective
 from models.views import make_views
 
 DEFAULT_TEMPLATE = "a photo of a {}."
-
-Leaving = Callable[[int, list[int]], set[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +72,23 @@ class Guard:
         self.encoder = LabelEncoder(checkpoint, bundle)
 
     @property
-    def design(self) -> str:
-        """The design of the prompts that adapt; `text` without a bundle."""
-        return "text" if self.bundle is None else self.bundle.prompts.design
+    def methods(self) -> list[str]:
+        """The defenses that this model can run; some are nothing without a bundle."""
+        return [name for name, m in DEFENSES.items() if self.bundle or not m.needs_bundle]
 
-    def group(self, pictures: Sequence[Picture]) -> list[list[int]]:
-        """Which pictures can run together: those whose prompts have one shape. Without a bundle
-        that hangs on the template's leading words."""
+    def design(self, method: str) -> str:
+        """The design of a defense's prompts: `text` for the template's own words, `none`."""
+        prompting = self._prompting(method)
+        if self.bundle is not None and prompting == "learned":
+            return self.bundle.prompts.design
+        return "none" if prompting == "none" else "text"
+
+    def group(self, pictures: Sequence[Picture], method: str) -> list[list[int]]:
+        """Which pictures can run together: those whose prompts have one shape. Where these are the
+        template's leading words, that hangs on the template."""
         groups: dict[torch.Size | None, list[int]] = {}
         for place, picture in enumerate(pictures):
-            prompts = self._encode(picture, prompted=True).prompts
-            text = None if prompts is None else prompts.text
+            text = self._encode(picture, self._prompting(method)).prompts.text
             groups.setdefault(None if text is None else text.shape, []).append(place)
         return list(groups.values())
 
@@ -97,15 +101,23 @@ class Guard:
             pictures: of one group.
             leaving: asked at each step boundary with the steps taken and the pictures still in;
                 returns those that leave now.
+
+        Raises:
+            ValueError: the method needs a bundle and there is none.
         """
+        if method not in self.methods:
+            raise ValueError(f"{method} needs a defense bundle")
         start = time.perf_counter()
         checkpoint = self.checkpoint
         device, preprocessing = checkpoint.clip.device, checkpoint.preprocessing
         stacked = torch.stack(
             [make_views(p.image, views, p.seed, preprocessing, device) for p in pictures]
         )
-        unprompted = [self._encode(picture, prompted=False) for picture in pictures]
-        prompted = [self._encode(picture, prompted=True) for picture in pictures]
+        prompting = self._prompting(method)
+        prompted = [self._encode(picture, prompting) for picture in pictures]
+        # Nothing but learned prompts changes what a defense sees first.
+        learned = prompting == "learned"
+        unprompted = [self._encode(p, "none") for p in pictures] if learned else prompted
         images = Images(
             views=stacked,
             plain=LabelFeatures(*join_encoded(unprompted)),
@@ -114,34 +126,44 @@ class Guard:
             objective=self.objective,
             selection_ratio=self.selection_ratio,
             readouts=[picture.readout for picture in pictures],
+            seeds=[picture.seed for picture in pictures],
             leaving=leaving,
         )
-        undefended = [verdict.probabilities for verdict in plain.defend(checkpoint.clip, images)]
-        for verdict in DEFENSES[method](checkpoint.clip, images):
+        clip = checkpoint.clip
+        undefended = [v.probabilities for v in plain.defend(clip, images)] if learned else None
+        for verdict in DEFENSES[method].defend(clip, images):
             row = verdict.row
+            alone = verdict.views[0] if undefended is None else undefended[row]
             yield Finding(
                 verdict,
-                undefended[row],
-                float(suspicion(undefended[row], verdict.views)),
+                alone,
+                float(suspicion(alone, verdict.views)),
                 prompted[row].batch.truncated[0],
                 verdict.adapted - start,
             )
 
-    def adaptable(self, picture: Picture) -> bool:
-        """Whether there is a prompt to adapt: a template that begins with its label has none
-        unless a bundle brings it."""
-        prompts = self._encode(picture, prompted=True).prompts
-        return prompts is not None and any(v.numel() for v in prompts.tensors.values())
+    def adaptable(self, picture: Picture, method: str) -> bool:
+        """Whether there is anything to adapt: a template that begins with its label has no words
+        to start from."""
+        if not DEFENSES[method].adapts:
+            return False
+        prompting = self._prompting(method)
+        prompts = self._encode(picture, prompting).prompts
+        return prompting == "none" or any(v.numel() for v in prompts.tensors.values())
 
-    def _encode(self, picture: Picture, prompted: bool) -> EncodedLabels:
+    def _prompting(self, method: str) -> Prompting:
+        prompting = DEFENSES[method].prompting
+        return "words" if self.bundle is None and prompting == "learned" else prompting
+
+    def _encode(self, picture: Picture, prompting: Prompting) -> EncodedLabels:
         template = picture.template
         if template is None:
-            template = self.bundle.template if prompted and self.bundle else self.template
-        return self.encoder.encode(picture.labels, template, prompted)
+            learned = self.bundle if prompting == "learned" else None
+            template = learned.template if learned else self.template
+        return self.encoder.encode(picture.labels, template, prompting)
 
 
-def _stack(prompts: Sequence[DefensePrompts | None]) -> DefensePrompts:
-    """The learned prompts of several requests, of one shape, as a batch [B, ...]."""
-    sets = [one for one in prompts if one is not None]
+def _stack(sets: Sequence[DefensePrompts]) -> DefensePrompts:
+    """The prompts of several requests, of one shape, as a batch [B, ...]."""
     names = sets[0].tensors
     return sets[0].map({name: torch.cat([one.tensors[name] for one in sets]) for name in names})

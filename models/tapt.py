@@ -26,7 +26,8 @@ class Objective:
     """What a step minimizes and how it moves; the defaults are the paper's.
 
     `reference` holds the token statistics, None for the entropy alone. `layers` is the L that the
-    alignment's weight is divided by; its sum runs over the first L - 1 blocks.
+    alignment's weight is divided by; its sum runs over the first L - 1 blocks. `of_mean` takes
+    the entropy of the kept views' mean prediction, else the mean of their entropies (R-TPT).
     """
 
     reference: TokenStatistics | None = None
@@ -34,6 +35,7 @@ class Objective:
     alignment_weight: float = 100.0
     gamma: float = 0.5
     entropy: bool = True
+    of_mean: bool = True
     learning_rate: float = 5e-4
     weight_decay: float = 0.01
 
@@ -64,9 +66,14 @@ def class_logits(clip: PromptedCLIP, images: Tensor, text: Tensor, labels: Label
 
 def select_confident(logits: Tensor, ratio: float) -> Tensor:
     """Indices [B, k] of the k = max(1, floor(V * ratio)) views of lowest entropy, lowest first."""
+    order = entropies(logits).argsort(dim=-1, stable=True)
+    return order[:, : max(1, int(logits.shape[1] * ratio))]
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """Entropy [...] in nats of each prediction, from logits [..., C]."""
     log_p = logits.log_softmax(dim=-1)
-    entropy = -(log_p.exp() * log_p).sum(dim=-1)
-    return entropy.argsort(dim=-1, stable=True)[:, : max(1, int(logits.shape[1] * ratio))]
+    return -(log_p.exp() * log_p).sum(dim=-1)
 
 
 def view_entropy(logits: Tensor) -> Tensor:
@@ -112,7 +119,8 @@ def gradients(
     images = clip.encode_images(views, leaves.vision, max(0, objective.layers - 1))
     entropy = align_adv = align_clean = torch.zeros(len(views), device=views.device)
     if objective.entropy:
-        entropy = view_entropy(class_logits(clip, images.features, text, labels))
+        logits = class_logits(clip, images.features, text, labels)
+        entropy = view_entropy(logits) if objective.of_mean else entropies(logits).mean(dim=1)
     if reference is not None and images.inputs:
         align_adv = alignment_loss(images.inputs, reference.adv_mean, reference.adv_var)
         align_clean = alignment_loss(images.inputs, reference.clean_mean, reference.clean_var)

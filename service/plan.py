@@ -9,6 +9,16 @@ from service.schemas import SEEDS, Choices, DefenseOptions
 from service.settings import Settings
 from service.work import Work
 
+# A test holds these against the defenses, which this process cannot import.
+STILL = {"plain", "ensemble", "apt", "apt-ensemble"}  # these take no steps
+ALONE = {"plain", "apt", "ttc"}  # these look at the picture only
+READOUTS = {  # of those that know no other
+    **dict.fromkeys(("plain", "apt", "tpt", "ttc"), "single"),
+    **dict.fromkeys(("ensemble", "apt-ensemble"), "all"),
+    "rtpt": "weighted",
+}
+COUNTERATTACK_STEPS = 2  # as published, where the request names none
+
 
 def plan(id: str, file: bytes, choices: Choices, settings: Settings, since: float) -> Work:
     """A request with its image decoded and every choice made: the server's where the client made
@@ -27,7 +37,8 @@ def plan(id: str, file: bytes, choices: Choices, settings: Settings, since: floa
     if wanted.seed is not None and not settings.allow_client_seed:
         raise Unprocessable("This server takes no seed from its clients.")
     method = wanted.method or settings.method
-    steps = settings.steps if wanted.steps is None else min(wanted.steps, settings.max_steps)
+    default = COUNTERATTACK_STEPS if method == "ttc" else settings.steps
+    steps = min(default if wanted.steps is None else wanted.steps, settings.max_steps)
     views = settings.views if wanted.views is None else min(wanted.views, settings.max_views)
     timeout = min(wanted.deadline_ms or math.inf, settings.request_timeout_ms)
     return Work(
@@ -36,9 +47,9 @@ def plan(id: str, file: bytes, choices: Choices, settings: Settings, since: floa
         labels=labels,
         template=template,
         method=method,
-        steps=steps if method == "tapt" else 0,
-        views=1 if method == "plain" else views,
-        readout=wanted.readout or settings.readout,
+        steps=0 if method in STILL else steps,
+        views=1 if method in ALONE else views,
+        readout=READOUTS.get(method) or wanted.readout or settings.readout,
         seed=secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed,
         deadline=since + timeout / 1000,
     )

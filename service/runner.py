@@ -14,7 +14,6 @@ import transformers
 import models.checkpoint
 from models.bundle import DefenseBundle, load_bundle
 from models.checkpoint import Checkpoint, load_checkpoint
-from models.defenses import DEFENSES
 from models.guard import Finding, Guard, Picture
 from models.tapt import Objective
 from service.errors import ModelError
@@ -60,6 +59,8 @@ class Runner:
         self.guard = Guard(
             checkpoint, bundle, objective, settings.selection_ratio, settings.hypothesis_template
         )
+        if settings.method not in self.guard.methods:
+            raise ModelError(f"method {settings.method} needs a defense bundle")
         self.ready = self._describe()
         self._warm_up()
 
@@ -117,11 +118,17 @@ class Runner:
 
     def _run(self, batch: list[Work], settle: Settle, cancelled: Cancelled) -> None:
         pictures = [Picture(w.image, w.labels, w.template, w.readout, w.seed) for w in batch]
-        for places in self.guard.group(pictures):
+        method, views = batch[0].method, batch[0].views
+        if method not in self.guard.methods:
+            for work in batch:
+                message = f"The defense {method} needs a bundle, and this model has none."
+                settle(work.id, Failure("unprocessable", message))
+            return
+        for places in self.guard.group(pictures, method):
             works, group = [batch[i] for i in places], [pictures[i] for i in places]
             pace = _Pace(self, works, group, cancelled)
             start = time.perf_counter()
-            for finding in self.guard.classify(group, works[0].method, works[0].views, pace):
+            for finding in self.guard.classify(group, method, views, pace):
                 row = finding.verdict.row
                 reason = pace.truncated.get(row)
                 if reason == "cancelled":
@@ -143,7 +150,7 @@ class Runner:
         return Answer(
             scores=scores,
             undefended_scores=finding.undefended.tolist(),
-            design=self.guard.design if work.method == "tapt" else "none",
+            design=self.guard.design(work.method),
             steps=verdict.steps,
             views=len(verdict.views),
             views_kept=verdict.kept,
@@ -174,9 +181,9 @@ class Runner:
                     "device": str(self._device),
                 },
                 "bundle": None if bundle is None else bundle.describe(),
-                "design": self.guard.design,
+                "design": self.guard.design("tapt"),
                 "designs": ["v", "vli", "vlj"],
-                "defenses": list(DEFENSES),
+                "defenses": self.guard.methods,
                 "versions": {
                     "torch": torch.__version__,
                     "transformers": transformers.__version__,
@@ -230,7 +237,7 @@ class _Pace:
     ) -> None:
         self._runner, self._works, self._cancelled = runner, works, cancelled
         self._steps = [
-            work.steps if work.method == "tapt" and runner.guard.adaptable(picture) else 0
+            work.steps if runner.guard.adaptable(picture, work.method) else 0
             for work, picture in zip(works, pictures, strict=True)
         ]
         self._last = time.monotonic()

@@ -36,6 +36,7 @@ def _check_template(template: str) -> str:
     return template
 
 
+Method = Literal["plain", "ensemble", "apt", "apt-ensemble", "tapt", "tpt", "rtpt", "ttc", "gate"]
 Label = Annotated[str, StringConstraints(strip_whitespace=True)]
 Labels = Annotated[
     list[Label],
@@ -60,7 +61,7 @@ class DefenseOptions(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    method: Literal["plain", "ensemble", "tapt"] | None = None
+    method: Method | None = None
     steps: int | None = Field(default=None, ge=0, description="Adaptation steps.")
     views: int | None = Field(
         default=None, ge=1, description="Random views, the image itself included."
@@ -147,7 +148,9 @@ class DefenseReport(BaseModel):
     only."""
 
     method: str
-    design: str = Field(description="Which prompts adapted.")
+    design: str = Field(
+        description="Its prompts: `v`, `vli`, `vlj`; `text`: the template's own words; `none`."
+    )
     steps: int = Field(description="Adaptation steps done.")
     views: int
     views_kept: int = Field(description="Most confident views, which the loss was taken over.")

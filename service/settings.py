@@ -13,6 +13,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "TAPT_"
 
+Method = Literal["plain", "ensemble", "apt", "apt-ensemble", "tapt", "tpt", "rtpt", "ttc", "gate"]
+
 
 def _must_be_off(value: bool) -> bool:
     if value:
@@ -45,9 +47,7 @@ class Settings(BaseSettings):
         "auto", description="Precision of the model; `auto`: float32 on the CPU, bfloat16 on CUDA."
     )
 
-    method: Literal["plain", "ensemble", "tapt"] = Field(
-        "tapt", description="Defense of a request that names none."
-    )
+    method: Method = Field("tapt", description="Defense of a request that names none.")
     design: Literal["v", "vli", "vlj"] = Field(
         "vli", description="Which prompts adapt; a bundle of another design is refused."
     )

@@ -179,15 +179,23 @@ def test_what_is_above_a_limit_is_clamped_and_reported(start: START, photo: byte
 
 
 @pytest.mark.parametrize(
-    ("method", "steps", "views"), [("plain", 0, 1), ("ensemble", 0, 16), ("tapt", 0, 16)]
+    ("method", "asked", "given"),
+    [
+        ("plain", 5, (0, 1, "single")),
+        ("apt", 5, (0, 1, "single")),
+        ("ensemble", 5, (0, 9, "all")),
+        ("tapt", 0, (0, 9, "kept")),
+        ("rtpt", 5, (5, 9, "weighted")),
+        ("ttc", None, (2, 1, "single")),
+    ],
 )
 def test_a_method_gets_only_what_it_uses(
-    server: Server, photo: bytes, method: str, steps: int, views: int
+    server: Server, photo: bytes, method: str, asked: int | None, given: tuple[int, int, str]
 ) -> None:
-    defense = {"method": method, "steps": 0 if method == "tapt" else 5}
+    defense = {"method": method, "steps": asked, "views": 9, "readout": "kept"}
     assert server.http.post("/v1/classify", json=as_json(photo, defense=defense)).is_success
     work = server.worker.batches[-1][0]
-    assert (work.method, work.steps, work.views) == (method, steps, views)
+    assert (work.method, (work.steps, work.views, work.readout)) == (method, given)
 
 
 def test_views_are_secret_unless_the_operator_says_otherwise(start: START, photo: bytes) -> None:

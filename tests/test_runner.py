@@ -109,16 +109,16 @@ def test_a_poisoned_request_fails_alone(runner: Runner) -> None:
 def test_out_of_memory_halves_the_batch(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     import models.guard
 
-    defend = models.guard.DEFENSES["tapt"]
+    method = models.guard.DEFENSES["tapt"]
     sizes: list[int] = []
 
     def starved(clip: object, images: Images) -> object:
         sizes.append(len(images.views))
         if len(images.views) > 2:
             raise torch.OutOfMemoryError("for a test")
-        return defend(clip, images)  # type: ignore[arg-type]
+        return method.defend(clip, images)  # type: ignore[arg-type]
 
-    monkeypatch.setitem(models.guard.DEFENSES, "tapt", starved)
+    monkeypatch.setitem(models.guard.DEFENSES, "tapt", replace(method, defend=starved))
     settled, counts = run(runner, [make_work(i) for i in range(5)])
     assert all(isinstance(result, Answer) for result in settled.values())
     assert sizes == [5, 3, 2, 1, 2]
@@ -141,6 +141,39 @@ def test_without_a_bundle_zero_steps_equal_plain_and_one_step_adapts(tmp_path: P
     assert still.scores == pytest.approx(answer.scores, abs=1e-6)
     assert moved.scores != pytest.approx(answer.scores, abs=1e-3)
     assert moved.design == "text"
+
+
+def test_learned_prompts_without_a_bundle_are_refused(tmp_path: Path) -> None:
+    directory = tiny.save_checkpoint(tmp_path)
+    runner = Runner(Settings(model=str(directory), device="cpu"), 0)
+    assert "apt" not in runner.ready.info["defenses"]
+    settled, _ = run(runner, [make_work(i, method="apt", views=1) for i in range(2)])
+    for result in settled.values():
+        assert isinstance(result, Failure)
+        assert (result.error_type, "bundle" in result.message) == ("unprocessable", True)
+    with pytest.raises(ModelError, match="apt-ensemble needs a defense bundle"):
+        Runner(Settings(model=str(directory), device="cpu", method="apt-ensemble"), 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "design", "steps"),
+    [
+        ("plain", "none", 0),
+        ("apt", "vli", 0),
+        ("tapt", "vli", 2),
+        ("tpt", "text", 2),
+        ("rtpt", "text", 2),
+        ("ttc", "none", 2),
+    ],
+)
+def test_every_defense_says_what_it_spent(
+    runner: Runner, method: str, design: str, steps: int
+) -> None:
+    settled, _ = run(runner, [make_work(i, method=method, steps=2) for i in range(2)])
+    answer = settled["work-1"]
+    assert isinstance(answer, Answer)
+    assert (answer.design, answer.steps) == (design, steps)
+    assert sum(answer.scores) == pytest.approx(1, abs=1e-5)
 
 
 def test_templates_without_leading_words_run_beside_others(tmp_path: Path) -> None:

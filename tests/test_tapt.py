@@ -136,7 +136,7 @@ def test_the_starting_point_is_the_learned_prompts(checkpoint: Checkpoint) -> No
     clip, prompts = checkpoint.clip, guard.bundle.prompts
     view = make_views(picture.image, 1, picture.seed, checkpoint.preprocessing, tiny.CPU)
     labels = LabelEncoder(checkpoint, guard.bundle).encode(
-        picture.labels, guard.bundle.template, prompted=True
+        picture.labels, guard.bundle.template, "learned"
     )
     text = clip.encode_labels(labels.batch, prompts.text)
     image = clip.encode_images(view.unsqueeze(0), prompts.vision).features
@@ -161,7 +161,7 @@ def test_selecting_first_gives_the_gradient_of_differentiating_all(checkpoint: C
     guard, picture = make_guard(checkpoint), make_pictures(7)[6]
     assert guard.bundle is not None
     clip, prompts = checkpoint.clip, guard.bundle.prompts
-    labels = guard.encoder.encode(picture.labels, guard.bundle.template, prompted=True)
+    labels = guard.encoder.encode(picture.labels, guard.bundle.template, "learned")
     views = make_views(picture.image, VIEWS, 0, checkpoint.preprocessing, tiny.CPU).unsqueeze(0)
 
     leaves = prompts.map({k: v.clone().requires_grad_() for k, v in prompts.tensors.items()})

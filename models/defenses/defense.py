@@ -1,14 +1,19 @@
 """The one signature that every defense has, and what goes in and out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from models.clip import PromptedCLIP
+from models.encoder import Prompting
 from models.labels import LabelBatch
 from models.prompts import DefensePrompts
 from models.tapt import Objective
+
+Leaving = Callable[[int, list[int]], set[int]]
+"""Asked at each step boundary with the steps taken and the requests still in; returns those that
+leave now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +23,10 @@ class LabelFeatures:
     batch: LabelBatch
     features: Tensor
 
+    def select(self, rows: Sequence[int]) -> "LabelFeatures":
+        """Those of some requests, in order."""
+        return LabelFeatures(self.batch.select(rows), self.batch.take(self.features, rows))
+
 
 @dataclass(frozen=True, slots=True)
 class Images:
@@ -26,11 +35,10 @@ class Images:
     Attributes:
         views: [B, V, 3, S, S] in [0, 1]; view 0 is the picture itself.
         plain: the labels as undefended CLIP reads them.
-        prompted: the labels at the learned prompts, slots included.
-        prompts: the learned prompts, [B, ...].
+        prompted: the labels at the prompts that the defense starts from, slots included.
+        prompts: those prompts, [B, ...]; no tokens for a defense that has none.
         readouts: a readout a request.
-        leaving: asked at each step boundary with the steps taken and the requests still in;
-            returns those that leave now.
+        seeds: a seed a request, for what a defense draws beside the views.
     """
 
     views: Tensor
@@ -40,7 +48,27 @@ class Images:
     objective: Objective
     selection_ratio: float
     readouts: list[str]
-    leaving: Callable[[int, list[int]], set[int]]
+    seeds: list[int]
+    leaving: Leaving
+
+    def select(self, rows: list[int]) -> "Images":
+        """Some of the requests, numbered anew from 0."""
+
+        def leaving(steps: int, places: list[int]) -> set[int]:
+            gone = self.leaving(steps, [rows[place] for place in places])
+            return {place for place in places if rows[place] in gone}
+
+        return Images(
+            views=self.views[rows],
+            plain=self.plain.select(rows),
+            prompted=self.prompted.select(rows),
+            prompts=self.prompts.select(rows),
+            objective=self.objective,
+            selection_ratio=self.selection_ratio,
+            readouts=[self.readouts[row] for row in rows],
+            seeds=[self.seeds[row] for row in rows],
+            leaving=leaving,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +95,18 @@ class Verdict:
 
 
 Defense = Callable[[PromptedCLIP, Images], Iterator[Verdict]]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A defense as the table lists it: the prompts that it starts from, and whether it takes
+    steps."""
+
+    defend: Defense
+    prompting: Prompting
+    adapts: bool
+
+    @property
+    def needs_bundle(self) -> bool:
+        """Words that nobody learned and that stay as they are would be no defense."""
+        return self.prompting == "learned" and not self.adapts

@@ -4,25 +4,33 @@ import time
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from models.clip import PromptedCLIP
-from models.defenses.defense import Images, Verdict
+from models.defenses.defense import Images, LabelFeatures, Verdict
 from models.tapt import class_logits, view_entropy
 
 
 def defend(clip: PromptedCLIP, images: Images) -> Iterator[Verdict]:
+    return average(clip, images.views, images.plain, None)
+
+
+def average(
+    clip: PromptedCLIP, views: Tensor, labels: LabelFeatures, visual: Tensor | None
+) -> Iterator[Verdict]:
+    """The mean prediction over views [B, V, 3, S, S], seen with visual prompts or without."""
     start = time.perf_counter()
     with torch.no_grad():
-        features = clip.encode_images(images.views).features
-        logits = class_logits(clip, features, images.plain.features, images.plain.batch)
+        features = clip.encode_images(views, visual).features
+        logits = class_logits(clip, features, labels.features, labels.batch)
         probabilities, entropy = logits.softmax(dim=-1), view_entropy(logits).tolist()
-    for row, count in enumerate(images.plain.batch.counts):
-        views = probabilities[row, :, :count]
+    for row, count in enumerate(labels.batch.counts):
+        seen = probabilities[row, :, :count]
         yield Verdict(
             row=row,
-            probabilities=views.mean(dim=0),
-            views=views,
-            kept=len(views),
+            probabilities=seen.mean(dim=0),
+            views=seen,
+            kept=len(seen),
             steps=0,
             entropy_before=entropy[row],
             entropy_after=entropy[row],

@@ -1,7 +1,7 @@
 """TAPT as a defense: first look, adapt, read out each request as it leaves the loop."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,6 +14,20 @@ from models.readout import view_weights
 
 
 def defend(clip: PromptedCLIP, images: Images) -> Iterator[Verdict]:
+    return tune(clip, images, mean_prediction)
+
+
+def mean_prediction(weights: Tensor, logits: Tensor) -> Tensor:
+    """Probabilities [n, C]: the mean of the views' predictions, from weights [n, V] that sum to 1
+    and logits [n, V, C]."""
+    return (weights.unsqueeze(-1) * logits.softmax(dim=-1)).sum(dim=1)
+
+
+def tune(
+    clip: PromptedCLIP, images: Images, average: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[Verdict]:
+    """Tune the prompts of `images` and read the views out by `average`, which has the signature of
+    `mean_prediction`."""
     labels, text = images.prompted.batch, images.prompted.features
     with torch.no_grad():
         features = clip.encode_images(images.views, images.prompts.vision).features
@@ -41,7 +55,7 @@ def defend(clip: PromptedCLIP, images: Images) -> Iterator[Verdict]:
                 after = _look_again(
                     clip, images, departure.prompts.select(places), rows, weights, kept, after
                 )
-            probabilities = (weights.unsqueeze(-1) * after.softmax(dim=-1)).sum(dim=1)
+            probabilities = average(weights, after)
             entropy = tapt.view_entropy(_gather(after, kept[rows])).tolist()
             for place, row in enumerate(rows):
                 count = labels.counts[row]
