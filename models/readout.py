@@ -10,19 +10,23 @@ READOUTS: tuple[Readout, ...] = get_args(Readout)
 NEIGHBORS, TEMPERATURE = 20, 0.01  # of the reliability, as published with R-TPT
 
 
-def reliability(features: Tensor) -> Tensor:
+def reliability(features: Tensor, strangers: Tensor | None = None) -> Tensor:
     """Weights [B, V] that sum to 1, larger for views with close neighbors (R-TPT, CVPR 2025).
 
-    The softmax of each view's mean cosine to its 20 nearest other views, over 0.01.
+    The softmax of each view's mean cosine to its 20 nearest other views, over 0.01. The published
+    code means to leave a view itself out by leaving out every cosine of 1 or more; in fp32 that
+    spares some views and not others, as their own cosine rounds, with weights a few percent apart.
 
     Args:
         features: unit length [B, V, D], before any adaptation.
+        strangers: pairs [V, V] of views that are no neighbors; by default a view and itself.
     """
     views = features.shape[1]
     if views == 1:
         return torch.ones(features.shape[:2], device=features.device)
-    cosines = features @ features.transpose(1, 2)
-    cosines = cosines - 2 * torch.eye(views, device=features.device)  # no view is its own neighbor
+    if strangers is None:
+        strangers = torch.eye(views, dtype=torch.bool, device=features.device)
+    cosines = (features @ features.transpose(1, 2)).masked_fill(strangers, -2)
     nearest = cosines.topk(min(NEIGHBORS, views - 1), dim=-1).values
     return (nearest.mean(dim=-1) / TEMPERATURE).softmax(dim=-1)
 

@@ -106,7 +106,8 @@ def counterattack(
     steps, trail = 0, [noise]
     while rows:
         if out := sorted(leaving(steps, rows) & set(rows)):
-            yield Moved(out, _settle(torch.stack([delta[out] for delta in trail]), recipe), steps)
+            path = torch.stack([delta[out] for delta in trail])
+            yield Moved(out, _settle(path, recipe.beta), steps)
             rows = [row for row in rows if row not in out]
         if rows:
             delta = trail[-1].clone()
@@ -125,10 +126,14 @@ def _step(
     return _confine(delta.detach() + recipe.stride * gradient.sign(), pixels, recipe.eps)
 
 
-def _settle(trail: Tensor, recipe: Counterattack) -> Tensor:
-    """Deltas [n, 3, S, S] of all steps [steps + 1, n, 3, S, S] as one, later ones counting more."""
-    order = torch.arange(len(trail), dtype=torch.float32, device=trail.device)
-    weights = (recipe.beta * order).softmax(dim=0)
+def step_weights(steps: int, beta: float) -> Tensor:
+    """What the deltas of the noise and of each step count, [steps + 1]; they sum to 1."""
+    return (beta * torch.arange(steps + 1.0)).softmax(dim=0)
+
+
+def _settle(trail: Tensor, beta: float) -> Tensor:
+    """Deltas [n, 3, S, S] of all steps [steps + 1, n, 3, S, S] as one."""
+    weights = step_weights(len(trail) - 1, beta).to(trail.device)
     return (weights.view(-1, 1, 1, 1, 1) * trail).sum(dim=0)
 
 
