@@ -8,6 +8,7 @@ resampling weights: no loop over views, and the same pixels as Pillow up to roun
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +58,13 @@ def make_views(
         seed: draws the crops on the host, so that device and batch do not change them.
     """
     pixels = torch.tensor(image, device=device).permute(2, 0, 1).float()
+    return cut_views(pixels, views, seed, preprocessing)
+
+
+def cut_views(pixels: Tensor, views: int, seed: int, preprocessing: Preprocessing) -> Tensor:
+    """As `make_views`, of whole values [3, height, width] in [0, 255], with a gradient: rounding
+    passes it straight through."""
+    device = pixels.device
     first = [weights.unsqueeze(0) for weights in _whole(pixels, preprocessing)]
     if views == 1:
         return _resample(pixels, *first)
@@ -126,14 +134,27 @@ def _resample(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """
     count, size, _ = rows.shape
     channels, height, width = pixels.shape
-    wide = _round(pixels.reshape(-1, width) @ columns.flatten(0, 1).T)
+    wide = round_levels(pixels.reshape(-1, width) @ columns.flatten(0, 1).T)
     wide = wide.view(channels, height, count, size).permute(2, 1, 0, 3).flatten(2)
-    views = _round(rows @ wide).view(count, size, channels, size)
+    views = round_levels(rows @ wide).view(count, size, channels, size)
     return views.transpose(1, 2) / 255
 
 
-def _round(values: Tensor) -> Tensor:
-    return (values + 0.5).floor_().clamp_(0, 255)
+def round_levels(values: Tensor) -> Tensor:
+    """Values as the whole ones in [0, 255] that they stand for, with the gradient of the values
+    themselves, for an attack through the views."""
+    rounded: Tensor = _Round.apply(values)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        return (values + 0.5).floor_().clamp_(0, 255)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Any) -> Any:
+        return gradients[0]
 
 
 def _bilinear(x: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""`tapt-serve serve | classify | info | calibrate`: one flag a knob, every mistake one sentence."""
+"""`tapt-serve serve | classify | info`: one flag a knob, every mistake one sentence.
+
+`calibrate` and `evaluate` are passed on as they are: no knob of the service is theirs.
+"""
 
 import argparse
 import sys
@@ -22,10 +25,14 @@ class Mistake(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["calibrate"]:  # no knob of the service; it brings its own flags
+    if arguments[:1] == ["calibrate"]:
         from models.training.calibrate import main as calibrate
 
         return calibrate(arguments[1:])
+    if arguments[:1] == ["evaluate"]:
+        from models.evaluation import main as evaluate
+
+        return evaluate(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
         settings = _settings(options)
@@ -172,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(command=_info)
 
     commands.add_parser("calibrate", help="make a defense bundle for a checkpoint from pictures")
+    commands.add_parser("evaluate", help="measure defenses under attack and write the table")
 
     for command in (classify, info):
         command.add_argument("--json", action="store_true", help="print JSON")

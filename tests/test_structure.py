@@ -89,8 +89,9 @@ def test_only_the_runner_imports_torch_or_models() -> None:
     for name, path in modules("service").items():
         if name != "runner":
             heavy = {o for o in imports(path) if o.split(".")[0] in TORCH | {"models"}}
-            if name == "cli":  # a command that is no service; loaded only when it is called
-                heavy -= {"models.training.calibrate", "models.training.calibrate.main"}
+            if name == "cli":  # commands that are no service; loaded only when they are called
+                commands = "models.training.calibrate", "models.evaluation"
+                heavy -= {*commands, *(f"{command}.main" for command in commands)}
             assert not heavy, f"{name} imports {heavy}"
 
 

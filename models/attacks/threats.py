@@ -1,0 +1,52 @@
+"""What an attacker knows: three threat models, always named beside a figure.
+
+- `transfer`: undefended CLIP, the picture alone;
+- `static`: CLIP with the learned prompts, the picture alone;
+- `adaptive`: the whole defense with its readout, but not the seed of its views.
+"""
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from models.attacks.attack import Model
+from models.encoder import EncodedLabels, Prompting
+from models.guard import Guard
+from models.tapt import class_logits
+
+Threat = Literal["transfer", "static", "adaptive"]
+THREATS: tuple[Threat, ...] = get_args(Threat)
+
+
+def encode(guard: Guard, labels: tuple[str, ...], prompting: Prompting) -> EncodedLabels:
+    """Labels as the guard reads them in the template that goes with such prompts."""
+    learned = guard.bundle if prompting == "learned" else None
+    template = learned.template if learned else guard.template
+    return guard.encoder.encode(labels, template, prompting)
+
+
+def transfer(guard: Guard, labels: tuple[str, ...]) -> Model:
+    """Undefended CLIP's logits of pixels [N, 3, S, S]."""
+    return _single_view(guard, encode(guard, labels, "none"))
+
+
+def static(guard: Guard, labels: tuple[str, ...]) -> Model:
+    """The logits of CLIP with the learned prompts.
+
+    Raises:
+        ValueError: there is no bundle, so that this would be the transfer attack by another name.
+    """
+    if guard.bundle is None:
+        raise ValueError("the static threat attacks learned prompts: it needs a defense bundle")
+    return _single_view(guard, encode(guard, labels, "learned"))
+
+
+def _single_view(guard: Guard, labels: EncodedLabels) -> Model:
+    clip = guard.checkpoint.clip
+
+    def logits(pixels: Tensor) -> Tensor:
+        # One request with a view a picture, so that all share labels and prompts.
+        seen = clip.encode_images(pixels.unsqueeze(0), labels.prompts.vision).features
+        return class_logits(clip, seen, labels.features, labels.batch)[0]
+
+    return logits

@@ -1,0 +1,299 @@
+"""Measure defenses under attack and write the table.
+
+    tapt-serve evaluate --data PATH --defenses plain,ensemble,tapt \\
+        --threats clean,transfer,static,adaptive --attacks pgd,apgd --eps 1/255,2/255 \\
+        --limit 500 --json OUT.json
+
+Writes OUT.json, OUT.md and OUT.svg. Finished pictures are kept in OUT.jsonl as they come, so that
+the same command, started again after a kill, goes on where it was; a defense, threat, attack or
+epsilon may be added then, and pictures too.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from fractions import Fraction
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from models.attacks import ATTACKS
+from models.attacks.adaptive import ways
+from models.attacks.attack import LEVELS, Budget
+from models.attacks.autoattack import MissingExtra
+from models.attacks.preflight import preflight
+from models.attacks.threats import THREATS
+from models.bundle import DefenseBundle, load_bundle
+from models.checkpoint import ModelError, load_checkpoint
+from models.data import DataError, open_dataset
+from models.defenses import DEFENSES
+from models.guard import DEFAULT_TEMPLATE, Guard
+from models.journal import CLEAN, Journal
+from models.readout import READOUTS
+from models.table import Row, draw, tally, write_markdown
+from models.tapt import Objective
+from models.trial import Protocol, Subject, Trial, as_shown, gather, suspect
+
+PACKAGES = ("tapt-serve", "torch", "transformers", "numpy", "pyautoattack")
+CHECKED = Budget(0, steps=10, queries=60)  # what a preflight may spend on a picture
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """The whole way from the command's options to the files.
+
+    Raises:
+        ModelError, DataError, MissingExtra, ValueError: checkpoint, bundle, pictures, packages or
+            options cannot be used.
+    """
+    guard = load_guard(options)
+    data = open_dataset(options.data)
+    names = options.labels.split(",") if options.labels else data.names
+    if len(names) < 2:
+        raise DataError(f"{options.data} has no labels; name some with --labels")
+    protocol = read_protocol(options)
+    for defense in protocol.defenses:
+        if defense not in guard.methods:
+            raise ModelError(f"{defense} needs a defense bundle: name one with --bundle")
+    if "static" in protocol.threats and guard.bundle is None:
+        raise ModelError("static attacks learned prompts: name a bundle with --bundle")
+    subjects = gather(guard, data, options.limit, options.seed)
+    settings = describe_settings(guard, names, protocol)
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    journal = Journal(options.json.with_suffix(".jsonl"), key)
+    shown = as_shown(guard)
+    warnings = check(shown, names, protocol, subjects[: options.preflight])
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(TextColumn("attacking"), *columns) as bar:
+        task = bar.add_task("")
+        trial = Trial(shown, names, protocol, journal, lambda n: bar.advance(task, n))
+        bar.update(task, total=trial.work(subjects))
+        trial.run(subjects)
+    warnings += suspect(protocol, subjects, journal)
+    rows = tally(protocol.cells, [subject.name for subject in subjects], journal)
+    facts = {
+        "key": key,
+        "data": {"name": Path(options.data).name, "classes": len(names), "n": len(subjects)},
+        "checkpoint": guard.checkpoint.name,
+        "settings": settings,
+        "machine": describe_machine(guard),
+        "warnings": warnings,
+        "pictures": [subject.name for subject in subjects],
+    }
+    write(options.json, facts, rows, warnings)
+    return 0
+
+
+def load_guard(options: argparse.Namespace) -> Guard:
+    """Checkpoint, bundle and objective; without `--bundle` the one beside the checkpoint."""
+    device = torch.device(options.device)
+    checkpoint = load_checkpoint(options.model, device, getattr(torch, options.dtype))
+    beside = checkpoint.directory / "bundle"
+    directory = options.bundle or (beside if beside.is_dir() else None)
+    bundle = None
+    if directory is not None:
+        bundle = load_bundle(directory, checkpoint.clip, checkpoint.sha256)
+    objective = Objective(
+        reference=bundle.statistics if bundle else None,
+        layers=bundle.layers if bundle else 0,
+        alignment_weight=options.alignment_weight,
+        gamma=options.gamma,
+        learning_rate=options.learning_rate,
+    )
+    return Guard(checkpoint, bundle, objective, options.selection_ratio, options.template)
+
+
+def read_protocol(options: argparse.Namespace) -> Protocol:
+    """Raises ValueError, in a sentence, for a name or a number that is none."""
+    known = {
+        "--defenses": (options.defenses, list(DEFENSES)),
+        "--threats": (options.threats, [CLEAN, *THREATS]),
+        "--attacks": (options.attacks, list(ATTACKS)),
+    }
+    for flag, (given, names) in known.items():
+        if strange := [name for name in given if name not in names]:
+            raise ValueError(f"{flag}: unknown {', '.join(strange)}; known: {', '.join(names)}")
+    epsilons = [float(Fraction(text) * LEVELS) for text in options.eps]
+    if min(epsilons) < 1:
+        raise ValueError("--eps: below 1/255, one level of an 8-bit picture")
+    budget = Budget(
+        epsilon=0,
+        steps=options.attack_steps,
+        restarts=options.restarts,
+        draws=options.eot,
+        targets=options.targets,
+        queries=options.queries,
+    )
+    return Protocol(
+        options.defenses,
+        options.threats,
+        options.attacks,
+        epsilons,
+        budget,
+        options.views,
+        options.steps,
+        options.readout,
+        options.seed,
+        options.batch,
+    )
+
+
+def describe_settings(guard: Guard, names: Sequence[str], protocol: Protocol) -> dict[str, Any]:
+    """All that an outcome hangs on, but for the picture, the row and the attack."""
+    checkpoint, objective = guard.checkpoint, guard.objective
+    return {
+        "version": _version("tapt-serve"),
+        "checkpoint_sha256": checkpoint.sha256,
+        "bundle": guard.bundle and _describe_bundle(guard.bundle),
+        "dtype": str(checkpoint.clip.dtype),
+        "labels": list(names),
+        "template": guard.template,
+        "defense": {
+            "views": protocol.views,
+            "steps": protocol.steps,
+            "readout": protocol.readout,
+            "selection_ratio": guard.selection_ratio,
+            "learning_rate": objective.learning_rate,
+            "alignment_weight": objective.alignment_weight,
+            "gamma": objective.gamma,
+        },
+        "attack": {k: v for k, v in asdict(protocol.budget).items() if k != "epsilon"},
+        "seed": protocol.seed,
+    }
+
+
+def check(
+    guard: Guard, names: Sequence[str], protocol: Protocol, subjects: Sequence[Subject]
+) -> list[str]:
+    """What the preflight says of attacking each defense adaptively at the largest epsilon."""
+    if "adaptive" not in protocol.threats or not subjects:
+        return []
+    budget = replace(CHECKED, epsilon=max(protocol.epsilons) / LEVELS, draws=protocol.budget.draws)
+    device, found = guard.checkpoint.clip.device, []
+    pixels = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1) for s in subjects])
+    labels = torch.tensor([subject.label for subject in subjects], device=device)
+    for defense in protocol.defenses:
+        targets = ways(
+            guard,
+            tuple(names),
+            defense,
+            protocol.views,
+            protocol.steps,
+            protocol.readout,
+            protocol.seed,
+        )
+        model = next(iter(targets.values()))
+        clean: Tensor = pixels.to(device).float() / LEVELS
+        for sentence in preflight(model, clean, labels, budget, range(len(subjects))):
+            found.append(f"{defense}: {sentence}")
+            print(found[-1], file=sys.stderr)
+    return found
+
+
+def write(out: Path, facts: dict[str, Any], rows: Sequence[Row], warnings: Sequence[str]) -> None:
+    """The three files, and the table on the terminal."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {**facts, "rows": [row.describe() for row in rows]}
+    out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    page = write_markdown(rows) + "".join(f"\nWarning: {sentence}\n" for sentence in warnings)
+    out.with_suffix(".md").write_text(page, encoding="utf-8")
+    print(page)
+    try:
+        draw(rows, out.with_suffix(".svg"))
+    except ImportError:
+        print("no plot: it needs matplotlib, pip install 'tapt-serve[train]'", file=sys.stderr)
+
+
+def describe_machine(guard: Guard) -> dict[str, Any]:
+    """What the times were measured on, and with which versions."""
+    cpu = platform.processor() or platform.machine()
+    listed = Path("/proc/cpuinfo")
+    if listed.exists():
+        lines = [line for line in listed.read_text().splitlines() if line.startswith("model name")]
+        cpu = lines[0].partition(":")[2].strip() if lines else cpu
+    device = guard.checkpoint.clip.device
+    return {
+        "device": str(device),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+    }
+
+
+def _describe_bundle(bundle: DefenseBundle) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for name, value in sorted(bundle.statistics.tensors().items() if bundle.statistics else []):
+        digest.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
+    return {**bundle.describe(), "statistics_sha256": digest.hexdigest()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tapt-serve evaluate",
+        description="Measure defenses under attack and write the table.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    lists: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,..."}
+    add = parser.add_argument
+    add("--data", required=True, help="folder or parquet of labelled pictures, or a datasets id")
+    add("--json", type=Path, required=True, metavar="OUT", help="file of figures to write")
+    add("--limit", type=int, help="pictures, a random sample; all if absent")
+    add("--labels", default="", help="class names instead of the data's own")
+    add("--defenses", default="plain,ensemble,tapt", help=",".join(DEFENSES), **lists)
+    add("--threats", default="clean,transfer", help=",".join([CLEAN, *THREATS]), **lists)
+    add("--attacks", default="pgd,apgd,square", help=",".join(ATTACKS), **lists)
+    add("--eps", default="2/255", help="of [0, 1] pixels", **{**lists, "metavar": "E,..."})
+    add("--seed", type=int, default=0, help="draws sample, starts and views")
+    add("--batch", type=int, default=8, help="pictures at once")
+    add("--preflight", type=int, default=0, help="pictures to look for masked gradients on first")
+    model = parser.add_argument_group("model and defense").add_argument
+    model("--model", default="embedded", help="embedded, a directory, or a hub id")
+    model("--bundle", type=Path, help="default: the one beside the model, if any")
+    model("--device", default="cpu", help="cpu, cuda or cuda:N")
+    model("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model")
+    model("--template", default=DEFAULT_TEMPLATE, help="without learned prompts")
+    model("--views", type=int, default=32, help="of a picture")
+    model("--steps", type=int, default=1, help="of adaptation")
+    model("--readout", default="all", choices=READOUTS, help="views the answer is read from")
+    model("--learning-rate", type=float, default=5e-4, help="of adaptation")
+    model("--selection-ratio", type=float, default=0.1, help="share of the views kept")
+    model("--alignment-weight", type=float, default=100.0, help="against the entropy")
+    model("--gamma", type=float, default=0.5, help="share of the adversarial statistics")
+    attack = parser.add_argument_group("attack").add_argument
+    attack("--attack-steps", type=int, default=20, help="of a gradient attack's run")
+    attack("--restarts", type=int, default=1, help="runs of an attack")
+    attack("--eot", type=int, default=1, help="draws of views that a gradient is averaged over")
+    attack("--targets", type=int, default=3, help="classes that APGD aims at")
+    attack("--queries", type=int, default=500, help="of Square")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    try:
+        return evaluate(options)
+    except (ModelError, DataError, MissingExtra, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""The figures of an evaluation as rows, as a table in Markdown and as a plot."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from models.journal import CLEAN, Cell, Journal
+from models.scores import Interval, difference, wilson
+
+TITLES = {
+    "transfer": "transfer: attack on undefended CLIP",
+    "static": "static: attack on CLIP with the learned prompts",
+    "adaptive": "adaptive: attack through the whole defense",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A cell's figures over the pictures.
+
+    `right` says for each picture whether it counts: right clean and under every attack. `broken`
+    counts the pictures that an attack was the first to break, `ms` and `attack_ms` are a
+    picture's means. `versus` are paired differences of accuracy from other rows.
+    """
+
+    cell: Cell
+    right: tuple[bool, ...]
+    accuracy: Interval
+    broken: Mapping[str, int]
+    ms: float
+    attack_ms: float
+    versus: dict[str, Interval] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """In JSON types; `pictures` has a 1 for each that counts, in the order of the file's."""
+        return {
+            **asdict(self.cell),
+            "n": len(self.right),
+            "right": sum(self.right),
+            "accuracy": self.accuracy.value,
+            "interval": [self.accuracy.low, self.accuracy.high],
+            "broken_first_by": dict(self.broken),
+            "ms_a_picture": round(self.ms, 2),
+            "attack_ms_a_picture": round(self.attack_ms, 2),
+            "difference_from": {
+                name: {"value": d.value, "interval": [d.low, d.high]}
+                for name, d in self.versus.items()
+            },
+            "pictures": "".join("01"[right] for right in self.right),
+        }
+
+
+def tally(cells: Sequence[Cell], names: Sequence[str], journal: Journal) -> list[Row]:
+    """A row a cell over the pictures of these names, with the differences worth knowing: from
+    undefended CLIP under the attack made on itself, and from the plain mean over views under the
+    same threat."""
+    rows = {cell: _row(cell, names, journal) for cell in cells}
+    for cell, row in rows.items():
+        own = [Cell("plain", threat, cell.epsilon) for threat in ("transfer", "adaptive", CLEAN)]
+        others = {
+            "plain under its own attack": next((c for c in own if c in rows), None),
+            "ensemble": Cell("ensemble", cell.threat, cell.epsilon),
+        }
+        for name, other in others.items():
+            if other in rows and other != cell:
+                row.versus[name] = difference(row.right, rows[other].right)
+    return list(rows.values())
+
+
+def _row(cell: Cell, names: Sequence[str], journal: Journal) -> Row:
+    right = tuple(journal.right(name, cell) for name in names)
+    outcomes = [list(journal.seen(name, cell).values()) for name in names]
+    flat = [outcome for each in outcomes for outcome in each]
+    return Row(
+        cell,
+        right,
+        wilson(sum(right), len(right)),
+        Counter(outcome.attack for outcome in flat if not outcome.right),
+        mean(outcome.ms for outcome in flat) if flat else 0.0,
+        sum(outcome.attack_ms for outcome in flat) / len(names),
+    )
+
+
+def write_markdown(rows: Sequence[Row]) -> str:
+    """One line a defense, one column a threat and epsilon, then the paired differences."""
+    columns = list(dict.fromkeys((row.cell.threat, row.cell.epsilon) for row in rows))
+    found = {row.cell: row for row in rows}
+    lines = []
+    for defense in dict.fromkeys(row.cell.defense for row in rows):
+        own = [found[Cell(defense, *column)] for column in columns]
+        lines.append((f"`{defense}`", *(_percent(r.accuracy) for r in own), f"{own[0].ms:.0f}"))
+    heads = ("defense", *(_head(*column) for column in columns), "ms a picture")
+    parts = [
+        f"Accuracy in % with 95% intervals over the same {len(rows[0].right)} pictures. Robust: "
+        "right clean and under every attack. Epsilon is in the model's own pixels.",
+        tabulate(heads, lines),
+    ]
+    if differences := [
+        (f"`{r.cell.defense}`", _head(r.cell.threat, r.cell.epsilon), name, _points(d))
+        for r in rows
+        for name, d in r.versus.items()
+    ]:
+        heads = ("defense", "under", "less", "points, paired 95% interval")
+        parts += [
+            "Differences on the same pictures; an interval that holds 0 shows nothing.",
+            tabulate(heads, differences),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def tabulate(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy over epsilon as SVG, a panel a threat model and a line a defense, with intervals;
+    the same rows give the same file. Needs matplotlib, of the extra `train`."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "evaluation", "svg.fonttype": "none"})
+    from matplotlib import pyplot
+
+    threats = [t for t in dict.fromkeys(row.cell.threat for row in rows) if t != CLEAN]
+    width = 4.5 * max(1, len(threats))
+    figure, axes = pyplot.subplots(
+        1, max(1, len(threats)), figsize=(width, 3.4), sharey=True, squeeze=False, layout="tight"
+    )
+    for panel, threat in zip(axes[0], threats or [CLEAN], strict=True):
+        for defense in dict.fromkeys(row.cell.defense for row in rows):
+            own = [r for r in rows if r.cell.defense == defense]
+            line = sorted(
+                (r for r in own if r.cell.threat in (CLEAN, threat)), key=lambda r: r.cell.epsilon
+            )
+            values = [100 * r.accuracy.value for r in line]
+            spread = [
+                [100 * max(0, r.accuracy.value - r.accuracy.low) for r in line],
+                [100 * max(0, r.accuracy.high - r.accuracy.value) for r in line],
+            ]
+            at = [r.cell.epsilon for r in line]
+            panel.errorbar(at, values, spread, marker=".", capsize=2, label=defense)
+        panel.set(title=TITLES.get(threat, threat), xlabel="epsilon, 1/255 of a pixel's range")
+        panel.title.set_fontsize(9)
+        panel.set_ylim(bottom=0)
+    axes[0][0].set_ylabel("accuracy, %")
+    axes[0][-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _head(threat: str, epsilon: float) -> str:
+    return threat if threat == CLEAN else f"{threat} {epsilon:g}/255"
+
+
+def _percent(figure: Interval) -> str:
+    return f"{100 * figure.value:.1f} ({100 * figure.low:.1f} to {100 * figure.high:.1f})"
+
+
+def _points(figure: Interval) -> str:
+    return f"{100 * figure.value:+.1f} ({100 * figure.low:+.1f} to {100 * figure.high:+.1f})"

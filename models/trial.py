@@ -1,0 +1,286 @@
+"""Defenses under attack, honestly counted: every picture, every threat model, the worst attack.
+
+All defenses answer the same pictures, cut to the model's own S x S pixels, in which epsilon is
+measured: view 0 of the original is attacked, rounded to 8 bits and handed to the defense as its
+picture. A picture counts as robust only if the defense is right on it clean and under every
+attack; one whose fate is decided is not attacked any further.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.attacks import ATTACKS
+from models.attacks.adaptive import ways
+from models.attacks.attack import LEVELS, Budget, Model
+from models.attacks.threats import static, transfer
+from models.data import DataError, Dataset
+from models.guard import Guard, Picture
+from models.journal import CLEAN, Cell, Journal, Outcome
+from models.views import make_views
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A picture to attack: view 0 of the original, uint8 [S, S, 3], and its class."""
+
+    image: NDArray[np.uint8]
+    label: int
+
+    @cached_property
+    def name(self) -> str:
+        """Tells pictures apart, whatever data set they come from."""
+        return hashlib.sha256(self.image.tobytes() + str(self.label).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """What is measured, and how.
+
+    `epsilons` are in levels of 1/255; `budget` is what every attack may spend, but for its
+    epsilon; `views`, `steps` and `readout` are the defense's; `batch` pictures go together.
+    """
+
+    defenses: Sequence[str]
+    threats: Sequence[str]
+    attacks: Sequence[str]
+    epsilons: Sequence[float]
+    budget: Budget
+    views: int = 32
+    steps: int = 1
+    readout: str = "all"
+    seed: int = 0
+    batch: int = 8
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every row of the table, the clean ones first."""
+        hurt = [threat for threat in self.threats if threat != CLEAN]
+        pairs = [(CLEAN, 0.0), *((threat, eps) for threat in hurt for eps in self.epsilons)]
+        return [Cell(name, threat, eps) for threat, eps in pairs for name in self.defenses]
+
+
+def gather(guard: Guard, data: Dataset, limit: int | None, seed: int) -> list[Subject]:
+    """A random sample of labelled pictures, drawn by `seed`, as the model sees them.
+
+    Raises:
+        DataError: there is none, or one has no label.
+    """
+    preprocessing, cpu = guard.checkpoint.preprocessing, torch.device("cpu")
+    subjects = []
+    for example in data.examples(limit, seed):
+        if example.label < 0:
+            raise DataError("a picture without a label cannot be counted as right or wrong")
+        view = make_views(example.pixels, 1, 0, preprocessing, cpu)[0]
+        pixels = (view * LEVELS).round().byte().permute(1, 2, 0).contiguous().numpy()
+        subjects.append(Subject(pixels, example.label))
+    if not subjects:
+        raise DataError("there are no pictures to evaluate on")
+    return subjects
+
+
+def as_shown(guard: Guard) -> Guard:
+    """The same guard for pictures that are S x S already: it neither resizes nor cuts view 0."""
+    checkpoint = guard.checkpoint
+    shown = replace(checkpoint.preprocessing, short_side=None, size=None)
+    return Guard(
+        replace(checkpoint, preprocessing=shown),
+        guard.bundle,
+        guard.objective,
+        guard.selection_ratio,
+        guard.template,
+    )
+
+
+class Trial:
+    """Fills a journal with outcomes; what it finds there already is not done again.
+
+    Args:
+        guard: takes S x S pictures, see `as_shown`.
+        names: the classes, in the order of the subjects' labels.
+        advance: told of every (picture, row, attack) that is done or decided.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        names: Sequence[str],
+        protocol: Protocol,
+        journal: Journal,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._guard, self._names, self._protocol = guard, tuple(names), protocol
+        self._journal, self._advance = journal, advance
+        self._shared: Mapping[str, Callable[[Guard, tuple[str, ...]], Model]] = {
+            "transfer": transfer,
+            "static": static,
+        }
+
+    def work(self, subjects: Sequence[Subject]) -> int:
+        """How often `advance` will be called for, in all."""
+        protocol = self._protocol
+        hurt = len(protocol.cells) - len(protocol.defenses)
+        return len(subjects) * (len(protocol.defenses) + hurt * len(protocol.attacks))
+
+    def run(self, subjects: Sequence[Subject]) -> None:
+        protocol = self._protocol
+        for start in range(0, len(subjects), protocol.batch):
+            chunk = subjects[start : start + protocol.batch]
+            for defense in protocol.defenses:
+                self._judge(chunk, None, Cell(defense, CLEAN, 0), CLEAN, 0)
+            for threat in protocol.threats:
+                for epsilon in protocol.epsilons if threat != CLEAN else ():
+                    for attack in protocol.attacks:
+                        if threat in self._shared:
+                            self._attack_all(chunk, threat, epsilon, attack)
+                        else:
+                            self._attack_each(chunk, threat, epsilon, attack)
+
+    def _attack_all(
+        self, chunk: Sequence[Subject], threat: str, epsilon: float, attack: str
+    ) -> None:
+        """An attack that no defense has a part in is made once for all of them."""
+        cells = [Cell(defense, threat, epsilon) for defense in self._protocol.defenses]
+        self._advance(len(chunk) * len(cells))
+        hit = [s for s in chunk if any(self._open(s, cell, attack) for cell in cells)]
+        if not hit:
+            return
+        model = self._shared[threat](self._guard, self._names)
+        pixels, ms = self._make(model, hit, threat, epsilon, attack)
+        for cell in cells:
+            places = [i for i, subject in enumerate(hit) if self._open(subject, cell, attack)]
+            self._judge([hit[i] for i in places], pixels[places], cell, attack, ms)
+
+    def _attack_each(
+        self, chunk: Sequence[Subject], threat: str, epsilon: float, attack: str
+    ) -> None:
+        """An attack on a whole defense, one picture at a time: its views are drawn by a stream
+        of its own, and a defense brings the batch itself."""
+        protocol = self._protocol
+        for defense in protocol.defenses:
+            cell = Cell(defense, threat, epsilon)
+            for subject in chunk:
+                seed = self._seed(subject, threat, attack, f"{epsilon:g}", "views")
+                targets = ways(
+                    self._guard,
+                    self._names,
+                    defense,
+                    protocol.views,
+                    protocol.steps,
+                    protocol.readout,
+                    seed,
+                )
+                for way, model in targets.items():
+                    first = way == next(iter(targets))
+                    if not first and attack not in ("pgd", "apgd"):
+                        continue  # without gradients all ways are one
+                    label = attack if first else f"{attack} {way}"
+                    if self._open(subject, cell, label):
+                        pixels, ms = self._make(model, [subject], threat, epsilon, attack)
+                        self._judge([subject], pixels, cell, label, ms)
+                self._advance(1)
+
+    def _open(self, subject: Subject, cell: Cell, attack: str) -> bool:
+        """Whether an attack on a picture can still change its fate."""
+        journal = self._journal
+        return attack not in journal.seen(subject.name, cell) and journal.right(subject.name, cell)
+
+    def _make(
+        self, model: Model, subjects: Sequence[Subject], threat: str, epsilon: float, attack: str
+    ) -> tuple[Tensor, float]:
+        """Attacked pixels [N, 3, S, S] and the milliseconds that each took."""
+        start, device = time.perf_counter(), self._guard.checkpoint.clip.device
+        images = torch.from_numpy(np.stack([subject.image for subject in subjects]))
+        pixels = (images.permute(0, 3, 1, 2).float() / LEVELS).to(device)
+        labels = torch.tensor([subject.label for subject in subjects], device=device)
+        seeds = [self._seed(s, threat, attack, f"{epsilon:g}") for s in subjects]
+        budget = replace(self._protocol.budget, epsilon=epsilon / LEVELS)
+        if threat in self._shared:
+            budget = replace(budget, draws=1)  # nothing random to average over
+        attacked = ATTACKS[attack](model, pixels, labels, budget, seeds)
+        return attacked, 1000 * (time.perf_counter() - start) / len(subjects)
+
+    def _judge(
+        self,
+        subjects: Sequence[Subject],
+        pixels: Tensor | None,
+        cell: Cell,
+        attack: str,
+        attack_ms: float,
+    ) -> None:
+        """Ask a defense about pictures, attacked ones where `pixels` are given, and note it."""
+        if pixels is None:
+            self._advance(len(subjects))
+            subjects = [s for s in subjects if not self._journal.seen(s.name, cell)]
+            images = [subject.image for subject in subjects]
+        else:
+            levels = (pixels * LEVELS).round().byte().permute(0, 2, 3, 1)
+            images = list(levels.cpu().contiguous().numpy())
+        if not subjects:
+            return
+        start = time.perf_counter()
+        found = answers(
+            self._guard,
+            self._names,
+            images,
+            cell.defense,
+            self._protocol,
+            [self._seed(subject, "answer") for subject in subjects],
+        )
+        ms = 1000 * (time.perf_counter() - start) / len(subjects)
+        self._journal.add(
+            Outcome(subject.name, cell, attack, answer == subject.label, ms, attack_ms)
+            for subject, answer in zip(subjects, found, strict=True)
+        )
+
+    def _seed(self, subject: Subject, *what: str) -> int:
+        """Draws of a picture hang on nothing but the run's seed, the picture and their purpose."""
+        text = "/".join([str(self._protocol.seed), subject.name, *what])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
+
+
+def answers(
+    guard: Guard,
+    names: tuple[str, ...],
+    images: Sequence[NDArray[np.uint8]],
+    defense: str,
+    protocol: Protocol,
+    seeds: Sequence[int],
+) -> list[int]:
+    """The class that a defense names for each image."""
+    pictures = [
+        Picture(image, names, None, protocol.readout, seed)
+        for image, seed in zip(images, seeds, strict=True)
+    ]
+    steps = protocol.steps if guard.adaptable(pictures[0], defense) else 0
+
+    def leaving(taken: int, rows: list[int]) -> set[int]:
+        return set(rows) if taken >= steps else set()
+
+    found = [-1] * len(pictures)
+    for finding in guard.classify(pictures, defense, protocol.views, leaving):
+        found[finding.verdict.row] = int(finding.verdict.probabilities.argmax())
+    return found
+
+
+def suspect(protocol: Protocol, subjects: Sequence[Subject], journal: Journal) -> Iterator[str]:
+    """Sentences on rows whose gradients look masked: Square broke what gradients left standing."""
+    if protocol.attacks[-1:] != ["square"] or len(protocol.attacks) == 1:
+        return
+    for cell in protocol.cells:
+        if cell.threat == "adaptive":
+            tried = [journal.seen(subject.name, cell) for subject in subjects]
+            last = [outcomes["square"].right for outcomes in tried if "square" in outcomes]
+            if (broken := last.count(False)) > max(1, 0.05 * len(last)):
+                yield (
+                    f"{cell.defense} at {cell.epsilon:g}/255: Square breaks {broken} of the "
+                    f"{len(last)} pictures that gradient attacks leave right, so its gradients "
+                    "look masked; more --eot, --restarts or --attack-steps may say."
+                )
