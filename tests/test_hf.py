@@ -189,8 +189,8 @@ def test_the_report_is_in_the_headers(server: Server, photo: bytes) -> None:
     assert headers["x-request-id"] == "mine"
     assert headers["x-defense-method"] == "tapt"
     assert headers["x-defense-steps"] == "1"
-    assert headers["x-defense-views"] == "16"
-    assert headers["x-defense-views-kept"] == "1"
+    assert headers["x-defense-views"] == "32"
+    assert headers["x-defense-views-kept"] == "3"
     assert "x-defense-truncated" not in headers
     assert float(headers["x-entropy-before"]) == 0.5
     assert float(headers["x-entropy-after"]) == 0.25
