@@ -1,8 +1,9 @@
 """Test-time counterattack (TTC, Xing et al., CVPR 2025, arXiv 2503.03613).
 
-An attacked picture sits in a place from which noise hardly moves its features. Where it does not,
-the picture's own pixels are moved, within a small ball, to carry the features as far away as they
-go; no prompt and no label takes part. The picture that comes out is classified by plain CLIP.
+An attacked picture sits in a place from which noise hardly moves its features. Where noise moves
+them little, the picture's own pixels are moved, within a small ball, to carry the features as far
+away as they go; no prompt and no label takes part. Plain CLIP classifies what comes out. A picture
+that takes no step keeps its noise, as published.
 """
 
 import time
