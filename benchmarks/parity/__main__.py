@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         for found in METHODS[method](read(path), _checkpoint_of(path, clips)):
             status |= found.beyond
             verdict = "[red]beyond[/red]" if found.beyond else "ok"
+            if found.left_out:
+                verdict += f", {found.left_out} undetermined"
             gap, tolerance = f"{found.gap:.2e}", f"{found.tolerance:.0e}"
             table.add_row(path.stem, found.quantity, gap, tolerance, verdict)
     Console(width=None if sys.stdout.isatty() else 120).print(table)

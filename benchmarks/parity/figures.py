@@ -18,11 +18,13 @@ TOLERANCE, VALUE_TOLERANCE = 1e-4, 1e-6  # the second for what a step moves: pro
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The largest absolute difference in a quantity, and how much is allowed."""
+    """The largest absolute difference in a quantity, how much is allowed, and how many of its
+    values were left out because arithmetic does not determine them."""
 
     quantity: str
     gap: float
     tolerance: float
+    left_out: int = 0
 
     @property
     def beyond(self) -> bool:
@@ -38,8 +40,16 @@ class Figures:
     given: dict[str, Tensor]
     expected: dict[str, Tensor]
 
-    def difference(self, value: Tensor, quantity: str, tolerance: float = TOLERANCE) -> Difference:
-        """Our value of a quantity against theirs.
+    def difference(
+        self,
+        value: Tensor,
+        quantity: str,
+        tolerance: float = TOLERANCE,
+        determined: Tensor | None = None,
+        slack: float = 0.0,
+    ) -> Difference:
+        """Our value of a quantity against theirs, where `determined` (everywhere if None); the
+        others may differ by `slack`.
 
         Raises:
             ValueError: it has another shape.
@@ -47,8 +57,12 @@ class Figures:
         theirs = self.expected[quantity]
         if value.shape != theirs.shape:
             raise ValueError(f"{self.name}: {quantity} is {list(theirs.shape)}")
-        gap = float((value.double() - theirs.double()).abs().max())
-        return Difference(quantity, gap if gap < float("inf") else float("inf"), tolerance)
+        gaps = (value.double() - theirs.double()).abs().nan_to_num(float("inf"))
+        if determined is None:
+            return Difference(quantity, float(gaps.max()), tolerance)
+        left_out = int((~determined).sum())
+        gaps = torch.where(determined, gaps, (gaps - slack).clamp(min=0))
+        return Difference(quantity, float(gaps.max()), tolerance, left_out)
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """What is given under a prefix, the prefix cut off."""
