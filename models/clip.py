@@ -92,15 +92,18 @@ class PromptedCLIP:
         projected = pooled.float().unflatten(0, (batch, views))
         return ImageFeatures(_normalize(projected), projected, inputs)
 
-    def encode_labels(self, labels: LabelBatch, prompts: Tensor | None = None) -> Tensor:
-        """Label features [R, D] of unit length in fp32, without gradient.
+    def encode_labels(
+        self, labels: LabelBatch, prompts: Tensor | None = None, graph: bool = False
+    ) -> Tensor:
+        """Label features [R, D] of unit length in fp32, without gradient unless `graph` asks.
 
         Args:
             labels: the rows of B requests, their slots included.
             prompts: [B, depth, slots, width], one set a request, or None for plain text.
+            graph: keep the graph of all rows, however large, for attacks; serving does not.
         """
         owners = labels.owners
-        with torch.no_grad():
+        with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
             features = [
                 self._encode_text(
                     labels.ids[rows],

@@ -99,6 +99,34 @@ def alignment_loss(inputs: Sequence[Tensor], mean: Tensor, variance: Tensor) -> 
     return total
 
 
+def losses(
+    clip: PromptedCLIP,
+    views: Tensor,
+    labels: LabelBatch,
+    text: Tensor,
+    prompts: DefensePrompts,
+    objective: Objective,
+) -> tuple[Losses, Tensor]:
+    """One step's loss terms, and what the step minimizes, [B], with its graph.
+
+    Args:
+        views: the kept views [B, k, 3, S, S] in [0, 1].
+        text: the labels' features [R, D] at `prompts`.
+    """
+    reference = objective.reference
+    images = clip.encode_images(views, prompts.vision, max(0, objective.layers - 1))
+    entropy = align_adv = align_clean = torch.zeros(len(views), device=views.device)
+    if objective.entropy:
+        logits = class_logits(clip, images.features, text, labels)
+        entropy = view_entropy(logits) if objective.of_mean else entropies(logits).mean(dim=1)
+    if reference is not None and images.inputs:
+        align_adv = alignment_loss(images.inputs, reference.adv_mean, reference.adv_var)
+        align_clean = alignment_loss(images.inputs, reference.clean_mean, reference.clean_var)
+    align = objective.gamma * align_adv + (1 - objective.gamma) * align_clean
+    terms = Losses(entropy.detach(), align_adv.detach(), align_clean.detach())
+    return terms, entropy + objective.alignment_weight / max(1, objective.layers) * align
+
+
 def gradients(
     clip: PromptedCLIP,
     views: Tensor,
@@ -109,23 +137,12 @@ def gradients(
 ) -> tuple[Losses, dict[str, Tensor]]:
     """One step's losses and its gradients by prompt name; a prompt no loss reaches is left out.
 
-    Args:
-        views: the kept views [B, k, 3, S, S] in [0, 1].
-        text: the labels' features [R, D] at `prompts`.
+    The arguments are those of `losses`.
     """
     leaves = prompts.map({k: v.detach().requires_grad_() for k, v in prompts.tensors.items()})
     text = text.detach().requires_grad_()
-    reference = objective.reference
-    images = clip.encode_images(views, leaves.vision, max(0, objective.layers - 1))
-    entropy = align_adv = align_clean = torch.zeros(len(views), device=views.device)
-    if objective.entropy:
-        logits = class_logits(clip, images.features, text, labels)
-        entropy = view_entropy(logits) if objective.of_mean else entropies(logits).mean(dim=1)
-    if reference is not None and images.inputs:
-        align_adv = alignment_loss(images.inputs, reference.adv_mean, reference.adv_var)
-        align_clean = alignment_loss(images.inputs, reference.clean_mean, reference.clean_var)
-    align = objective.gamma * align_adv + (1 - objective.gamma) * align_clean
-    loss = (entropy + objective.alignment_weight / max(1, objective.layers) * align).sum()
+    terms, each = losses(clip, views, labels, text, leaves, objective)
+    loss = each.sum()
     names = [*leaves.tensors, "features"]
     values = [*leaves.tensors.values(), text]
     found = dict.fromkeys(names) | (
@@ -137,8 +154,7 @@ def gradients(
     if pull is not None and prompts.text is not None:
         through_text = clip.text_gradient(labels, prompts.text, pull)
         found["text"] = through_text if found["text"] is None else found["text"] + through_text
-    losses = Losses(entropy.detach(), align_adv.detach(), align_clean.detach())
-    return losses, {name: value for name, value in found.items() if value is not None}
+    return terms, {name: value for name, value in found.items() if value is not None}
 
 
 def adapt(

@@ -196,6 +196,40 @@ def test_pictures_that_are_decided_are_left_alone(
     assert {line["attack"] for line in lines} == {CLEAN, "pgd"}  # pgd breaks all, apgd none
 
 
+def test_an_adaptive_row_counts_the_worse_way(
+    directory: Path,
+    folder: Path,
+    bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = "--threats adaptive --attacks pgd,square --eps 2/255 --limit 4 --eot 2 --preflight 1"
+    flags += " --defenses plain,tapt --steps 1 --learning-rate 1e-2"
+    assert run(directory, folder, bundle, tmp_path / "out.json", *flags.split()) == 0
+    facts, rows = read(tmp_path / "out.json")
+    assert not [sentence for sentence in facts["warnings"] if "gradient is zero" in sentence]
+    attacks = {
+        line["attack"]
+        for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+        if line["cell"]["defense"] == "tapt"
+    }
+    assert attacks >= {CLEAN, "pgd", "pgd unrolled"}
+    row = rows["tapt", "adaptive", 2]
+    assert row["right"] + sum(row["broken_first_by"].values()) == rows["tapt", CLEAN, 0]["right"]
+
+
+def test_a_row_that_only_square_breaks_is_pointed_out(tmp_path: Path) -> None:
+    journal, cell = Journal(tmp_path / "out.jsonl", "key"), Cell("tapt", "adaptive", 2)
+    subjects = [trial.Subject(tiny.draw_image(number), 0) for number in range(10)]
+    for number, subject in enumerate(subjects):
+        for attack, right in ((CLEAN, True), ("pgd", True), ("square", number > 3)):
+            where = Cell("tapt", CLEAN, 0) if attack == CLEAN else cell
+            journal.add([Outcome(subject.name, where, attack, right, 1.0, 1.0)])
+    protocol = trial.Protocol(["tapt"], ["adaptive"], ["pgd", "square"], [2], trial.Budget(0))
+    (sentence,) = trial.suspect(protocol, subjects, journal)
+    assert "Square breaks 4 of the 10" in sentence
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
