@@ -5,7 +5,7 @@ PORT ?= 8000
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded clean
+.PHONY: serve test setup check format parity embedded robustness clean
 
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT)
@@ -41,6 +41,20 @@ parity: setup
 # Train the embedded model: make embedded DATA=DIR
 embedded: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m models.training.embedded --data $(DATA)
+
+# Defenses under attack: make robustness DATA=DIR [LIMIT=100 THREATS=clean,adaptive ...]. A run
+# that was cut short goes on when it is started again; see docs/robustness.md.
+LIMIT ?= 500
+DEFENSES ?= plain,ensemble,apt,apt-ensemble,tapt
+THREATS ?= clean,transfer,static,adaptive
+ATTACKS ?= pgd,apgd,square
+EPS ?= 1/255,2/255
+EVALUATE ?= --eot 2 --queries 200
+TABLE ?= runs/robustness/table.json
+robustness: setup
+	$(BIN)/tapt-serve evaluate --data $(DATA)/tiny_imagenet_val.parquet --limit $(LIMIT) \
+	    --defenses $(DEFENSES) --threats $(THREATS) --attacks $(ATTACKS) --eps $(EPS) \
+	    $(EVALUATE) --json $(TABLE)
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -101,7 +101,7 @@ class FolderDataset:
         return self.examples()
 
     def examples(self, limit: int | None = None, seed: int | None = None) -> Iterator[Example]:
-        for index in _order(len(self), limit, seed):
+        for index in order(len(self), limit, seed):
             file, label = self._files[index]
             yield Example(_decode(file, str(file)), label)
 
@@ -134,8 +134,8 @@ class ParquetDataset:
         return self.examples()
 
     def examples(self, limit: int | None = None, seed: int | None = None) -> Iterator[Example]:
-        order = _order(len(self), limit, seed)
-        rows = self._stream(len(order)) if seed is None else self._pick(list(order))
+        picked = order(len(self), limit, seed)
+        rows = self._stream(len(picked)) if seed is None else self._pick(list(picked))
         for where, data, label in rows:
             yield Example(_decode(io.BytesIO(data), where), label)
 
@@ -208,7 +208,8 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
 
 
-def _order(count: int, limit: int | None, seed: int | None) -> range | list[int]:
+def order(count: int, limit: int | None, seed: int | None) -> range | list[int]:
+    """Which of `count` examples come, and in which order: see `Dataset.examples`."""
     if limit is not None and limit < 0:
         raise ValueError(f"limit must not be negative, got {limit}")
     kept = count if limit is None else min(limit, count)

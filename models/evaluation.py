@@ -34,9 +34,10 @@ from models.attacks.preflight import preflight
 from models.attacks.threats import THREATS
 from models.bundle import DefenseBundle, load_bundle
 from models.checkpoint import ModelError, load_checkpoint
-from models.data import DataError, open_dataset
+from models.data import DataError
 from models.defenses import DEFENSES
 from models.guard import DEFAULT_TEMPLATE, Guard
+from models.hub import open_anywhere
 from models.journal import CLEAN, Journal
 from models.readout import READOUTS
 from models.table import Row, draw, tally, write_markdown
@@ -55,7 +56,7 @@ def evaluate(options: argparse.Namespace) -> int:
             options cannot be used.
     """
     guard = load_guard(options)
-    data = open_dataset(options.data)
+    data = open_anywhere(options.data)
     names = options.labels.split(",") if options.labels else data.names
     if len(names) < 2:
         raise DataError(f"{options.data} has no labels; name some with --labels")
@@ -191,8 +192,9 @@ def check(
             protocol.seed,
         )
         model = next(iter(targets.values()))
+        spent = budget if model.random else replace(budget, draws=1)
         clean: Tensor = pixels.to(device).float() / LEVELS
-        for sentence in preflight(model, clean, labels, budget, range(len(subjects))):
+        for sentence in preflight(model, clean, labels, spent, range(len(subjects))):
             found.append(f"{defense}: {sentence}")
             print(found[-1], file=sys.stderr)
     return found

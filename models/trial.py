@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.attacks import ATTACKS
-from models.attacks.adaptive import ways
+from models.attacks.adaptive import Defended, ways
 from models.attacks.attack import LEVELS, Budget, Model
 from models.attacks.threats import static, transfer
 from models.data import DataError, Dataset
@@ -202,7 +202,7 @@ class Trial:
         labels = torch.tensor([subject.label for subject in subjects], device=device)
         seeds = [self._seed(s, threat, attack, f"{epsilon:g}") for s in subjects]
         budget = replace(self._protocol.budget, epsilon=epsilon / LEVELS)
-        if threat in self._shared:
+        if not (isinstance(model, Defended) and model.random):
             budget = replace(budget, draws=1)  # nothing random to average over
         attacked = ATTACKS[attack](model, pixels, labels, budget, seeds)
         return attacked, 1000 * (time.perf_counter() - start) / len(subjects)

@@ -2,8 +2,10 @@
 
 import json
 import math
+import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,10 +15,13 @@ from PIL import Image
 from models import evaluation, trial
 from models.attacks import ATTACKS
 from models.checkpoint import Checkpoint
+from models.data import DataError
 from models.guard import Guard
+from models.hub import open_anywhere
 from models.journal import CLEAN, Cell, Journal, Outcome
 from models.scores import difference, wilson
 from models.table import tally, write_markdown
+from service.cli import main as cli
 from tests import tiny
 
 NAMES = ("cat", "dog", "lemon")
@@ -290,3 +295,38 @@ def test_the_attacked_pixels_are_the_models_own(guard: Guard) -> None:
     assert guard.checkpoint.preprocessing.resized(32, 32) == (32, 32)
     view = trial.make_views(image, 1, 0, guard.checkpoint.preprocessing, tiny.CPU)[0]
     assert np.array_equal((view * 255).round().byte().permute(1, 2, 0).numpy(), image)
+
+
+def test_a_data_sets_id_is_opened_where_the_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Split(list[dict[str, Any]]):
+        features: ClassVar[dict[str, Any]] = {
+            "img": None,
+            "label": SimpleNamespace(names=["cat", "dog"]),
+        }
+
+    def load_dataset(path: str, split: str) -> Split:
+        if path == "owner/missing":
+            raise FileNotFoundError("no such\ndata set")
+        assert (path, split) == ("owner/pets", "train")
+        return Split({"img": Image.new("L", (8, 8), k), "label": k % 2} for k in range(6))
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    data = open_anywhere("owner/pets:train")
+    assert data.names == ["cat", "dog"]
+    assert len(data) == 6
+    found = list(data.examples(3, seed=1))
+    assert [example.label for example in found] == [
+        int(example.pixels[0, 0, 0]) % 2 for example in found
+    ]
+    assert found[0].pixels.shape == (8, 8, 3)
+    with pytest.raises(DataError, match=r"owner/missing cannot be loaded as a data set: no such$"):
+        open_anywhere("owner/missing")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="package `datasets`"):
+        open_anywhere("owner/pets")
+
+
+def test_the_command_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli(["evaluate", "--help"])
+    assert "--attack-steps" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import tapt
-from models.attacks.attack import LEVELS, Model
+from models.attacks.attack import LEVELS
 from models.attacks.threats import encode
 from models.attacks.unrolled import unroll
 from models.defenses import DEFENSES, gate, rtpt, tpt, ttc
@@ -28,6 +28,7 @@ from models.views import cut_views, round_levels
 
 Average = Callable[[Tensor, Tensor], Tensor]
 SINGLE = {"plain", "apt", "ttc"}  # they look at the picture alone
+STEADY = {"plain", "apt"}  # and draw nothing
 TUNED = {"tapt", "tpt", "rtpt", "gate"}  # they adapt prompts
 
 
@@ -47,6 +48,11 @@ class Defended:
     readout: str
     source: np.random.Generator
     unrolled: bool = False
+
+    @property
+    def random(self) -> bool:
+        """Whether two calls may differ, so that gradients are worth averaging over draws."""
+        return self.method not in STEADY
 
     def __call__(self, pixels: Tensor) -> Tensor:
         return self.answer(pixels, self.source.integers(2**48, size=len(pixels)).tolist())
@@ -177,7 +183,7 @@ def ways(
     steps: int,
     readout: str,
     seed: int,
-) -> Mapping[str, Model]:
+) -> Mapping[str, Defended]:
     """A defense as models to attack by gradients, by the way taken through its adaptation; all
     give the same answers. `seed` draws the attacker's views."""
     held = Defended(guard, names, method, views, steps, readout, np.random.default_rng(seed))

@@ -52,19 +52,21 @@ def _prepare(package: Any, model: Model, pixels: Tensor, budget: Budget, seed: i
             return model(x)
 
     with torch.no_grad():
-        classes = model(pixels).shape[1]
+        first, second = model(pixels), model(pixels)
     runner = package.AutoAttack(
         Module(),
         eps=budget.epsilon,
         seed=seed % 2**32,
         device=pixels.device,
-        version="rand" if budget.draws > 1 else "standard",
+        version="standard" if torch.equal(first, second) else "rand",
     )
     runner.verbose = False
     runner.apgd.n_iter = runner.apgd_targeted.n_iter = runner.fab.n_iter = budget.steps
     runner.apgd.eot_iter = runner.apgd_targeted.eot_iter = budget.draws
     runner.square.n_queries = budget.queries
-    runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = min(TARGETS, classes - 1)
+    runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = min(
+        TARGETS, first.shape[1] - 1
+    )
     return runner
 
 

@@ -1,0 +1,60 @@
+"""Labelled pictures from a Hugging Face `datasets` id, where that package is installed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from models.data import DataError, Dataset, Example, open_dataset, order
+
+IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label")
+
+
+def open_anywhere(name: str) -> Dataset:
+    """Open a path as `open_dataset` does, else a data set's id: `owner/name`, with a split behind
+    a colon where it is not `test`.
+
+    Raises:
+        DataError: there is no such path, and no such data set or no package to load it with.
+    """
+    if Path(name).exists():
+        return open_dataset(name)
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"no data at {name}: no such file or directory, and a data set's id needs the "
+            "package `datasets`, which is not installed"
+        ) from None
+    path, _, split = name.partition(":")
+    try:
+        return HubDataset(datasets.load_dataset(path, split=split or "test"), name)
+    except Exception as error:  # the package raises what its hundred readers raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{name} cannot be loaded as a data set: {reason}") from error
+
+
+class HubDataset:
+    """A loaded split with a column of pictures and one of classes."""
+
+    def __init__(self, split: Any, name: str) -> None:
+        self._split = split
+        try:
+            self._image = next(column for column in IMAGES if column in split.features)
+            self._label = next(column for column in LABELS if column in split.features)
+        except StopIteration:
+            raise DataError(f"{name} has no columns of pictures and labels") from None
+
+    @property
+    def names(self) -> list[str]:
+        return [str(name) for name in getattr(self._split.features[self._label], "names", [])]
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __iter__(self) -> Iterator[Example]:
+        return self.examples()
+
+    def examples(self, limit: int | None = None, seed: int | None = None) -> Iterator[Example]:
+        for index in order(len(self), limit, seed):
+            row = self._split[int(index)]
+            yield Example(row[self._image].convert("RGB"), int(row[self._label]))
