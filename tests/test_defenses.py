@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
-from models.defenses import DEFENSES, gate, ttc
+from models.defenses import DEFENSES, gate, rtpt, ttc
 from models.guard import Finding, Guard, Picture
 from models.tapt import Objective, entropies, gradients
 from service import plan, schemas
@@ -153,6 +153,17 @@ def test_the_mean_of_entropies_is_another_loss_than_the_entropy_of_the_mean(guar
     torch.testing.assert_close(losses.entropy, entropies(logits).mean().view(1))
     _, other = gradients(clip, views, labels.batch, labels.features, labels.prompts, Objective())
     assert not torch.allclose(found["text"], other["text"], rtol=1e-2)
+
+
+def test_rtpt_goes_down_the_mean_of_entropies(
+    guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first AdamW step is nearly a sign, so the reference figures alone cannot tell."""
+    pictures = make_pictures(4)
+    published = probabilities(classify(guard, pictures, "rtpt", [3] * 4))
+    monkeypatch.setattr(rtpt, "OBJECTIVE", replace(rtpt.OBJECTIVE, of_mean=True))
+    of_mean = probabilities(classify(guard, pictures, "rtpt", [3] * 4))
+    assert largest_gap(published, of_mean) > 1e-4
 
 
 def test_the_counterattack_stays_within_its_ball(guard: Guard) -> None:
