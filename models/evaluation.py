@@ -29,7 +29,7 @@ from torch import Tensor
 from models.attacks import ATTACKS
 from models.attacks.adaptive import ways
 from models.attacks.attack import LEVELS, Budget
-from models.attacks.autoattack import MissingExtra
+from models.attacks.autoattack import MissingExtra, require
 from models.attacks.preflight import preflight
 from models.attacks.threats import THREATS
 from models.bundle import DefenseBundle, load_bundle
@@ -66,6 +66,8 @@ def evaluate(options: argparse.Namespace) -> int:
             raise ModelError(f"{defense} needs a defense bundle: name one with --bundle")
     if "static" in protocol.threats and guard.bundle is None:
         raise ModelError("static attacks learned prompts: name a bundle with --bundle")
+    if "autoattack" in protocol.attacks:
+        require()  # now, not after hours
     subjects = gather(guard, data, options.limit, options.seed)
     settings = describe_settings(guard, names, protocol)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -295,6 +297,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ModelError, DataError, MissingExtra, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def write_markdown(rows: Sequence[Row]) -> str:
     lines = []
     for defense in dict.fromkeys(row.cell.defense for row in rows):
         own = [found[Cell(defense, *column)] for column in columns]
-        lines.append((f"`{defense}`", *(_percent(r.accuracy) for r in own), f"{own[0].ms:.0f}"))
+        lines.append((f"`{defense}`", *(percent(r.accuracy) for r in own), f"{own[0].ms:.0f}"))
     heads = ("defense", *(_head(*column) for column in columns), "ms a picture")
     parts = [
         f"Accuracy in % with 95% intervals over the same {len(rows[0].right)} pictures. Robust: "
@@ -157,7 +157,8 @@ def _head(threat: str, epsilon: float) -> str:
     return threat if threat == CLEAN else f"{threat} {epsilon:g}/255"
 
 
-def _percent(figure: Interval) -> str:
+def percent(figure: Interval) -> str:
+    """A proportion in percent with its interval."""
     return f"{100 * figure.value:.1f} ({100 * figure.low:.1f} to {100 * figure.high:.1f})"
 
 

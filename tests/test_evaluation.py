@@ -123,8 +123,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_table(
         add(self, outcomes)
 
     monkeypatch.setattr(Journal, "add", kill)
-    with pytest.raises(KeyboardInterrupt):
-        run(directory, folder, bundle, tmp_path / "cut.json")
+    assert run(directory, folder, bundle, tmp_path / "cut.json") == 130
     monkeypatch.setattr(Journal, "add", add)
     lines = tmp_path / "cut.jsonl"
     done = len(lines.read_text().splitlines())
@@ -273,6 +272,7 @@ def test_wilson_against_known_values() -> None:
     assert wilson(0, 20).low == 0
     assert wilson(0, 20).high == pytest.approx(0.1611, abs=5e-5)
     assert wilson(20, 20).high == 1
+    assert wilson(50, 100).low == pytest.approx(0.4038, abs=5e-5)
 
 
 def test_paired_difference_against_known_values() -> None:

@@ -16,7 +16,7 @@ from models.training.captions import Nouns
 from models.training.embedded import export
 from models.training.objective import TextTargets
 from models.training.recipe import Recipe, build_model
-from models.training.report import BEGIN, END, draw_curve, wilson, write_between_marks
+from models.training.report import BEGIN, END, draw_curve, write_between_marks
 from models.training.tokenizer import train_tokenizer
 from models.training.trainer import Budget, Trainer, run
 from models.training.zeroshot import normalize, rank, stack
@@ -194,12 +194,6 @@ def test_mixed_labels_say_how_much_of_each_image_is_left() -> None:
     for seed in range(6):
         mixed, shares = mix(images, 1.0, torch.Generator().manual_seed(seed))
         assert torch.allclose(mixed.mean((1, 2, 3)), shares.labels(labels, 2)[:, 1], atol=1e-4)
-
-
-def test_the_interval_is_wilsons() -> None:
-    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert wilson(0, 20)[0] == 0
-    assert wilson(20, 20)[1] == 1
 
 
 def test_the_report_replaces_only_what_is_between_its_marks(tmp_path: Path) -> None:

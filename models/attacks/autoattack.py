@@ -21,6 +21,17 @@ class MissingExtra(ImportError):
     """A package that an extra brings is not installed; the message says which and how to."""
 
 
+def require() -> Any:
+    """The package. Raises MissingExtra."""
+    try:
+        import pyautoattack
+    except ImportError as error:
+        raise MissingExtra(
+            "autoattack needs pyautoattack, which is not here: pip install 'tapt-serve[attack]'"
+        ) from error
+    return pyautoattack
+
+
 def autoattack(
     model: Model, pixels: Tensor, labels: Tensor, budget: Budget, seeds: Sequence[int]
 ) -> Tensor:
@@ -32,7 +43,7 @@ def autoattack(
     Raises:
         MissingExtra: pyautoattack is not installed.
     """
-    package = _import()
+    package = require()
     attacked = []
     for row, seed in enumerate(seeds):
         one, label = pixels[row : row + 1], labels[row : row + 1]
@@ -68,13 +79,3 @@ def _prepare(package: Any, model: Model, pixels: Tensor, budget: Budget, seed: i
         TARGETS, first.shape[1] - 1
     )
     return runner
-
-
-def _import() -> Any:
-    try:
-        import pyautoattack
-    except ImportError as error:
-        raise MissingExtra(
-            "autoattack needs pyautoattack, which is not here: pip install 'tapt-serve[attack]'"
-        ) from error
-    return pyautoattack

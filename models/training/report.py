@@ -8,13 +8,11 @@ around them is written by hand.
 import argparse
 import itertools
 import json
-import math
 import os
 import platform
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,8 @@ from transformers import AutoTokenizer, CLIPModel
 from transformers import __version__ as transformers_version
 
 from models.data import open_dataset
+from models.scores import wilson
+from models.table import percent, tabulate
 from models.training.zeroshot import image_features, rank, stack
 
 BEGIN, END = "<!-- figures: written by models.training.report -->", "<!-- end of figures -->"
@@ -48,21 +48,6 @@ TRIED = {
 }
 
 
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """95% interval of a proportion (Wilson 1927), both ends in [0, 1]; count is positive."""
-    z = 1.959964
-    rate, spread = hits / count, z * z / count
-    middle = (rate + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / count + spread / count / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def tabulate(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def table_of_accuracy(model: Any, tokenizer: Any, data: Path, size: int) -> str:
     rows = []
     for name, what in SETS.items():
@@ -71,8 +56,7 @@ def table_of_accuracy(model: Any, tokenizer: Any, data: Path, size: int) -> str:
         order = rank(model, tokenizer, images, dataset.names).argsort(1, descending=True)
         first = int((order[:, 0] == labels).sum())
         fifth = (order[:, :5] == labels[:, None]).any(1).float().mean()
-        low, high = (f"{100 * end:.1f}" for end in wilson(first, len(labels)))
-        rate = f"{100 * first / len(labels):.1f} ({low} to {high})"
+        rate = percent(wilson(first, len(labels)))
         chance = f"{100 / len(dataset.names):.1f}"
         rows.append((f"`{name}`", what, rate, f"{100 * fifth:.1f}", chance, str(len(labels))))
     heads = ("set", "what", "top-1 % (95% interval)", "top-5 %", "chance %", "n")
