@@ -229,6 +229,7 @@ def test_autoattack_attacks_what_its_model_gets_wrong_anyway(net: Net, pixels: T
     pytest.importorskip("pyautoattack", reason="NOT CHECKED: install the extra `attack`")
     labels = net(pixels[:2]).argmax(dim=1)
     labels[1] = (labels[1] + 1) % 6
-    attacked = autoattack(net, pixels[:2], labels, replace(BUDGET, queries=5), [0, 1])
+    permuted = pixels[:2].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as from an image
+    attacked = autoattack(net, permuted, labels, replace(BUDGET, queries=5), [0, 1])
     assert not torch.equal(attacked[1], pixels[1])
     assert (attacked - pixels[:2]).abs().max() <= EPSILON + 1e-6

@@ -22,8 +22,8 @@ from models.attacks.unrolled import unroll
 from models.defenses import DEFENSES, gate, rtpt, tpt, ttc
 from models.encoder import EncodedLabels, join_encoded
 from models.guard import Guard, Picture
+from models.objective import Objective
 from models.readout import view_weights
-from models.tapt import Objective
 from models.views import cut_views, round_levels
 
 Average = Callable[[Tensor, Tensor], Tensor]
@@ -98,7 +98,7 @@ class Defended:
     def _averaged(self, views: Tensor, labels: EncodedLabels) -> Tensor:
         clip, (batch, text) = self.guard.checkpoint.clip, join_encoded([labels] * len(views))
         visual = labels.prompts.expand(len(views)).vision
-        logits = tapt.class_logits(clip, clip.encode_images(views, visual).features, text, batch)
+        logits = clip.class_logits(clip.encode_images(views, visual).features, text, batch)
         return mean(torch.full(views.shape[:2], 1 / views.shape[1], device=views.device), logits)
 
     def _tuned(
@@ -114,7 +114,7 @@ class Defended:
         # A readout by weights hangs on the first look's features, others only choose by it.
         with torch.set_grad_enabled(readout == "weighted" and torch.is_grad_enabled()):
             features = clip.encode_images(views, prompts.vision).features
-            first = tapt.class_logits(clip, features, text, batch)
+            first = clip.class_logits(features, text, batch)
         kept = tapt.select_confident(first, self.guard.selection_ratio)
         chosen = gather(views, kept)
         if steps:
@@ -139,7 +139,7 @@ class Defended:
         elif readout == "kept":
             views, weights = chosen, gather(weights, kept)
         seen = clip.encode_images(views, prompts.vision).features
-        return average(weights, tapt.class_logits(clip, seen, text, batch))
+        return average(weights, clip.class_logits(seen, text, batch))
 
     def _countered(self, views: Tensor, seeds: list[int]) -> Tensor:
         """The counterattack's noise and steps are held."""

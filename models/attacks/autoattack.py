@@ -44,7 +44,7 @@ def autoattack(
         MissingExtra: pyautoattack is not installed.
     """
     package = require()
-    attacked = []
+    pixels, attacked = pixels.contiguous(), []  # the package views pixels and gradients
     for row, seed in enumerate(seeds):
         one, label = pixels[row : row + 1], labels[row : row + 1]
         with torch.random.fork_rng(), torch.enable_grad():

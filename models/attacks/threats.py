@@ -12,7 +12,6 @@ from torch import Tensor
 from models.attacks.attack import Model
 from models.encoder import EncodedLabels, Prompting
 from models.guard import Guard
-from models.tapt import class_logits
 
 Threat = Literal["transfer", "static", "adaptive"]
 THREATS: tuple[Threat, ...] = get_args(Threat)
@@ -47,6 +46,6 @@ def _single_view(guard: Guard, labels: EncodedLabels) -> Model:
     def logits(pixels: Tensor) -> Tensor:
         # One request with a view a picture, so that all share labels and prompts.
         seen = clip.encode_images(pixels.unsqueeze(0), labels.prompts.vision).features
-        return class_logits(clip, seen, labels.features, labels.batch)[0]
+        return clip.class_logits(seen, labels.features, labels.batch)[0]
 
     return logits

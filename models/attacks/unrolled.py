@@ -11,8 +11,8 @@ from models import adamw, tapt
 from models.attacks.attack import approximate
 from models.clip import PromptedCLIP
 from models.labels import LabelBatch
+from models.objective import Objective
 from models.prompts import DefensePrompts
-from models.tapt import Objective
 
 SMOOTHING = 1.0  # of the sign, in root mean squares of a prompt's gradient
 
