@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel
 
-from models.labels import LabelBatch
+from models.labels import MASKED, LabelBatch
 
 TEXT_TOKENS = 8192  # in one chunk of label rows: what bounds the memory of the text tower
 
@@ -56,6 +56,11 @@ class PromptedCLIP:
     def logit_scale(self) -> Tensor:
         scale: Tensor = self.model.logit_scale
         return scale.float().exp()
+
+    def class_logits(self, images: Tensor, text: Tensor, labels: LabelBatch) -> Tensor:
+        """Scaled cosine logits [B, V, C] of views [B, V, D] against label rows [R, D]."""
+        logits = self.logit_scale * images @ labels.pad(text).transpose(1, 2)
+        return logits.masked_fill(~labels.mask.unsqueeze(1), MASKED)
 
     def encode_images(
         self, pixels: Tensor, visual: Tensor | None = None, collect: int = 0

@@ -39,9 +39,9 @@ from models.defenses import DEFENSES
 from models.guard import DEFAULT_TEMPLATE, Guard
 from models.hub import open_anywhere
 from models.journal import CLEAN, Journal
+from models.objective import Objective
 from models.readout import READOUTS
 from models.table import Row, draw, tally, write_markdown
-from models.tapt import Objective
 from models.trial import Protocol, Subject, Trial, as_shown, gather, suspect
 
 PACKAGES = ("tapt-serve", "torch", "transformers", "numpy", "pyautoattack")

@@ -17,9 +17,9 @@ from models.checkpoint import Checkpoint
 from models.defenses import DEFENSES, plain
 from models.defenses.defense import Images, LabelFeatures, Leaving, Verdict
 from models.encoder import EncodedLabels, LabelEncoder, Prompting, join_encoded
+from models.objective import Objective
 from models.prompts import DefensePrompts
 from models.suspicion import suspicion
-from models.tapt import Objective
 from models.views import make_views
 
 DEFAULT_TEMPLATE = "a photo of a {}."

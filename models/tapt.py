@@ -16,37 +16,9 @@ from torch import Tensor
 
 from models import adamw
 from models.clip import PromptedCLIP
-from models.labels import MASKED, LabelBatch
+from models.labels import LabelBatch
+from models.objective import Losses, Objective, prompt_gradients
 from models.prompts import DefensePrompts
-from models.statistics import TokenStatistics
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """What a step minimizes and how it moves; the defaults are the paper's.
-
-    `reference` holds the token statistics, None for the entropy alone. `layers` is the L that the
-    alignment's weight is divided by; its sum runs over the first L - 1 blocks. `of_mean` takes
-    the entropy of the kept views' mean prediction, else the mean of their entropies (R-TPT).
-    """
-
-    reference: TokenStatistics | None = None
-    layers: int = 0
-    alignment_weight: float = 100.0
-    gamma: float = 0.5
-    entropy: bool = True
-    of_mean: bool = True
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """A step's loss terms, one value a request [B]; an absent term is 0."""
-
-    entropy: Tensor
-    align_adv: Tensor
-    align_clean: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +28,6 @@ class Departure:
     rows: list[int]
     prompts: DefensePrompts
     steps: int
-
-
-def class_logits(clip: PromptedCLIP, images: Tensor, text: Tensor, labels: LabelBatch) -> Tensor:
-    """Scaled cosine logits [B, V, C] of views [B, V, D] against label rows [R, D]."""
-    logits = clip.logit_scale * images @ labels.pad(text).transpose(1, 2)
-    return logits.masked_fill(~labels.mask.unsqueeze(1), MASKED)
 
 
 def select_confident(logits: Tensor, ratio: float) -> Tensor:
@@ -117,7 +83,7 @@ def losses(
     images = clip.encode_images(views, prompts.vision, max(0, objective.layers - 1))
     entropy = align_adv = align_clean = torch.zeros(len(views), device=views.device)
     if objective.entropy:
-        logits = class_logits(clip, images.features, text, labels)
+        logits = clip.class_logits(images.features, text, labels)
         entropy = view_entropy(logits) if objective.of_mean else entropies(logits).mean(dim=1)
     if reference is not None and images.inputs:
         align_adv = alignment_loss(images.inputs, reference.adv_mean, reference.adv_var)
@@ -135,26 +101,16 @@ def gradients(
     prompts: DefensePrompts,
     objective: Objective,
 ) -> tuple[Losses, dict[str, Tensor]]:
-    """One step's losses and its gradients by prompt name; a prompt no loss reaches is left out.
+    """One step's losses and its gradients by prompt name, from the arguments of `losses`."""
+    terms: list[Losses] = []
 
-    The arguments are those of `losses`.
-    """
-    leaves = prompts.map({k: v.detach().requires_grad_() for k, v in prompts.tensors.items()})
-    text = text.detach().requires_grad_()
-    terms, each = losses(clip, views, labels, text, leaves, objective)
-    loss = each.sum()
-    names = [*leaves.tensors, "features"]
-    values = [*leaves.tensors.values(), text]
-    found = dict.fromkeys(names) | (
-        dict(zip(names, torch.autograd.grad(loss, values, allow_unused=True), strict=True))
-        if loss.requires_grad
-        else {}
-    )
-    pull = found.pop("features")
-    if pull is not None and prompts.text is not None:
-        through_text = clip.text_gradient(labels, prompts.text, pull)
-        found["text"] = through_text if found["text"] is None else found["text"] + through_text
-    return terms, {name: value for name, value in found.items() if value is not None}
+    def loss(leaves: DefensePrompts, features: Tensor) -> Tensor:
+        term, each = losses(clip, views, labels, features, leaves, objective)
+        terms.append(term)
+        return each.sum()
+
+    found = prompt_gradients(clip, labels, text, prompts, loss)
+    return terms[0], found
 
 
 def adapt(
@@ -179,26 +135,14 @@ def adapt(
         if out := [place for place, row in enumerate(rows) if row in gone]:
             yield Departure([rows[place] for place in out], prompts.select(out), steps)
             stay = [place for place, row in enumerate(rows) if row not in gone]
-            rows, text, labels = (
-                [rows[i] for i in stay],
-                labels.take(text, stay),
-                labels.select(stay),
-            )
-            views, prompts = views[stay], prompts.select(stay)
-            moments = {
-                name: (first[stay], second[stay]) for name, (first, second) in moments.items()
-            }
+            rows, views, prompts = [rows[i] for i in stay], views[stay], prompts.select(stay)
+            text, labels = labels.take(text, stay), labels.select(stay)
+            moments = {k: (first[stay], second[stay]) for k, (first, second) in moments.items()}
         if rows:
             if steps:
                 text = clip.encode_labels(labels, prompts.text)
             _, found = gradients(clip, views, labels, text, prompts, objective)
             steps += 1
-            moved, moments = adamw.advance(
-                prompts.tensors,
-                found,
-                moments,
-                steps,
-                objective.learning_rate,
-                objective.weight_decay,
-            )
+            rate, decay = objective.learning_rate, objective.weight_decay
+            moved, moments = adamw.advance(prompts.tensors, found, moments, steps, rate, decay)
             prompts = prompts.map(moved)

@@ -15,7 +15,7 @@ import models.checkpoint
 from models.bundle import DefenseBundle, load_bundle
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.guard import Finding, Guard, Picture
-from models.tapt import Objective
+from models.objective import Objective
 from service.errors import ModelError
 from service.settings import Settings
 from service.work import Answer, Failure, Ready, Truncation, Work

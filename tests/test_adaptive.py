@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models import tapt
 from models.attacks.adaptive import Defended, gather, ways
 from models.attacks.attack import Budget, cross_entropy, look, slope
 from models.attacks.pgd import pgd
@@ -20,7 +19,7 @@ from models.attacks.unrolled import unroll
 from models.defenses import DEFENSES, gate
 from models.encoder import join_encoded
 from models.guard import Guard, Picture
-from models.tapt import Objective
+from models.objective import Objective
 from models.trial import as_shown
 from models.views import cut_views
 from tests import tiny
@@ -162,7 +161,7 @@ def test_the_unrolled_gradient_against_finite_differences(
         fresh = clip.encode_labels(batch, moved.text, graph=True)
         # Not of these views themselves: only the way through the prompts is under test.
         seen = clip.encode_images(views, moved.vision).features
-        return tapt.class_logits(clip, seen, fresh, batch).log_softmax(dim=-1)[0, :, 0].sum()
+        return clip.class_logits(seen, fresh, batch).log_softmax(dim=-1)[0, :, 0].sum()
 
     with sdpa_kernel(SDPBackend.MATH):
         leaf = views.clone().requires_grad_()

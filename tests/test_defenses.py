@@ -11,7 +11,8 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from models.defenses import DEFENSES, gate, rtpt, ttc
 from models.guard import Finding, Guard, Picture
-from models.tapt import Objective, entropies, gradients
+from models.objective import Objective
+from models.tapt import entropies, gradients
 from service import plan, schemas
 from service.settings import Settings
 from tests import tiny

@@ -14,12 +14,13 @@ from models.bundle import load_bundle
 from models.checkpoint import Checkpoint
 from models.encoder import LabelEncoder
 from models.guard import Finding, Guard, Picture
+from models.objective import Objective
 from models.prompts import DefensePrompts
 from models.views import make_views
 from tests import tiny
 
 VIEWS = 12
-OBJECTIVE = tapt.Objective(learning_rate=5e-3)
+OBJECTIVE = Objective(learning_rate=5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def test_the_starting_point_is_the_learned_prompts(checkpoint: Checkpoint) -> No
     )
     text = clip.encode_labels(labels.batch, prompts.text)
     image = clip.encode_images(view.unsqueeze(0), prompts.vision).features
-    expected = tapt.class_logits(clip, image, text, labels.batch)[0, 0].softmax(dim=-1)
+    expected = clip.class_logits(image, text, labels.batch)[0, 0].softmax(dim=-1)
     (finding,) = classify(guard, [picture], [0])
     torch.testing.assert_close(finding.verdict.probabilities, expected, atol=1e-6, rtol=0)
 
@@ -167,7 +168,7 @@ def test_selecting_first_gives_the_gradient_of_differentiating_all(checkpoint: C
     leaves = prompts.map({k: v.clone().requires_grad_() for k, v in prompts.tensors.items()})
     everything = clip.encode_images(views, leaves.vision, collect=1)
     text = clip.encode_labels(labels.batch, prompts.text)
-    logits = tapt.class_logits(clip, everything.features, text, labels.batch)
+    logits = clip.class_logits(everything.features, text, labels.batch)
     kept = tapt.select_confident(logits, 0.3)[0]
     reference, inputs = guard.objective.reference, [everything.inputs[0][:, kept]]
     assert reference is not None

@@ -28,7 +28,7 @@ def compare(figures: Figures, clip: PromptedCLIP) -> Iterator[Difference]:
 
     def read(prompts: DefensePrompts) -> tuple[Tensor, Tensor]:
         text = clip.encode_labels(labels, prompts.text)
-        return tapt.class_logits(clip, features, text, labels), text
+        return clip.class_logits(features, text, labels), text
 
     def leaving(taken: int, rows: list[int]) -> set[int]:
         return set(rows) if taken == steps else set()

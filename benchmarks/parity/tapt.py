@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.parity.figures import VALUE_TOLERANCE, Difference, Figures
 from models import adamw, tapt
 from models.clip import PromptedCLIP
+from models.objective import Losses, Objective
 from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics
 
@@ -33,13 +34,13 @@ def compare(figures: Figures, clip: PromptedCLIP) -> Iterator[Difference]:
         text = clip.encode_labels(labels, prompts.text)
         with torch.no_grad():
             images = clip.encode_images(views, prompts.vision).features
-        return tapt.class_logits(clip, images, text, labels), text
+        return clip.class_logits(images, text, labels), text
 
     logits, text = read(prompts)
     yield figures.difference(logits[0], "logits_initial")
     kept = tapt.select_confident(logits, float(metadata["selection_ratio"]))
     yield figures.difference(kept[0], "selected", 0.0)
-    losses: list[tapt.Losses] = []
+    losses: list[Losses] = []
     found: dict[str, Tensor] = {}
     moved, moments = prompts, adamw.begin(prompts.tensors)
     resolved = RESOLVED_ONE_STEP if steps == 1 else RESOLVED_MORE
@@ -83,11 +84,11 @@ def compare(figures: Figures, clip: PromptedCLIP) -> Iterator[Difference]:
     yield figures.difference(logits[0], "logits_adapted_views")
 
 
-def _objective(figures: Figures) -> tapt.Objective:
+def _objective(figures: Figures) -> Objective:
     metadata, reference = figures.metadata, None
     if metadata["align"] == "True":
         reference = TokenStatistics(**figures.under("stats."))
-    return tapt.Objective(
+    return Objective(
         reference=reference,
         layers=int(metadata["align_layer_to"]),
         alignment_weight=float(metadata["align_weight"]),

@@ -8,8 +8,8 @@ from torch import Tensor
 from models.clip import PromptedCLIP
 from models.encoder import Prompting
 from models.labels import LabelBatch
+from models.objective import Objective
 from models.prompts import DefensePrompts
-from models.tapt import Objective
 
 Leaving = Callable[[int, list[int]], set[int]]
 """Asked at each step boundary with the steps taken and the requests still in; returns those that

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.clip import PromptedCLIP
 from models.defenses.defense import Images, LabelFeatures, Verdict
-from models.tapt import class_logits, view_entropy
+from models.tapt import view_entropy
 
 
 def defend(clip: PromptedCLIP, images: Images) -> Iterator[Verdict]:
@@ -22,7 +22,7 @@ def average(
     start = time.perf_counter()
     with torch.no_grad():
         features = clip.encode_images(views, visual).features
-        logits = class_logits(clip, features, labels.features, labels.batch)
+        logits = clip.class_logits(features, labels.features, labels.batch)
         probabilities, entropy = logits.softmax(dim=-1), view_entropy(logits).tolist()
     for row, count in enumerate(labels.batch.counts):
         seen = probabilities[row, :, :count]

@@ -13,7 +13,7 @@ from torch import Tensor
 from models.clip import PromptedCLIP
 from models.defenses import tapt
 from models.defenses.defense import Images, Verdict
-from models.tapt import Objective
+from models.objective import Objective
 
 OBJECTIVE = Objective(of_mean=False, learning_rate=5e-3)
 

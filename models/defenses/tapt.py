@@ -31,7 +31,7 @@ def tune(
     labels, text = images.prompted.batch, images.prompted.features
     with torch.no_grad():
         features = clip.encode_images(images.views, images.prompts.vision).features
-        logits = tapt.class_logits(clip, features, text, labels)
+        logits = clip.class_logits(features, text, labels)
     kept = tapt.select_confident(logits, images.selection_ratio)
     before = tapt.view_entropy(_gather(logits, kept)).tolist()
     departures = tapt.adapt(
@@ -89,7 +89,7 @@ def _look_again(
     with torch.no_grad():
         features = clip.encode_images(_gather(images.views[rows], seen), prompts.vision).features
         text = clip.encode_labels(labels, prompts.text)
-        fresh = tapt.class_logits(clip, features, text, labels)
+        fresh = clip.class_logits(features, text, labels)
     index = seen.unsqueeze(-1).expand(-1, -1, fresh.shape[-1])
     return logits[..., : fresh.shape[-1]].scatter(1, index, fresh)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from models.clip import PromptedCLIP
 from models.defenses import tapt
 from models.defenses.defense import Images, Verdict
-from models.tapt import Objective
+from models.objective import Objective
 
 OBJECTIVE = Objective(learning_rate=5e-3)
 

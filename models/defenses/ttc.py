@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.clip import PromptedCLIP
 from models.defenses.defense import Images, Leaving, Verdict
-from models.tapt import class_logits, view_entropy
+from models.tapt import view_entropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,14 @@ def defend(clip: PromptedCLIP, images: Images) -> Iterator[Verdict]:
     noise = draw_noise(pixels, images.seeds, PUBLISHED.eps)
     with torch.no_grad():
         first = clip.encode_images(torch.stack([pixels, pixels + noise], dim=1))
-        before = class_logits(clip, first.features[:, :1], labels.features, labels.batch)
+        before = clip.class_logits(first.features[:, :1], labels.features, labels.batch)
     entropy = view_entropy(before).tolist()
     for moved in counterattack(clip, pixels, noise, first.projected, PUBLISHED, images.leaving):
         adapted, rows = time.perf_counter(), moved.rows
         with torch.no_grad():
             features = clip.encode_images((pixels[rows] + moved.deltas).unsqueeze(1)).features
             own = labels.select(rows)
-            after = class_logits(clip, features, own.features, own.batch)
+            after = clip.class_logits(features, own.features, own.batch)
         entropy_after = view_entropy(after).tolist()
         for place, row in enumerate(rows):
             count = labels.batch.counts[row]

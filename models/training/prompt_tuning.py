@@ -17,6 +17,7 @@ from models import adamw
 from models.attacks.pgd import ascend
 from models.clip import PromptedCLIP
 from models.labels import LabelBatch
+from models.objective import prompt_gradients
 from models.prompts import DefensePrompts
 from models.views import Preprocessing, make_views
 
@@ -187,18 +188,16 @@ def _gradients(
     prompts: DefensePrompts,
 ) -> tuple[float, dict[str, Tensor]]:
     """The cross-entropy of the mean prediction over views, and its gradients by prompt name."""
-    leaves = prompts.map({k: v.detach().requires_grad_() for k, v in prompts.tensors.items()})
-    text = text.detach().requires_grad_()
-    log_p = _logits(clip, views, text, leaves.vision).log_softmax(dim=-1)
-    loss = F.nll_loss(log_p.logsumexp(dim=1) - math.log(views.shape[1]), goals)
-    names, values = [*leaves.tensors, "features"], [*leaves.tensors.values(), text]
-    gradients = torch.autograd.grad(loss, values, allow_unused=True)
-    found = {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
-    pull = found.pop("features")
-    if prompts.text is not None:
-        through_text = clip.text_gradient(labels, prompts.text, pull)
-        found["text"] = found["text"] + through_text if "text" in found else through_text
-    return loss.item(), found
+    values: list[float] = []
+
+    def loss(leaves: DefensePrompts, features: Tensor) -> Tensor:
+        log_p = _logits(clip, views, features, leaves.vision).log_softmax(dim=-1)
+        value = F.nll_loss(log_p.logsumexp(dim=1) - math.log(views.shape[1]), goals)
+        values.append(value.item())
+        return value
+
+    found = prompt_gradients(clip, labels, text, prompts, loss)
+    return values[0], found
 
 
 def _logits(clip: PromptedCLIP, views: Tensor, text: Tensor, visual: Tensor | None) -> Tensor:
