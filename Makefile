@@ -49,7 +49,7 @@ DEFENSES ?= plain,ensemble,apt,apt-ensemble,tapt
 THREATS ?= clean,transfer,static,adaptive
 ATTACKS ?= pgd,apgd,square
 EPS ?= 1/255,2/255
-EVALUATE ?= --eot 2 --queries 200
+EVALUATE ?= --eot 2 --queries 200 --preflight 2
 TABLE ?= runs/robustness/table.json
 robustness: setup
 	$(BIN)/tapt-serve evaluate --data $(DATA)/tiny_imagenet_val.parquet --limit $(LIMIT) \

@@ -178,7 +178,7 @@ def test_the_preflight_finds_a_masked_gradient(net: Net, pixels: Tensor, labels:
     for masked in (rounded, saturated):
         names = masked(few).argmax(dim=1)
         found = " ".join(preflight(masked, few, names, budget, seeds(few)))
-        assert "Square breaks" in found
+        assert "right where PGD leaves" in found
         assert "gradient is zero on 12 of 12" in found
 
 

@@ -38,10 +38,11 @@ def preflight(
     right = standing(pixels)
     by_pgd = right & standing(pgd(model, pixels, labels, budget, seeds))
     by_square = right & standing(square(model, pixels, labels, budget, seeds))
-    if beaten := int((by_pgd & ~by_square).sum()):
+    if by_square.sum() < by_pgd.sum():
         warnings.append(
-            f"Square breaks {beaten} of the {int(by_pgd.sum())} pictures that PGD leaves right: "
-            "gradients are masked, a figure from gradient attacks alone would flatter."
+            f"Square leaves {int(by_square.sum())} of {int(right.sum())} pictures right where PGD "
+            f"leaves {int(by_pgd.sum())}: gradients are masked, and a figure from gradient attacks "
+            "alone would flatter."
         )
     large = pgd(model, pixels, labels, replace(budget, epsilon=LARGE), seeds)
     if left := int((right & standing(large)).sum()):
