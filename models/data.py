@@ -160,7 +160,9 @@ class ParquetDataset:
                 row = start
                 for batch in opened.iter_batches(batch_size=256, columns=self._columns(opened)):
                     chosen = [i for i in range(batch.num_rows) if row + i in wanted]
-                    for i, record in zip(chosen, batch.take(chosen).to_pylist(), strict=True):
+                    # An empty list has no type that arrow could take by.
+                    records = batch.take(chosen).to_pylist() if chosen else []
+                    for i, record in zip(chosen, records, strict=True):
                         held[row + i] = self._row(file, record, row + i)
                     row += batch.num_rows
             start += length

@@ -141,3 +141,9 @@ def test_parquet_without_pyarrow_says_what_to_install(
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(DataError, match=r"tapt-serve\[train\]"):
         ParquetDataset([shards / "a.parquet"])
+
+
+def test_a_small_sample_passes_over_batches_without_any_of_it(tmp_path: Path) -> None:
+    labels = [index % COUNT for index in range(600)]
+    write_parquet(tmp_path / "many.parquet", labels, [f"class {i}" for i in range(COUNT)])
+    assert len(list(open_dataset(tmp_path / "many.parquet").examples(1, seed=0))) == 1
