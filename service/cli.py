@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return calibrate(arguments[1:])
     if arguments[:1] == ["evaluate"]:
-        from models.evaluation import main as evaluate
+        from models.evaluation.command import main as evaluate
 
         return evaluate(arguments[1:])
     options = _parser().parse_args(arguments)

@@ -18,9 +18,9 @@ from models.attacks.threats import encode, transfer
 from models.attacks.unrolled import unroll
 from models.defenses import DEFENSES, gate
 from models.encoder import join_encoded
+from models.evaluation.trial import as_shown
 from models.guard import Guard, Picture
 from models.objective import Objective
-from models.trial import as_shown
 from models.views import cut_views
 from tests import tiny
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from models import evaluation, trial
 from models.attacks import ATTACKS
 from models.checkpoint import Checkpoint
 from models.data import DataError
+from models.evaluation import command, trial
+from models.evaluation.hub import open_anywhere
+from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
+from models.evaluation.scores import difference, wilson
+from models.evaluation.table import tally, write_markdown
 from models.guard import Guard
-from models.hub import open_anywhere
-from models.journal import CLEAN, Cell, Journal, Outcome
-from models.scores import difference, wilson
-from models.table import tally, write_markdown
 from service.cli import main as cli
 from tests import tiny
 
@@ -69,7 +69,7 @@ def run(directory: Path, folder: Path, bundle: Path, out: Path, *more: str) -> i
         --labels {','.join(NAMES)} --defenses plain,ensemble,apt,tapt \
         --threats clean,transfer,static --attacks pgd,square --eps 2/255,40/255 \
         --attack-steps 5 --queries 10 --batch 5"
-    return evaluation.main([*flags.split(), *more])
+    return command.main([*flags.split(), *more])
 
 
 def read(out: Path) -> tuple[dict[str, Any], dict[tuple[str, str, float], dict[str, Any]]]:
@@ -260,7 +260,7 @@ def test_the_static_threat_needs_learned_prompts(
     directory: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = f"--model {directory} --data {folder} --json {tmp_path / 'out.json'} --threats static"
-    assert evaluation.main(flags.split()) == 1
+    assert command.main(flags.split()) == 1
     assert "name a bundle" in capsys.readouterr().err
 
 

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, CLIPModel
 from transformers import __version__ as transformers_version
 
 from models.data import open_dataset
-from models.scores import wilson
-from models.table import percent, tabulate
+from models.evaluation.scores import wilson
+from models.evaluation.table import percent, tabulate
 from models.training.zeroshot import image_features, rank, stack
 
 BEGIN, END = "<!-- figures: written by models.training.report -->", "<!-- end of figures -->"

@@ -22,8 +22,8 @@ from models.attacks.adaptive import Defended, ways
 from models.attacks.attack import LEVELS, Budget, Model
 from models.attacks.threats import static, transfer
 from models.data import DataError, Dataset
+from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
 from models.guard import Guard, Picture
-from models.journal import CLEAN, Cell, Journal, Outcome
 from models.views import make_views
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from models.journal import CLEAN, Cell, Journal
-from models.scores import Interval, difference, wilson
+from models.evaluation.journal import CLEAN, Cell, Journal
+from models.evaluation.scores import Interval, difference, wilson
 
 TITLES = {
     "transfer": "transfer: attack on undefended CLIP",

@@ -36,13 +36,13 @@ from models.bundle import DefenseBundle, load_bundle
 from models.checkpoint import ModelError, load_checkpoint
 from models.data import DataError
 from models.defenses import DEFENSES
+from models.evaluation.hub import open_anywhere
+from models.evaluation.journal import CLEAN, Journal
+from models.evaluation.table import Row, draw, tally, write_markdown
+from models.evaluation.trial import Protocol, Subject, Trial, as_shown, gather, suspect
 from models.guard import DEFAULT_TEMPLATE, Guard
-from models.hub import open_anywhere
-from models.journal import CLEAN, Journal
 from models.objective import Objective
 from models.readout import READOUTS
-from models.table import Row, draw, tally, write_markdown
-from models.trial import Protocol, Subject, Trial, as_shown, gather, suspect
 
 PACKAGES = ("tapt-serve", "torch", "transformers", "numpy", "pyautoattack")
 CHECKED = Budget(0, steps=10, queries=60)  # what a preflight may spend on a picture
