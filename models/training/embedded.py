@@ -77,6 +77,9 @@ def export(model: Any, tokenizer: Any, directory: Path) -> None:
     """Write the model for `from_pretrained`: fp16 safetensors, tokenizer, preprocessor."""
     directory.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).cpu().half().save_pretrained(directory)
+    # Padding and truncation of the last call would be saved with the vocabulary.
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(directory)
     size = model.config.vision_config.image_size
     preprocessor = {
