@@ -42,6 +42,12 @@ parity: setup
 embedded: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m models.training.embedded --data $(DATA)
 
+# Learn the embedded model's defense bundle: make bundle DATA=DIR
+bundle: setup
+	OMP_WAIT_POLICY=passive $(BIN)/tapt-serve calibrate --model embedded \
+	    --data $(DATA)/tiny_imagenet_train_0of4.parquet --out models/embedded/bundle \
+	    --design vli --depth 6 --tokens 16 --shots 100 --steps 300 --epsilon 2/255 --rate 2e-2
+
 # Defenses under attack: make robustness DATA=DIR [LIMIT=100 THREATS=clean,adaptive ...]. A run
 # that was cut short goes on when it is started again; see docs/robustness.md.
 LIMIT ?= 500
