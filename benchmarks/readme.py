@@ -1,6 +1,7 @@
-"""Write the README's answer: start the service, ask it with curl, keep what came back.
+"""Write the README's answer and its table.
 
-python -m benchmarks.readme --image cat.png
+python -m benchmarks.readme --image cat.png          # starts the service and asks it with curl
+python -m benchmarks.readme --table OUT.json         # of `tapt-serve evaluate --json OUT.json`
 """
 
 import argparse
@@ -9,13 +10,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from models.evaluation.table import tabulate
 
 README = Path(__file__).parent.parent / "README.md"
 LABELS = ["cat", "dog", "school bus", "lemon"]
 
 
-def ask(image: Path) -> tuple[str, str]:
-    """The command as a user types it, and the answer of a fresh server, indented."""
+def ask(image: Path) -> str:
+    """The command as a user types it, and the answer of a fresh server."""
     command = [sys.executable, "-m", "service.cli", "serve", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -30,16 +34,46 @@ def ask(image: Path) -> tuple[str, str]:
         "curl -s http://127.0.0.1:8000/v1/classify \\\n"
         f"    -F image=@{image.name} -F labels='{','.join(LABELS)}'"
     )
-    return typed, _indent(json.loads(answer))
+    return f"```\n{typed}\n```\n\n```json\n{_indent(json.loads(answer))}\n```"
 
 
-def _indent(answer: dict[str, object]) -> str:
+def tell(figures: dict[str, Any]) -> str:
+    """Accuracy by defense and threat, and everything that a figure must name."""
+    rows = figures["rows"]
+    columns = list(dict.fromkeys((row["threat"], row["epsilon"]) for row in rows))
+    found = {(row["defense"], row["threat"], row["epsilon"]): row for row in rows}
+    lines = []
+    for defense in dict.fromkeys(row["defense"] for row in rows):
+        own = [found[(defense, *column)] for column in columns]
+        lines.append((f"`{defense}`", *map(_percent, own), f"{own[0]['ms_a_picture']:.0f}"))
+    heads = ["clean" if t == "clean" else f"{t} {e:g}/255" for t, e in columns]
+    table = tabulate(("defense", *heads, "ms an image"), lines)
+    settings, machine, data = figures["settings"], figures["machine"], figures["data"]
+    attack, defense = settings["attack"], settings["defense"]
+    attacks = dict.fromkeys(name for row in rows for name in row["broken_first_by"])
+    caption = (
+        f"Top-1 accuracy in % with 95% intervals, the same {data['n']} images of `{data['name']}` "
+        f"and {data['classes']} labels in every row; robust means right clean and right attacked. "
+        f"Attacks: {', '.join(attacks) or 'none'} with {attack['steps']} steps; `transfer` is made "
+        "on undefended CLIP, `static` on CLIP with the learned prompts, and neither attacker knows "
+        f"that the defense adapts. {defense['views']} views, {defense['steps']} step. "
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}."
+    )
+    return f"{table}\n\n{caption}"
+
+
+def _percent(row: dict[str, Any]) -> str:
+    low, high = row["interval"]
+    return f"{100 * row['accuracy']:.0f} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def _indent(answer: dict[str, Any]) -> str:
     """A line for each of the answer's own fields."""
     lines = [f'  "{name}": {json.dumps(_round(value))}' for name, value in answer.items()]
     return "{\n" + ",\n".join(lines) + "\n}"
 
 
-def _round(value: object) -> object:
+def _round(value: Any) -> Any:
     if isinstance(value, float):
         return round(value, 4)
     if isinstance(value, dict):
@@ -57,10 +91,15 @@ def fill(text: str, block: str, content: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--image", type=Path, required=True, help="a photograph of a cat")
-    command, answer = ask(parser.parse_args().image)
-    content = f"```\n{command}\n```\n```json\n{answer}\n```"
-    README.write_text(fill(README.read_text(), "answer", content))
+    parser.add_argument("--image", type=Path, help="a photograph of a cat")
+    parser.add_argument("--table", type=Path, help="figures of `tapt-serve evaluate`")
+    options = parser.parse_args()
+    text = README.read_text()
+    if options.image:
+        text = fill(text, "answer", ask(options.image))
+    if options.table:
+        text = fill(text, "table", tell(json.loads(options.table.read_text())))
+    README.write_text(text)
 
 
 if __name__ == "__main__":
