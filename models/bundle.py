@@ -77,6 +77,7 @@ class DefenseBundle:
             fresh, stale = Path(scratch) / "new", Path(scratch) / "old"
             fresh.mkdir()
             save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, fresh / TENSORS)
+            (fresh / TENSORS).chmod(0o644)  # safetensors writes for its user alone
             (fresh / JSON).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             if directory.exists():
                 os.replace(directory, stale)
