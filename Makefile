@@ -40,11 +40,11 @@ parity: setup
 
 # Train the embedded model: make embedded DATA=DIR
 embedded: setup
-	OMP_WAIT_POLICY=passive $(BIN)/python -m models.training.embedded --data $(DATA)
+	GOMP_SPINCOUNT=1000 $(BIN)/python -m models.training.embedded --data $(DATA)
 
 # Learn the embedded model's defense bundle: make bundle DATA=DIR
 bundle: setup
-	OMP_WAIT_POLICY=passive $(BIN)/tapt-serve calibrate --model embedded \
+	GOMP_SPINCOUNT=1000 $(BIN)/tapt-serve calibrate --model embedded \
 	    --data $(DATA)/tiny_imagenet_train_0of4.parquet --out models/embedded/bundle \
 	    --design vli --depth 6 --tokens 16 --shots 100 --steps 300 --epsilon 2/255 --rate 2e-2
 

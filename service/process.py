@@ -145,12 +145,13 @@ def main(
 
 
 def share_cores() -> None:
-    """Let torch's threads sleep while they wait for each other; to be called before its import.
+    """Let torch's threads wait for each other only briefly before they sleep; to be called before
+    its import.
 
     By default they spin, and where anything else runs on the machine a step that takes 0.2 s
     takes seconds.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 class _Inside:

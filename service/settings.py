@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     )
     steps: int = Field(1, ge=0, description="Adaptation steps of a request that names none.")
     max_steps: int = Field(8, ge=0, description="More steps than this are clamped.")
-    views: int = Field(32, ge=1, description="Views of a request that names none.")
+    views: int = Field(16, ge=1, description="Views of a request that names none.")
     max_views: int = Field(64, ge=1, description="More views than this are clamped.")
     selection_ratio: float = Field(
         0.1, gt=0, le=1, description="Share of the views kept for the loss, most confident first."

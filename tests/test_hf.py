@@ -19,6 +19,8 @@ from conftest import Server
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
+from service.settings import Settings
+
 CACHE = Path(__file__).parent.parent / ".cache" / "clients"
 LABELS = ["cat", "dog", "horse"]
 EXPECTED = [{"label": "cat", "score": 1.0}, {"label": "dog", "score": 0.0}]
@@ -189,7 +191,7 @@ def test_the_report_is_in_the_headers(server: Server, photo: bytes) -> None:
     assert headers["x-request-id"] == "mine"
     assert headers["x-defense-method"] == "tapt"
     assert headers["x-defense-steps"] == "1"
-    assert headers["x-defense-views"] == "32"
+    assert headers["x-defense-views"] == str(Settings().views)
     assert headers["x-defense-views-kept"] == "3"
     assert "x-defense-truncated" not in headers
     assert float(headers["x-entropy-before"]) == 0.5

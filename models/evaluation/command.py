@@ -274,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     model("--device", default="cpu", help="cpu, cuda or cuda:N")
     model("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model")
     model("--template", default=DEFAULT_TEMPLATE, help="without learned prompts")
-    model("--views", type=int, default=32, help="of a picture")
+    model("--views", type=int, default=16, help="of a picture")
     model("--steps", type=int, default=1, help="of adaptation")
     model("--readout", default="all", choices=READOUTS, help="views the answer is read from")
     model("--learning-rate", type=float, default=5e-4, help="of adaptation")
