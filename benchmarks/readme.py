@@ -1,6 +1,6 @@
 """Write the README's answer and its table.
 
-python -m benchmarks.readme --image cat.png          # starts the service and asks it with curl
+python -m benchmarks.readme --image coffee.png       # starts the service and asks it with curl
 python -m benchmarks.readme --table OUT.json         # of `tapt-serve evaluate --json OUT.json`
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from models.evaluation.table import tabulate
 
 README = Path(__file__).parent.parent / "README.md"
-LABELS = ["cat", "dog", "school bus", "lemon"]
+LABELS = ["espresso", "dog", "school bus", "lemon"]
 
 
 def ask(image: Path) -> str:
@@ -91,7 +91,7 @@ def fill(text: str, block: str, content: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--image", type=Path, help="a photograph of a cat")
+    parser.add_argument("--image", type=Path, help="a photograph of a cup of coffee")
     parser.add_argument("--table", type=Path, help="figures of `tapt-serve evaluate`")
     options = parser.parse_args()
     text = README.read_text()

@@ -18,7 +18,7 @@ from PIL import Image
 from skimage import data
 
 COMMAND = Path(sys.executable).with_name("tapt-serve")
-LABELS = ["cat", "school bus", "volleyball", "lemon", "beach"]
+LABELS = ["espresso", "school bus", "volleyball", "lemon", "dog"]
 
 
 def png(pixels: object) -> bytes:
@@ -27,7 +27,7 @@ def png(pixels: object) -> bytes:
     return out.getvalue()
 
 
-CAT = png(data.chelsea())
+COFFEE = png(data.coffee())
 
 
 class Process:
@@ -49,7 +49,7 @@ class Process:
 
     def classify(self, **defense: object) -> httpx.Response:
         body = {
-            "image": base64.b64encode(CAT).decode(),
+            "image": base64.b64encode(COFFEE).decode(),
             "candidate_labels": LABELS,
             "defense": defense or None,
         }
@@ -83,7 +83,7 @@ def test_a_photograph_gets_its_label_with_the_evidence(server: Process) -> None:
     answer = server.classify()
     assert answer.status_code == 200
     body = answer.json()
-    assert body["labels"][0]["label"] == "cat"
+    assert body["labels"][0]["label"] == "espresso"
     assert sum(label["score"] for label in body["labels"]) == pytest.approx(1, abs=1e-4)
     defense = body["defense"]
     assert (defense["method"], defense["design"], defense["steps"]) == ("tapt", "vli", 1)
@@ -149,16 +149,16 @@ def test_sigterm_answers_what_was_accepted_and_exits_cleanly() -> None:
 
 
 def test_the_command_classifies_without_a_server(tmp_path: Path) -> None:
-    (tmp_path / "cat.png").write_bytes(CAT)
+    (tmp_path / "coffee.png").write_bytes(COFFEE)
     run = subprocess.run(
-        [COMMAND, "classify", tmp_path / "cat.png", "--labels", ",".join(LABELS)],
+        [COMMAND, "classify", tmp_path / "coffee.png", "--labels", ",".join(LABELS)],
         capture_output=True,
         text=True,
         check=True,
         env={**os.environ, "NO_COLOR": "1", "COLUMNS": "100"},
     )
     rows = [line for line in run.stdout.splitlines() if any(label in line for label in LABELS)]
-    assert "cat" in rows[0]
+    assert "espresso" in rows[0]
     assert "undefended" in run.stdout
 
 
