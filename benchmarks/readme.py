@@ -51,6 +51,7 @@ def tell(figures: dict[str, Any]) -> str:
     settings, machine, data = figures["settings"], figures["machine"], figures["data"]
     attack, defense = settings["attack"], settings["defense"]
     attacks = dict.fromkeys(name for row in rows for name in row["broken_first_by"])
+    attacks.pop("clean", None)
     caption = (
         f"Top-1 accuracy in % with 95% intervals, the same {data['n']} images of `{data['name']}` "
         f"and {data['classes']} labels in every row; robust means right clean and right attacked. "
