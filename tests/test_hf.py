@@ -192,7 +192,7 @@ def test_the_report_is_in_the_headers(server: Server, photo: bytes) -> None:
     assert headers["x-defense-method"] == "tapt"
     assert headers["x-defense-steps"] == "1"
     assert headers["x-defense-views"] == str(Settings().views)
-    assert headers["x-defense-views-kept"] == "3"
+    assert headers["x-defense-views-kept"] == "1"
     assert "x-defense-truncated" not in headers
     assert float(headers["x-entropy-before"]) == 0.5
     assert float(headers["x-entropy-after"]) == 0.25

@@ -57,14 +57,11 @@ class Process:
 
     def workers(self) -> list[int]:
         """Process ids of the worker processes."""
-        listed = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        lines = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
-        return [int(pid) for pid, args in lines if "spawn_main" in args]
+        command = ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        lines = [line.split(maxsplit=2) for line in listed.splitlines()]
+        ours = [line for line in lines if line[1] == str(self.process.pid)]
+        return [int(pid) for pid, _, args in ours if "spawn_main" in args]
 
     def close(self) -> None:
         self.http.close()
