@@ -60,7 +60,17 @@ def tell(figures: dict[str, Any]) -> str:
         f"that the defense adapts. {defense['views']} views, {defense['steps']} step. "
         f"Machine: {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}."
     )
-    return f"{table}\n\n{caption}"
+    names = {
+        key: ",".join(dict.fromkeys(row[key] for row in rows)) for key in ("defense", "threat")
+    }
+    epsilons = dict.fromkeys(f"{row['epsilon']:g}/255" for row in rows if row["epsilon"])
+    command = (
+        f"tapt-serve evaluate --data {data['name']} --limit {data['n']} "
+        f"--defenses {names['defense']} --threats {names['threat']} "
+        f"--attacks {','.join(attacks)} --eps {','.join(epsilons)} --json OUT"
+    )
+    made = f"Made by `{command}` and `python -m benchmarks.readme --table OUT`."
+    return f"{table}\n\n{caption}\n\n{made}"
 
 
 def _percent(row: dict[str, Any]) -> str:
