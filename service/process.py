@@ -148,8 +148,8 @@ def share_cores() -> None:
     """Let torch's threads wait for each other only briefly before they sleep; to be called before
     its import.
 
-    By default they spin, and where anything else runs on the machine a step that takes 0.2 s
-    takes seconds.
+    By default they spin, and where anything else wants a core each step then takes many times as
+    long; threads that never spin cost an idle machine a good part of its speed.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
