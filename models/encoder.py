@@ -40,7 +40,7 @@ class LabelEncoder:
         self._checkpoint, self._bundle = checkpoint, bundle
         self._cache: OrderedDict[tuple[Prompting, tuple[str, ...]], EncodedLabels] = OrderedDict()
         self._bytes = 0
-        self.hits = self.misses = 0
+        self.misses = 0
 
     def encode(self, labels: Sequence[str], template: str, prompting: Prompting) -> EncodedLabels:
         """Features of labels put into a template that holds one `{}`.
@@ -53,7 +53,6 @@ class LabelEncoder:
         texts = tuple(template.replace("{}", label) for label in labels)
         key = (prompting, (template, *texts))
         if key in self._cache:
-            self.hits += 1
             self._cache.move_to_end(key)
             return self._cache[key]
         self.misses += 1

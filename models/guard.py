@@ -83,6 +83,11 @@ class Guard:
             return self.bundle.prompts.design
         return "none" if prompting == "none" else "text"
 
+    def label_sets(self, method: str) -> int:
+        """How many encodings of its labels a picture needs: learned prompts, and undefended CLIP
+        beside them."""
+        return 2 if self._prompting(method) == "learned" else 1
+
     def group(self, pictures: Sequence[Picture], method: str) -> list[list[int]]:
         """Which pictures can run together: those whose prompts have one shape. Where these are the
         template's leading words, that hangs on the template."""

@@ -80,11 +80,12 @@ class Runner:
         request by request, so that one poisoned input fails alone.
         """
         counts: Counter[str] = Counter()
-        encoder = self.guard.encoder
-        hits, misses = encoder.hits, encoder.misses
+        before = self.guard.encoder.misses
         self._run_in_parts(batch, settle, cancelled, counts)
-        counts["text_cache_hits"] = encoder.hits - hits
-        counts["text_cache_misses"] = encoder.misses - misses
+        misses = self.guard.encoder.misses - before
+        needed = len(batch) * self.guard.label_sets(batch[0].method)
+        counts["text_cache_misses"] = misses
+        counts["text_cache_hits"] = max(0, needed - misses)
         return counts
 
     def _run_in_parts(
@@ -100,7 +101,7 @@ class Runner:
             return self._run(batch, settle_once, cancelled)
         except torch.OutOfMemoryError:
             log.warning("out of memory with %d requests", len(batch))
-            reason, size = "oom_splits", (len(left) + 1) // 2
+            reason, size = "oom_splits", max(1, (len(left) + 1) // 2)
         except Exception:
             log.exception("a batch of %d requests failed", len(batch))
             reason, size = "error_splits", 1

@@ -16,6 +16,7 @@ from models.tapt import entropies, gradients
 from service import plan, schemas
 from service.settings import Settings
 from tests import tiny
+from tests.tiny import make_pictures
 
 VIEWS = 10
 ADAPTING = [name for name, method in DEFENSES.items() if method.adapts]
@@ -38,20 +39,6 @@ def _parted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thresholds at which a random model's pictures fall on both sides."""
     monkeypatch.setattr(gate, "THRESHOLD", 0.5)
     monkeypatch.setattr(ttc, "PUBLISHED", replace(ttc.PUBLISHED, tau=0.05))
-
-
-def make_pictures(count: int) -> list[Picture]:
-    readouts = ["single", "kept", "all", "weighted"]
-    return [
-        Picture(
-            tiny.draw_image(i, 48 + 6 * (i % 3)),
-            tiny.LABELS[: 2 + i % 7],
-            None,
-            readouts[i % 4],
-            100 + i,
-        )
-        for i in range(count)
-    ]
 
 
 def classify(

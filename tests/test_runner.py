@@ -65,8 +65,9 @@ def test_an_answer_says_what_was_spent(runner: Runner) -> None:
     assert sum(answer.scores) == pytest.approx(1, abs=1e-5)
     assert sum(answer.undefended_scores) == pytest.approx(1, abs=1e-5)
     assert (answer.design, answer.steps, answer.views, answer.truncated) == ("vli", 1, 8, None)
-    assert counts["text_cache_misses"] == 2
-    assert run(runner, [make_work(1)])[1]["text_cache_misses"] == 0
+    assert (counts["text_cache_misses"], counts["text_cache_hits"]) == (2, 0)
+    _, again = run(runner, [make_work(1)])
+    assert (again["text_cache_misses"], again["text_cache_hits"]) == (0, 2)
 
 
 def test_steps_that_differ_are_each_given(runner: Runner) -> None:
@@ -123,6 +124,20 @@ def test_out_of_memory_halves_the_batch(runner: Runner, monkeypatch: pytest.Monk
     assert all(isinstance(result, Answer) for result in settled.values())
     assert sizes == [5, 3, 2, 1, 2]
     assert counts["oom_splits"] == 2
+
+
+def test_running_out_after_the_last_answer_harms_nobody(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_group = Runner._run
+
+    def late(self: Runner, *arguments: object) -> None:
+        run_group(self, *arguments)  # type: ignore[arg-type]
+        raise torch.OutOfMemoryError("for a test")
+
+    monkeypatch.setattr(Runner, "_run", late)
+    settled, _ = run(runner, [make_work(0), make_work(1)])
+    assert all(isinstance(result, Answer) for result in settled.values())
 
 
 def test_without_a_bundle_zero_steps_equal_plain_and_one_step_adapts(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from models.objective import Objective
 from models.prompts import DefensePrompts
 from models.views import make_views
 from tests import tiny
+from tests.tiny import make_pictures
 
 VIEWS = 12
 OBJECTIVE = Objective(learning_rate=5e-3)
@@ -33,21 +34,6 @@ def make_guard(checkpoint: Checkpoint, design: str | None = "vli") -> Guard:
     reference = None if bundle is None else bundle.statistics
     objective = replace(OBJECTIVE, reference=reference, layers=2 if bundle else 0)
     return Guard(checkpoint, bundle, objective, selection_ratio=0.3)
-
-
-def make_pictures(count: int) -> list[Picture]:
-    """Different pictures, sizes, label sets (of 2 to 8 labels), readouts and seeds."""
-    readouts = ["single", "kept", "all", "weighted"]
-    return [
-        Picture(
-            tiny.draw_image(i, 48 + 6 * (i % 3)),
-            tiny.LABELS[: 2 + i % 7],
-            None,
-            readouts[i % 4],
-            100 + i,
-        )
-        for i in range(count)
-    ]
 
 
 def after(steps: Sequence[int]) -> Callable[[int, list[int]], set[int]]:

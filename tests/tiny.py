@@ -11,6 +11,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from models.bundle import DefenseBundle
 from models.checkpoint import Checkpoint, load_checkpoint
+from models.guard import Picture
 from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics
 from models.training.tokenizer import train_tokenizer
@@ -109,3 +110,14 @@ def draw_image(seed: int, height: int = 48, width: int = 56) -> NDArray[np.uint8
     """A smooth random picture, different for each seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 7, 3)).astype(np.uint8)
     return np.kron(coarse, np.ones((height // 6, width // 7, 1), np.uint8))
+
+
+def make_pictures(count: int) -> list[Picture]:
+    """Different pictures, sizes, label sets (of 2 to 8 labels), readouts and seeds."""
+    readouts = ["single", "kept", "all", "weighted"]
+    return [
+        Picture(
+            draw_image(i, 48 + 6 * (i % 3)), LABELS[: 2 + i % 7], None, readouts[i % 4], 100 + i
+        )
+        for i in range(count)
+    ]

@@ -48,8 +48,8 @@ class Figures:
         determined: Tensor | None = None,
         slack: float = 0.0,
     ) -> Difference:
-        """Our value of a quantity against theirs, where `determined` (everywhere if None); the
-        others may differ by `slack`.
+        """Our value of a quantity against theirs. Where not all are within the tolerance, those
+        that are not `determined` may differ by `slack`.
 
         Raises:
             ValueError: it has another shape.
@@ -58,7 +58,7 @@ class Figures:
         if value.shape != theirs.shape:
             raise ValueError(f"{self.name}: {quantity} is {list(theirs.shape)}")
         gaps = (value.double() - theirs.double()).abs().nan_to_num(float("inf"))
-        if determined is None:
+        if determined is None or gaps.max() <= tolerance:
             return Difference(quantity, float(gaps.max()), tolerance)
         left_out = int((~determined).sum())
         gaps = torch.where(determined, gaps, (gaps - slack).clamp(min=0))
