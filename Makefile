@@ -62,5 +62,12 @@ robustness: setup
 	    --defenses $(DEFENSES) --threats $(THREATS) --attacks $(ATTACKS) --eps $(EPS) \
 	    $(EVALUATE) --json $(TABLE)
 
+# What the images install, with hashes but for torch: after any change of the constraints.
+lock: setup
+	$(BIN)/uv pip compile pyproject.toml --extra otel --constraints constraints.txt \
+	    --python-version 3.11 --python-platform linux --generate-hashes --no-annotate \
+	    --no-emit-package torch --custom-compile-command 'make lock' --quiet \
+	    --output-file docker/requirements.txt
+
 clean:
 	rm -rf .venv build *.egg-info
