@@ -13,6 +13,7 @@ from service.door import Door
 from service.engine import Engine
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, Unauthorized
 from service.journal import Journal, error_body
+from service.keys import Keys
 from service.metrics import Metrics
 from service.routes import classify, docs, health, hf, info, page
 from service.settings import Settings
@@ -32,6 +33,7 @@ def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
     metrics = Metrics()
     engine = Engine(settings, metrics, backends)
     door = Door(settings, metrics, engine)
+    keys = Keys(settings, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -47,12 +49,14 @@ def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,
         redirect_slashes=False,
     )
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.engine = engine
     app.state.door = door
+    app.state.keys = keys
     for routes in (classify, hf, health, info, docs, page):
         app.include_router(routes.router)
     docs.complete(app)

@@ -1,4 +1,4 @@
-"""`tapt-serve serve | classify | info`: one flag a knob, every mistake one sentence.
+"""`tapt-serve serve | classify | info | key`: one flag a knob, every mistake one sentence.
 
 `calibrate` and `evaluate` are passed on as they are: no knob of the service is theirs.
 """
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from service.errors import ModelError, ServiceError
+from service.errors import KeysError, ModelError, ServiceError
 from service.settings import PREFIX, Settings, unknown_variables
 
 MISTAKE = 2  # exit status for a wrong flag, variable or argument
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Mistake as mistake:
         print(mistake, file=sys.stderr)
         return MISTAKE
-    except (ServiceError, ModelError) as error:
+    except (ServiceError, ModelError, KeysError) as error:
         print(error, file=sys.stderr)
     except OSError as error:
         print(f"{error.filename or 'tapt-serve'}: {error.strerror or error}", file=sys.stderr)
@@ -95,6 +95,19 @@ def _info(options: argparse.Namespace, settings: Settings) -> int:
         print(json.dumps(facts, indent=2))
     else:
         shell.show_info(facts)
+    return 0
+
+
+def _key(options: argparse.Namespace, settings: Settings) -> int:
+    """The line for the server goes to stdout, to be appended to a file; a new key is shown once."""
+    from service.keys import DIAGNOSTICS, entry, make_key
+
+    key = sys.stdin.readline().strip() if options.stdin else make_key()
+    if len(key.split()) != 1:
+        raise Mistake("A key is one word, and there is none on the standard input.")
+    print(entry(key, [DIAGNOSTICS] if options.diagnostics else []), flush=True)
+    if not options.stdin:
+        print(f"The key, which is stored nowhere: {key}", file=sys.stderr)
     return 0
 
 
@@ -177,6 +190,11 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s [--json] [--url URL] [--KNOB VALUE ...]",
     )
     info.set_defaults(command=_info)
+
+    key = commands.add_parser("key", help="make a bearer key and the line that lists it")
+    key.set_defaults(command=_key)
+    key.add_argument("--diagnostics", action="store_true", help="it may see the defense's measures")
+    key.add_argument("--stdin", action="store_true", help="list the key on the standard input")
 
     commands.add_parser("calibrate", help="make a defense bundle for a checkpoint from pictures")
     commands.add_parser("evaluate", help="measure defenses under attack and write the table")

@@ -2,8 +2,8 @@
 
 ServiceError
   BadRequest 400, Unauthorized 401, NotFound 404, MethodNotAllowed 405, UploadTimeout 408,
-  TooLarge 413, UnsupportedImage 415, Unprocessable 422, QueueFull 429, ClientGone 499,
-  InternalError 500, NotReady 503, DeadlineExceeded 504
+  TooLarge 413, UnsupportedImage 415, Unprocessable 422, QueueFull 429, RateLimited 429,
+  ClientGone 499, InternalError 500, NotReady 503, DeadlineExceeded 504
 """
 
 
@@ -55,6 +55,12 @@ class QueueFull(ServiceError):
     status, error_type = 429, "queue_full"
 
 
+class RateLimited(ServiceError):
+    """One key asked too often; the others do not notice."""
+
+    status, error_type = 429, "rate_limited"
+
+
 class ClientGone(ServiceError):
     """The client closed the connection; nobody reads this answer, the status is for the metrics."""
 
@@ -81,3 +87,7 @@ ERRORS: dict[str, type[ServiceError]] = {
 class ModelError(Exception):
     """The checkpoint or the bundle cannot be served. The message is one sentence for the operator;
     the process ends with it, so no client ever meets it."""
+
+
+class KeysError(Exception):
+    """The keys that the server was given cannot be used; one sentence for the operator."""

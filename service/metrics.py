@@ -53,6 +53,9 @@ class Metrics:
         )
         self.truncated = counter("truncated", "Answers cut short.", "reason")
         self.rejected = counter("rejected", "Requests refused before any work.", "reason")
+        self.key_file_errors = counter(
+            "key_file_errors", "Looks at a key file that could not be read; the old keys stayed."
+        )
         self.worker_restarts = counter("worker_restarts", "Worker processes started again.")
         self.worker_up = gauge("worker_up", "1 while the worker is ready.", "worker")
         self.device_memory_bytes = gauge(

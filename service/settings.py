@@ -98,7 +98,18 @@ class Settings(BaseSettings):
     max_label_chars: int = Field(256, ge=1, description="Longest label or template, characters.")
 
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Comma-separated bearer keys; empty: no key is asked for.", repr=False
+        (),
+        description="Comma-separated bearer keys, each as `tapt-serve key` lists it; none here "
+        "and no file: no key is asked for.",
+        repr=False,
+    )
+    api_keys_file: str = Field(
+        "", description="File that lists bearer keys, one a line; read again when it changes."
+    )
+    open_routes: Annotated[tuple[Literal["pages", "metrics"], ...], NoDecode] = Field(
+        (),
+        description="Comma-separated routes that ask for no key though others do: `pages` "
+        "(playground, docs), `metrics`.",
     )
     allow_client_seed: bool = Field(
         False,
@@ -125,10 +136,11 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _split_keys(cls, values: dict[str, object]) -> dict[str, object]:
-        keys = values.get("api_keys")
-        if isinstance(keys, str):
-            values["api_keys"] = tuple(key.strip() for key in keys.split(",") if key.strip())
+    def _split_lists(cls, values: dict[str, object]) -> dict[str, object]:
+        for name in ("api_keys", "open_routes"):
+            text = values.get(name)
+            if isinstance(text, str):
+                values[name] = tuple(part.strip() for part in text.split(",") if part.strip())
         return values
 
     @model_validator(mode="after")

@@ -138,8 +138,9 @@ def _load(settings: Settings) -> "Runner":
 
 def _ask(url: str, path: str, settings: Settings, body: Mapping[str, Any] | None = None) -> Any:
     request = urllib.request.Request(url.rstrip("/") + path)
-    if settings.api_keys:
-        request.add_header("Authorization", f"Bearer {settings.api_keys[0]}")
+    # A server may hold hashes only; whoever asks holds the key itself.
+    if key := next((key for key in settings.api_keys if not key.startswith("sha256:")), None):
+        request.add_header("Authorization", f"Bearer {key.split()[0]}")
     if body is not None:
         request.data = json.dumps(body).encode()
         request.add_header("Content-Type", "application/json")

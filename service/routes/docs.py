@@ -6,16 +6,17 @@ Bodies are streamed by hand, so what FastAPI would describe by itself is describ
 from importlib.resources import files
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.errors import NotFound
+from service.keys import check_pages
 from service.schemas import Choices, ClassifyRequest, DefenseOptions, ErrorBody, HFRequest
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, dependencies=[Depends(check_pages)])
 
 _REF = "#/components/schemas/{model}"
 _PLAIN = ("top_k", "hypothesis_template")
@@ -155,6 +156,11 @@ _HEADERS = {
     ),
     "X-Content-Type-Options": "nosniff",
 }
+
+
+@router.get("/openapi.json")
+async def openapi(request: Request) -> JSONResponse:
+    return JSONResponse(request.app.openapi())
 
 
 @router.get("/docs")

@@ -8,15 +8,11 @@ from fastapi.responses import Response
 from prometheus_client.exposition import choose_encoder
 
 from service.images import DOOR_LENGTH, DOOR_SIDE, FORMATS, MAX_ASPECT
-from service.keys import check_key, scheme
+from service.keys import check_key, check_metrics, scheme
 from service.routes.docs import errors_of
 from service.settings import Settings
 
-router = APIRouter(
-    tags=["operation"],
-    dependencies=[Depends(check_key), Depends(scheme)],
-    responses=errors_of(401),
-)
+router = APIRouter(tags=["operation"], dependencies=[Depends(scheme)], responses=errors_of(401))
 
 DEFAULTS = ("method", "steps", "views", "readout", "hypothesis_template")
 LIMITS = (
@@ -34,7 +30,7 @@ LIMITS = (
 POLICIES = ("allow_client_seed", "expose", "on_overload")
 
 
-@router.get("/info", summary="Model, limits, defaults, versions")
+@router.get("/info", summary="Model, limits, defaults, versions", dependencies=[Depends(check_key)])
 async def info(request: Request) -> dict[str, Any]:
     """What the workers say of the model (nothing of it before one was ready), and the settings
     that a client may care about."""
@@ -51,7 +47,8 @@ async def info(request: Request) -> dict[str, Any]:
         "service": {"name": "tapt-serve", "version": version("tapt-serve")},
         "defaults": {name: values[name] for name in DEFAULTS},
         "limits": {name: values[name] for name in LIMITS},
-        "policies": {name: values[name] for name in POLICIES} | {"keys": bool(settings.api_keys)},
+        "policies": {name: values[name] for name in POLICIES}
+        | {"keys": request.app.state.keys.needed},
         "images": images,
     }
 
@@ -60,6 +57,7 @@ async def info(request: Request) -> dict[str, Any]:
     "/metrics",
     summary="Prometheus metrics",
     response_class=Response,
+    dependencies=[Depends(check_metrics)],
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: Request) -> Response:

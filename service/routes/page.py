@@ -3,12 +3,13 @@ elsewhere, and its policy lets nothing else in."""
 
 from importlib.resources import files
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
 from service.errors import NotFound
+from service.keys import check_pages
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, dependencies=[Depends(check_pages)])
 
 FILES = {
     "index.html": "text/html; charset=utf-8",
