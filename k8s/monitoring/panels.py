@@ -1,0 +1,235 @@
+"""What the dashboard shows: rows of panels, each a question and the queries that answer it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from k8s.monitoring.queries import Scope
+from k8s.monitoring.rules import CLASSIFICATIONS, TARGET_SECONDS
+
+HERE = Scope("$__rate_interval", 'namespace=~"$namespace"')
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    expr: str
+    legend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """`unit` is Grafana's name of it; `width` is in 24ths of the row, `most` the axis' end."""
+
+    title: str
+    what: str
+    unit: str
+    queries: tuple[Query, ...]
+    kind: Literal["lines", "heatmap", "number"] = "lines"
+    width: int = 8
+    most: float | None = None
+
+
+def quantiles(histogram: str, *by: str) -> tuple[Query, ...]:
+    legend = " ".join(f"{{{{{label}}}}}" for label in by)
+    return tuple(
+        Query(HERE.quantile(q, histogram, *by), f"p{100 * q:g} {legend}".strip())
+        for q in (0.5, 0.9, 0.99)
+    )
+
+
+ROWS: dict[str, tuple[Panel, ...]] = {
+    "Service": (
+        Panel(
+            "Ready workers",
+            "Workers whose model is loaded; requests are refused while there is none.",
+            "none",
+            (Query(HERE.over("sum", "tapt_worker_up"), "ready"),),
+            "number",
+            4,
+        ),
+        Panel(
+            "Throughput",
+            "Classifications answered a second, by status.",
+            "reqps",
+            (Query(HERE.rate("tapt_requests_total", "code", where=CLASSIFICATIONS), "{{code}}"),),
+            width=7,
+        ),
+        Panel(
+            "Errors",
+            "Share of classifications that the service failed: 429 and 5xx.",
+            "percentunit",
+            (
+                Query(
+                    HERE.share(
+                        "tapt_requests_total",
+                        "tapt_requests_total",
+                        f'{CLASSIFICATIONS},code=~"429|5.."',
+                        CLASSIFICATIONS,
+                    ),
+                    "failed",
+                ),
+            ),
+            width=6,
+        ),
+        Panel(
+            "Time to answer",
+            f"From the first byte to the last, refusals included; the target is a p99 below "
+            f"{TARGET_SECONDS:g} s.",
+            "s",
+            quantiles("tapt_request_seconds"),
+            width=7,
+        ),
+    ),
+    "Adaptation": (
+        Panel(
+            "Time in the adaptation",
+            "How many requests spent how long in the adaptation.",
+            "s",
+            (Query(HERE.increase("tapt_adaptation_seconds_bucket", "le"), "{{le}}"),),
+            "heatmap",
+            12,
+        ),
+        Panel(
+            "Time in the adaptation by method",
+            "Quantiles; a batch is adapted together, so this grows with the load.",
+            "s",
+            quantiles("tapt_adaptation_seconds", "method"),
+            width=12,
+        ),
+    ),
+    "Queue and batches": (
+        Panel(
+            "Queue",
+            "Requests that hold a slot and are in no batch, by replica.",
+            "none",
+            (Query(HERE.over("sum", "tapt_queue_depth", "instance"), "{{instance}}"),),
+            width=6,
+        ),
+        Panel(
+            "Time in the queue",
+            "From the slot to the batch.",
+            "s",
+            quantiles("tapt_queue_seconds"),
+            width=6,
+        ),
+        Panel(
+            "Batch",
+            "Mean requests and mean steps; a mean near 1 under load means that requests of "
+            "different methods or views keep each other out.",
+            "none",
+            (
+                Query(HERE.mean("tapt_batch_size"), "requests a batch"),
+                Query(HERE.mean("tapt_adaptation_steps"), "steps a request"),
+            ),
+            width=6,
+        ),
+        Panel(
+            "Views",
+            "Mean views of all requests in a batch: what the device gets to do at once.",
+            "none",
+            (Query(HERE.mean("tapt_batch_views"), "views a batch"),),
+            width=6,
+        ),
+    ),
+    "Evidence": (
+        Panel(
+            "Entropy",
+            "Mean entropy of the prediction in nats; adapting should lower it. It depends on "
+            "the number of labels, so compare it with itself.",
+            "none",
+            (
+                Query(HERE.mean("tapt_entropy_before"), "before"),
+                Query(HERE.mean("tapt_entropy_after"), "after"),
+            ),
+            width=6,
+        ),
+        Panel(
+            "Agreement",
+            "Mean share of the views that agree with the answer.",
+            "percentunit",
+            (Query(HERE.mean("tapt_view_agreement"), "agreement"),),
+            width=6,
+            most=1,
+        ),
+        Panel(
+            "Suspected attacks",
+            "Share of answers whose suspicion passed the bundle's threshold; the bundle names "
+            "its false positive rate.",
+            "percentunit",
+            (
+                Query(
+                    HERE.share("tapt_suspected_adversarial_total", "tapt_view_agreement_count"),
+                    "suspected",
+                ),
+            ),
+            width=6,
+        ),
+        Panel(
+            "Label changes",
+            "Share of answers whose first label differs from undefended CLIP's.",
+            "percentunit",
+            (
+                Query(
+                    HERE.share("tapt_label_changed_total", "tapt_view_agreement_count"), "changed"
+                ),
+            ),
+            width=6,
+        ),
+    ),
+    "Refusals and cuts": (
+        Panel(
+            "Rejected",
+            "Requests refused before any work, by reason.",
+            "reqps",
+            (Query(HERE.rate("tapt_rejected_total", "reason"), "{{reason}}"),),
+            width=8,
+        ),
+        Panel(
+            "Truncated",
+            "Answers cut short: by their deadline, because the client left, or with labels too "
+            "long for the model.",
+            "reqps",
+            (Query(HERE.rate("tapt_truncated_total", "reason"), "{{reason}}"),),
+            width=8,
+        ),
+        Panel(
+            "Batches run again in parts",
+            "After the device ran out of memory, or after an input failed the whole batch.",
+            "reqps",
+            (Query(HERE.rate("tapt_batch_splits_total", "reason"), "{{reason}}"),),
+            width=8,
+        ),
+    ),
+    "Device": (
+        Panel(
+            "Worker restarts",
+            "Worker processes started again, over the window.",
+            "none",
+            (Query(HERE.increase("tapt_worker_restarts_total", "instance"), "{{instance}}"),),
+        ),
+        Panel(
+            "Device memory",
+            "In use on each worker's device; on a CPU the worker's resident memory.",
+            "bytes",
+            (
+                Query(
+                    HERE.over("max", "tapt_device_memory_bytes", "instance", "worker"),
+                    "{{instance}} worker {{worker}}",
+                ),
+            ),
+        ),
+        Panel(
+            "Text cache",
+            "Share of label sets whose text features were there already.",
+            "percentunit",
+            (
+                Query(
+                    f"{HERE.rate('tapt_text_cache_hits_total')} / "
+                    f"({HERE.rate('tapt_text_cache_hits_total')} + "
+                    f"{HERE.rate('tapt_text_cache_misses_total')})",
+                    "hits",
+                ),
+            ),
+            most=1,
+        ),
+    ),
+}
