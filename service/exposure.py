@@ -1,7 +1,9 @@
 """How much of an answer leaves the house.
 
 Whoever can ask often can climb along scores; fewer digits slow that down. The order of the labels
-and the measures of the defense would tell what the scores no longer do, so they shrink alike.
+and the measures of the defense would tell what the scores no longer do, so they shrink alike. The
+measures are a second oracle, the undefended label even one on a weaker model: where the server
+has keys, only those with the scope `diagnostics` see them.
 """
 
 import math
@@ -13,13 +15,14 @@ from service.schemas import Classification, DefenseReport, ScoredLabel, Timings
 Expose = Literal["full", "rounded", "label"]
 
 
-def present(outcome: Outcome, expose: Expose) -> Classification:
-    """The answer as its client may see it."""
+def present(outcome: Outcome, expose: Expose, diagnostics: bool) -> Classification:
+    """The answer as its client may see it, with the defense's measures or without."""
     work, answer = outcome.work, outcome.answer
     first = _best(answer.scores)
+    seen = diagnostics and expose != "label"
 
     def measure(value: float) -> float | None:
-        if expose == "label" or not math.isfinite(value):
+        if not seen or not math.isfinite(value):
             return None
         return round(value, 2) if expose == "rounded" else value
 
@@ -49,8 +52,8 @@ def present(outcome: Outcome, expose: Expose) -> Classification:
             entropy_after=measure(answer.entropy_after),
             agreement=measure(answer.agreement),
             suspicion=measure(answer.suspicion),
-            suspected=answer.suspected,
-            undefended_label=work.labels[_best(answer.undefended_scores)],
+            suspected=answer.suspected if seen else None,
+            undefended_label=work.labels[_best(answer.undefended_scores)] if seen else None,
         ),
         timings_ms=Timings(
             queue=_milliseconds(outcome.queue_seconds),

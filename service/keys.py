@@ -42,6 +42,10 @@ class Caller:
     id: str
     scopes: frozenset[str]
 
+    @property
+    def may_see_diagnostics(self) -> bool:
+        return DIAGNOSTICS in self.scopes
+
 
 ANYONE = Caller("", SCOPES)
 """Everybody, where the server has no keys."""

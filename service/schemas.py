@@ -144,8 +144,8 @@ class ScoredLabel(BaseModel):
 
 
 class DefenseReport(BaseModel):
-    """What the defense cost and what it saw. Measures are null where the server exposes labels
-    only."""
+    """What the defense cost and what it saw. What it saw, from `entropy_before` on, is null where
+    the server exposes labels only, and for a key without the scope `diagnostics`."""
 
     method: str
     design: str = Field(
@@ -161,8 +161,8 @@ class DefenseReport(BaseModel):
     entropy_after: float | None
     agreement: float | None = Field(description="Share of the views that agree with the answer.")
     suspicion: float | None = Field(description="Grows with the signs of an attack.")
-    suspected: bool = Field(description="Whether suspicion passed the bundle's threshold.")
-    undefended_label: str = Field(description="What plain CLIP would have answered.")
+    suspected: bool | None = Field(description="Whether suspicion passed the bundle's threshold.")
+    undefended_label: str | None = Field(description="What plain CLIP would have answered.")
 
 
 class Timings(BaseModel):

@@ -59,7 +59,7 @@ def classify_here(
     model = runner.ready.info["model"]["name"]
     outcome = Outcome(work, answer, model, choices.top_k, 0.0, decode_seconds, total)
     undefended = dict(zip(work.labels, answer.undefended_scores, strict=True))
-    shown = present(outcome, "full")
+    shown = present(outcome, "full", diagnostics=True)
     return shown, [undefended[scored.label] for scored in shown.labels]
 
 
@@ -112,8 +112,10 @@ def _spent(answer: Classification) -> str:
     spent, timings = answer.defense, answer.timings_ms
     line = (
         f"{spent.method} ({spent.design}): {spent.steps} steps, {spent.views_kept} of "
-        f"{spent.views} views kept, {timings.total:.0f} ms; undefended: {spent.undefended_label}"
+        f"{spent.views} views kept, {timings.total:.0f} ms"
     )
+    if spent.undefended_label is not None:
+        line += f"; undefended: {spent.undefended_label}"
     return f"{line}; suspected adversarial" if spent.suspected else line
 
 

@@ -99,6 +99,7 @@ def test_expose_limits_what_leaves(
     assert body["defense"]["entropy_after"] == {
         "full": 0.987654, "rounded": 0.99, "label": None
     }[expose]  # fmt: skip
+    assert (body["defense"]["undefended_label"] is None) == (expose == "label")
 
 
 def replaced(answer: Answer, **fields: Any) -> Answer:

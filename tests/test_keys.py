@@ -1,5 +1,6 @@
 """Who gets in: keys in the environment and in a file, their rotation, their scopes."""
 
+import base64
 import subprocess
 import sys
 from collections.abc import Callable
@@ -186,6 +187,34 @@ def walk(routes: list[Any]) -> list[Any]:
         else:
             found += walk(inner.routes)
     return found
+
+
+@pytest.mark.parametrize(
+    ("key", "expose", "seen"),
+    [
+        ("staff", "full", True),
+        ("staff", "rounded", True),
+        ("staff", "label", False),
+        ("other", "full", False),
+        ("other", "rounded", False),
+    ],
+)
+def test_only_keys_with_the_scope_see_diagnostics(
+    start: START, photo: bytes, key: str, expose: str, seen: bool
+) -> None:
+    keys = f"{entry('staff', ['diagnostics'])},{entry('other')}"
+    server = start(api_keys=keys, expose=expose)
+    image, labels = base64.b64encode(photo).decode(), {"candidate_labels": ["attacked", "b"]}
+    native, hugging = {"image": image, **labels}, {"inputs": image, "parameters": labels}
+    header = {"Authorization": f"Bearer {key}"}
+    defense = server.http.post("/v1/classify", json=native, headers=header).json()["defense"]
+    measures = ["entropy_before", "entropy_after", "agreement", "suspicion"]
+    measures += ["suspected", "undefended_label"]
+    assert [defense[name] is not None for name in measures] == [seen] * 6
+    assert defense["steps"] == 1
+    answer = server.http.post("/", json=hugging, headers=header)
+    headers = [f"x-{name.replace('_', '-')}" for name in measures]
+    assert [name in answer.headers for name in headers] == [seen] * 6
 
 
 @pytest.mark.parametrize(

@@ -42,4 +42,5 @@ async def classify(request: Request) -> JSONResponse:
         return from_base64(asked.image), asked
 
     outcome = await door.classify(request, parse)
-    return JSONResponse(present(outcome, state.settings.expose).model_dump())
+    answer = present(outcome, state.settings.expose, request.state.caller.may_see_diagnostics)
+    return JSONResponse(answer.model_dump())

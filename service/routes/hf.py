@@ -35,7 +35,7 @@ async def classify(request: Request) -> JSONResponse:
     state = request.app.state
     door: Door = state.door
     outcome = await door.classify(request, _parse)
-    answer = present(outcome, state.settings.expose)
+    answer = present(outcome, state.settings.expose, request.state.caller.may_see_diagnostics)
     return JSONResponse([label.model_dump() for label in answer.labels], headers=_report(answer))
 
 
@@ -47,6 +47,7 @@ def _parse(body: bytes, content_type: str) -> tuple[bytes, Choices]:
 def _report(answer: Classification) -> dict[str, str]:
     """The headers of `docs.REPORT`; those without a value are left out."""
     defense, timings = answer.defense, answer.timings_ms
+    undefended = defense.undefended_label
     values = {
         "x-defense-method": defense.method,
         "x-defense-design": defense.design,
@@ -60,8 +61,8 @@ def _report(answer: Classification) -> dict[str, str]:
         "x-entropy-after": defense.entropy_after,
         "x-agreement": defense.agreement,
         "x-suspicion": defense.suspicion,
-        "x-suspected": str(defense.suspected).lower(),
-        "x-undefended-label": quote(defense.undefended_label, safe=""),
+        "x-suspected": None if defense.suspected is None else str(defense.suspected).lower(),
+        "x-undefended-label": None if undefended is None else quote(undefended, safe=""),
         "x-queue-time": timings.queue,
         "x-inference-time": round(timings.adapt + timings.predict, 3),
         "x-total-time": timings.total,
