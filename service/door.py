@@ -1,8 +1,8 @@
 """The way of a classification from the socket to the engine and back.
 
-The order is the point: the length is checked before the body is read, the body is read before a
-place in the queue is taken (a slow upload holds none), the place is taken before anything is
-decoded, and the decoding happens off the event loop.
+The order is the point: the key's limits and the length are checked before the body is read, the
+body is read before a place in the queue is taken (a slow upload holds none), the place is taken
+before anything is decoded, and the decoding happens off the event loop.
 """
 
 import asyncio
@@ -28,6 +28,7 @@ from service.errors import (
     Unprocessable,
     UploadTimeout,
 )
+from service.limits import Limits
 from service.metrics import Metrics
 from service.plan import plan
 from service.schemas import Choices
@@ -65,6 +66,7 @@ class Door:
         self._settings = settings
         self._metrics = metrics
         self._engine = engine
+        self._limits = Limits(settings, metrics)
         self._arriving = 0  # bytes of unfinished bodies
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
@@ -74,10 +76,11 @@ class Door:
     async def classify(self, request: Request, parse: Parse) -> Outcome:
         """Read, decode, submit. Raises ServiceError."""
         began = time.monotonic()
-        body = await self._receive(request)
-        with self._engine.reserve(len(body)) as slot:
-            prepare = partial(self._prepare, request, parse, body, slot)
-            return await _while_connected(request, self._work(prepare, slot, began))
+        with self._limits.admit(request.state.caller.id):
+            body = await self._receive(request)
+            with self._engine.reserve(len(body)) as slot:
+                prepare = partial(self._prepare, request, parse, body, slot)
+                return await _while_connected(request, self._work(prepare, slot, began))
 
     async def _receive(self, request: Request) -> bytes:
         limit = self._settings.max_body_bytes

@@ -111,6 +111,15 @@ class Settings(BaseSettings):
         description="Comma-separated routes that ask for no key though others do: `pages` "
         "(playground, docs), `metrics`.",
     )
+    key_concurrency: int = Field(
+        0, ge=0, description="Requests of one key under way at once; more are 429; 0: no limit."
+    )
+    key_rate: float = Field(
+        0.0, ge=0, description="Requests of one key a second, on average; 0: no limit."
+    )
+    key_burst: int = Field(
+        20, ge=1, description="Requests that a key may send at once before `key_rate` holds it."
+    )
     allow_client_seed: bool = Field(
         False,
         description="Accept a request's `seed`. A known seed lets an attacker aim at the views.",

@@ -16,7 +16,7 @@ SERVICE_FLOORS = [
     {"engine", "plan", "forms"},
     {"fleet", "images"},
     {"scheduler", "worker", "tally"},
-    {"process", "runner", "slots", "journal", "keys"},
+    {"process", "runner", "slots", "journal", "keys", "limits"},
     {"errors", "logs", "metrics", "schemas", "settings", "work"},
 ]
 LEAVES = SERVICE_FLOORS[-1]
