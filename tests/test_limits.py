@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import Server
 from fake_worker import FakeWorker
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.errors import RateLimited
@@ -70,6 +70,7 @@ def test_whoever_waits_as_told_is_let_in() -> None:
         assert house.ask() is None
 
 
+@settings(deadline=None)
 @given(pauses=st.lists(st.floats(0, 3), max_size=60), burst=st.integers(1, 5))
 def test_no_pattern_of_requests_beats_the_rate(pauses: list[float], burst: int) -> None:
     house = House(key_rate=2, key_burst=burst)
