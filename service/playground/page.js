@@ -1,66 +1,167 @@
-"use strict";
+// The page: what the server is, and from the form to the answer.
 
-const form = document.getElementById("form");
-const key = document.getElementById("key");
-const message = document.getElementById("message");
-const preview = document.getElementById("preview");
-const ranking = document.getElementById("ranking");
-const report = document.getElementById("report");
+import { ask, Refusal } from "./api.js";
+import { setUpAnswer, expectAnswer, showDefended, showPlain } from "./answer.js";
+import { setUpAttack } from "./attack.js";
+import { find, make } from "./dom.js";
+import { labels, setUpLabels } from "./labels.js";
+import { watch } from "./live.js";
+import { picture, setUpPicture } from "./picture.js";
 
-function element(name, text) {
-  const made = document.createElement(name);
-  made.textContent = text;
-  return made;
+const METHODS = {
+  plain: "no defense",
+  ensemble: "mean over views",
+  apt: "learned prompts",
+  "apt-ensemble": "learned prompts, mean over views",
+  tapt: "adapts learned prompts to this picture",
+  tpt: "adapts the words to this picture",
+  rtpt: "adapts the words, weighs the views",
+  ttc: "counterattacks with noise",
+  gate: "adapts only where it has doubts",
+};
+
+let info = null;
+let running = null;
+
+// What the form asks for, in the API's own shape.
+function choices() {
+  const defense = {};
+  for (const name of ["method", "steps", "views"]) {
+    const value = find(name).value.trim();
+    if (value !== "") defense[name] = name === "method" ? value : Number(value);
+  }
+  const asked = { candidate_labels: labels() };
+  if (Object.keys(defense).length) asked.defense = defense;
+  if (find("template").value.trim()) asked.hypothesis_template = find("template").value.trim();
+  return asked;
 }
 
 function say(text, wrong = false) {
-  message.textContent = text;
-  message.className = wrong ? "wrong" : "";
+  find("message").textContent = text;
+  find("message").classList.toggle("wrong", wrong);
 }
 
-function showRanking(labels) {
-  for (const { label, score } of labels) {
-    const bar = document.createElement("meter");
-    bar.value = score;
-    const row = document.createElement("li");
-    row.append(element("span", label), bar, element("span", `${(100 * score).toFixed(1)} %`));
-    ranking.append(row);
+// What keeps the request from being sent, in words.
+function objection() {
+  const file = picture();
+  const limit = info?.limits.max_body_bytes;
+  if (!file) return "Choose a picture first.";
+  if (labels().length < 2) return "Give at least two labels.";
+  if (limit && 1.4 * file.size > limit) {
+    return `The picture has ${(file.size / 2 ** 20).toFixed(1)} MB; the server takes about ${(limit / 1.4 / 2 ** 20).toFixed(0)} MB.`;
   }
+  return null;
 }
 
-function showReport(defense, timings) {
-  const facts = {
-    Method: defense.method,
-    Spent: `${defense.steps} steps, ${defense.views_kept} of ${defense.views} views`,
-    "Without a defense": defense.undefended_label,
-    Time: `${timings.total.toFixed(0)} ms`,
+async function classify() {
+  const wrong = objection();
+  if (wrong) return say(wrong, true);
+  running?.abort();
+  const control = (running = new AbortController());
+  const began = performance.now();
+  const progress = setInterval(() => {
+    const seconds = (performance.now() - began) / 1000;
+    if (seconds > 1.5) say(`Still working: ${seconds.toFixed(0)} s.`);
+  }, 500);
+  const waiting = (text) => {
+    clearInterval(progress);
+    say(text);
   };
-  for (const [name, value] of Object.entries(facts)) {
-    report.append(element("dt", name), element("dd", value));
+  busy(true);
+  say("Looking ...");
+  try {
+    const asked = { ...choices(), image: await encode(picture()) };
+    expectAnswer(asked, info);
+    const send = async (path, body) => {
+      const answer = await ask(path, {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body: JSON.stringify(body),
+        signal: control.signal,
+        tell: waiting,
+      });
+      return answer.json();
+    };
+    const plain = { ...asked, defense: { method: "plain" } };
+    showPlain(await send("v1/classify", plain));
+    showDefended(await send(info?.policies.enable_attack_demo ? "demo/classify" : "v1/classify", asked));
+    say("");
+  } catch (error) {
+    if (running === control) report(error);
+  } finally {
+    clearInterval(progress);
+    if (running === control) busy(false);
   }
 }
 
-form.elements.image.addEventListener("change", () => {
-  const [file] = form.elements.image.files;
-  if (preview.src) URL.revokeObjectURL(preview.src);
-  preview.hidden = !file;
-  if (file) preview.src = URL.createObjectURL(file);
-});
-
-form.addEventListener("submit", async (event) => {
-  event.preventDefault();
-  ranking.replaceChildren();
-  report.replaceChildren();
-  say("Adapting ...");
-  const headers = key.value ? { Authorization: `Bearer ${key.value}` } : {};
-  try {
-    const answer = await fetch("v1/classify", { method: "POST", headers, body: new FormData(form) });
-    const body = await answer.json();
-    if (!answer.ok) throw new Error(body.error);
-    say("");
-    showRanking(body.labels);
-    showReport(body.defense, body.timings_ms);
-  } catch (error) {
-    say(error.message, true);
+function report(error) {
+  if (error.name === "AbortError") say("Stopped.");
+  else if (error instanceof Refusal) say(error.message, true);
+  else {
+    say("This page met something it does not understand.", true);
+    throw error;
   }
+}
+
+function busy(on) {
+  find("busy").classList.toggle("on", on);
+  find("stop").hidden = !on;
+  find("form").setAttribute("aria-busy", String(on));
+  if (!on) running = null;
+}
+
+// A file as base64, without the detour over a string of characters.
+export function encode(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result.split(",", 2)[1]);
+    reader.onerror = () => reject(new Refusal("The picture cannot be read."));
+    reader.readAsDataURL(file);
+  });
+}
+
+function health(state, text) {
+  find("health").className = `health ${state}`;
+  find("health-text").textContent = text;
+}
+
+async function learn() {
+  health("", "connecting");
+  try {
+    await ask("readyz", { tell: (text) => health("waiting", text) });
+    info = await (await ask("info")).json();
+  } catch (error) {
+    return health("down", error.message);
+  }
+  const { model, defaults, limits, defenses, policies, service } = info;
+  health("up", `ready: ${model.name}`);
+  for (const method of defenses ?? []) {
+    const text = METHODS[method] ? `${method}: ${METHODS[method]}` : method;
+    find("method").append(make("option", { value: method, textContent: text }));
+  }
+  find("method").options[0].textContent = `the server's default (${defaults.method})`;
+  find("template").placeholder = info.bundle?.template ?? defaults.hypothesis_template;
+  for (const name of ["steps", "views"]) {
+    find(name).placeholder = defaults[name];
+    find(name).max = limits[`max_${name}`];
+  }
+  find("about").textContent =
+    `tapt-serve ${service.version}; model ${model.name}` +
+    (model.parameters ? `, ${(model.parameters / 1e6).toFixed(1)} million parameters, ${model.image_size} pixels, on ${model.device}` : "") +
+    ". A small model's answers are a demonstration, not advice.";
+  expectAnswer(choices(), info);
+  setUpAttack({ info, choices, picture, labels, encode, objection });
+  return undefined;
+}
+
+setUpAnswer();
+find("options").open = matchMedia("(min-width: 50rem)").matches;
+setUpLabels(() => expectAnswer(choices(), info));
+setUpPicture(() => say(""));
+find("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  classify();
 });
+find("stop").addEventListener("click", () => running?.abort());
+learn();
+watch();

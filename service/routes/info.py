@@ -27,7 +27,7 @@ LIMITS = (
     "request_timeout_ms",
     "upload_timeout_ms",
 )
-POLICIES = ("allow_client_seed", "expose", "on_overload")
+POLICIES = ("allow_client_seed", "enable_attack_demo", "expose", "on_overload")
 
 
 @router.get("/info", summary="Model, limits, defaults, versions", dependencies=[Depends(check_key)])

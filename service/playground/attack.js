@@ -1,0 +1,221 @@
+// The attack demonstration: a stream of stages, shown as they come and to be looked at again.
+
+import { ask, lines, Refusal } from "./api.js";
+import { showBars } from "./bars.js";
+import { best, find, make, percent } from "./dom.js";
+
+let page = null; // what page.js hands over
+let stages = [];
+let asked = null;
+let control = null;
+
+// `parts`: info, choices(), picture(), labels(), encode(file), objection().
+export function setUpAttack(parts) {
+  page = parts;
+  const on = page.info.policies.enable_attack_demo;
+  find("attack-off").hidden = on;
+  find("attack-panel").hidden = !on;
+  if (!on) return;
+  const side = page.info.model.image_size;
+  find("attack-size").textContent = side ? `${side} × ${side} pixels` : "size";
+  for (const [id, text] of [["epsilon", (value) => `${value}/255`], ["attack-steps", String], ["scrub", String]]) {
+    const tell = () => (find(`${id}-out`).textContent = text(find(id).value));
+    find(id).addEventListener("input", tell);
+    tell();
+  }
+  find("goal").addEventListener("focus", fillGoals);
+  find("goal").addEventListener("pointerdown", fillGoals);
+  fillGoals();
+  expect(Number(find("attack-steps").value));
+  find("attack-go").addEventListener("click", attack);
+  find("attack-stop").addEventListener("click", () => control?.abort());
+  find("scrub").addEventListener("input", () => showStage(Number(find("scrub").value)));
+  find("copy").addEventListener("click", copy);
+  find("download").addEventListener("click", (event) => stages.length || event.preventDefault());
+}
+
+function fillGoals() {
+  const goal = find("goal");
+  const was = goal.value;
+  const options = page.labels().map((label) => make("option", { value: label, textContent: `make it say ${label}` }));
+  goal.replaceChildren(make("option", { value: "", textContent: "away from its answer" }), ...options);
+  goal.value = page.labels().includes(was) ? was : "";
+}
+
+function say(text, wrong = false) {
+  find("attack-message").textContent = text;
+  find("attack-message").classList.toggle("wrong", wrong);
+}
+
+async function attack() {
+  const wrong = page.objection();
+  if (wrong) return say(wrong, true);
+  control?.abort();
+  const mine = (control = new AbortController());
+  const choices = page.choices();
+  const steps = Number(find("attack-steps").value);
+  const attack = { epsilon: Number(find("epsilon").value), steps, adaptive: find("adaptive").checked };
+  if (find("goal").value) attack.target = find("goal").value;
+  expect(steps);
+  busy(true);
+  say("Starting ...");
+  try {
+    const answer = await ask("demo/attack", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ ...choices, image: await page.encode(page.picture()), attack }),
+      signal: mine.signal,
+      tell: say,
+    });
+    asked = choices;
+    for await (const event of lines(answer)) {
+      if (event.error) throw new Refusal(event.error);
+      if (event.stage) await take(event.stage);
+      else if (event.answer) finish(event);
+    }
+  } catch (error) {
+    if (control !== mine) return undefined;
+    if (error.name === "AbortError") say("Stopped.");
+    else if (error instanceof Refusal) say(error.message, true);
+    else say("The connection broke before the attack was over.", true);
+  } finally {
+    if (control === mine) busy(false);
+  }
+  return undefined;
+}
+
+function busy(on) {
+  find("attack-stop").hidden = !on;
+  find("attack-panel").setAttribute("aria-busy", String(on));
+  if (!on) control = null;
+}
+
+// Make room for an attack of so many steps.
+function expect(steps) {
+  stages = [];
+  for (const id of ["track-plain", "track-defended"]) {
+    find(id).replaceChildren(...Array.from({ length: steps + 1 }, () => make("span")));
+  }
+  const scrub = find("scrub");
+  Object.assign(scrub, { max: steps, value: 0, disabled: true });
+  find("scrub-out").textContent = "0";
+  find("attack-progress").value = 0;
+  find("copy").disabled = true;
+  find("download").setAttribute("aria-disabled", "true");
+  find("download").removeAttribute("href");
+  for (const id of ["attack-plain-bars", "attack-defended-bars"]) showBars(find(id), [], page.labels().length);
+  find("attack-verdict").textContent = "Nothing attacked yet.";
+}
+
+async function take(stage) {
+  if (stage.step === 0) stages = []; // a lost worker's successor begins anew
+  stage.pixels = await pixels(stage.image);
+  stages.push(stage);
+  const place = stages.length - 1;
+  mark("track-plain", place, best(stage.undefended).label, best(stages[0].undefended).label);
+  if (stage.defended) mark("track-defended", place, best(stage.defended).label, best(stages[0].defended).label);
+  find("attack-progress").value = stage.steps ? stage.step / stage.steps : 1;
+  say(`Step ${stage.step} of ${stage.steps}.`);
+  find("scrub").value = place;
+  showStage(place);
+}
+
+function mark(id, place, label, first) {
+  const cell = find(id).children[place];
+  cell.className = label === first ? "held" : "flipped";
+  cell.title = `step ${place}: ${label}`;
+}
+
+// The stage's own answer of the defense, or the last one before it.
+const defended = (place) => stages.slice(0, place + 1).findLast((stage) => stage.defended)?.defended;
+
+function showStage(place) {
+  const stage = stages[place];
+  if (!stage) return;
+  const clean = stages[0];
+  find("scrub-out").textContent = stage.step;
+  draw(find("seen"), clean.pixels);
+  draw(find("hurt"), stage.pixels);
+  drawNoise(clean.pixels, stage.pixels);
+  // Labels keep the places they had on the clean picture, so that one sees which of them grows.
+  const order = [...best6(clean.undefended, stages.at(-1).undefended)];
+  const arrange = (scored) => order.map((label) => scored.find((one) => one.label === label));
+  showBars(find("attack-plain-bars"), arrange(stage.undefended));
+  showBars(find("attack-defended-bars"), arrange(defended(place)));
+  const [naked, guarded] = [best(stage.undefended), best(defended(place))];
+  find("scrub").setAttribute("aria-valuetext", `step ${stage.step}: undefended ${naked.label}, defended ${guarded.label}`);
+  find("attack-verdict").replaceChildren(
+    "Undefended CLIP says ",
+    make("b", { className: naked.label === best(clean.undefended).label ? "safe" : "hot", textContent: naked.label }),
+    ` (${percent(naked.score)}), the defense says `,
+    make("b", { className: guarded.label === best(clean.defended).label ? "safe" : "hot", textContent: guarded.label }),
+    ` (${percent(guarded.score)}).`,
+  );
+}
+
+// The labels that matter at either end of the attack, at most six.
+function best6(before, after) {
+  const first = (scored) => [...scored].sort((a, b) => b.score - a.score).map(({ label }) => label);
+  const names = [...first(before).slice(0, 3), ...first(after).slice(0, 3), ...first(before)];
+  return [...new Set(names)].slice(0, 6);
+}
+
+function finish({ answer, threat, truncated }) {
+  find("attack-progress").value = 1;
+  find("scrub").max = stages.length - 1;
+  find("scrub").disabled = false;
+  const last = stages.at(-1);
+  find("download").href = last.image;
+  find("download").setAttribute("aria-disabled", "false");
+  find("copy").disabled = false;
+  find("curl").firstElementChild.textContent = command();
+  const who = threat === "adaptive" ? "by an attacker who knows the defense" : "by an attacker who knows CLIP and not the defense";
+  const doubt = answer.defense.suspected ? "; the service calls the picture suspicious" : "";
+  say(`Done ${who}${truncated ? ", cut short by the deadline" : ""}${doubt}.`);
+}
+
+// What asks the API about the attacked picture.
+function command() {
+  const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  const form = asked.candidate_labels.map((label) => `--form-string ${quote(`labels=${label}`)}`);
+  if (asked.hypothesis_template) form.push(`--form-string ${quote(`hypothesis_template=${asked.hypothesis_template}`)}`);
+  if (asked.defense) form.push(`--form-string ${quote(`defense=${JSON.stringify(asked.defense)}`)}`);
+  const key = page.info.policies.keys ? [`-H "Authorization: Bearer $TAPT_KEY"`] : [];
+  const address = new URL("v1/classify", document.baseURI);
+  return [`curl -s ${address}`, ...key, "-F image=@attacked.png", ...form].join(" \\\n    ");
+}
+
+async function copy() {
+  await navigator.clipboard.writeText(command());
+  find("copy").textContent = "Copied";
+  setTimeout(() => (find("copy").textContent = "Copy the command"), 2000);
+}
+
+async function pixels(source) {
+  const image = make("img", { src: source });
+  await image.decode();
+  const canvas = make("canvas", { width: image.naturalWidth, height: image.naturalHeight });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.drawImage(image, 0, 0);
+  return context.getImageData(0, 0, canvas.width, canvas.height);
+}
+
+function draw(canvas, data) {
+  Object.assign(canvas, { width: data.width, height: data.height });
+  canvas.getContext("2d").putImageData(data, 0, 0);
+}
+
+// Grey where nothing changed; the largest change reaches the end of the scale.
+function drawNoise(clean, hurt) {
+  let largest = 0;
+  for (let i = 0; i < clean.data.length; i += 1) {
+    largest = Math.max(largest, Math.abs(hurt.data[i] - clean.data[i]));
+  }
+  const gain = largest ? Math.floor(127 / largest) : 1;
+  const noise = new ImageData(clean.width, clean.height);
+  for (let i = 0; i < clean.data.length; i += 1) {
+    noise.data[i] = i % 4 === 3 ? 255 : 128 + gain * (hurt.data[i] - clean.data[i]);
+  }
+  draw(find("noise"), noise);
+  find("gain").textContent = largest ? `${gain} times amplified` : "none yet";
+}
