@@ -18,10 +18,10 @@ import pytest
 from conftest import Server
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
+from registries import fetch
 
 from service.settings import Settings
 
-CACHE = Path(__file__).parent.parent / ".cache" / "clients"
 LABELS = ["cat", "dog", "horse"]
 EXPECTED = [{"label": "cat", "score": 1.0}, {"label": "dog", "score": 0.0}]
 
@@ -38,24 +38,6 @@ def path(photo: bytes, tmp_path: Path) -> Path:
     file = tmp_path / "photo.jpg"
     file.write_bytes(photo)
     return file
-
-
-def fetch(name: str, install: Callable[[Path], list[str]]) -> Path:
-    """The folder of a client, installed on first use; skips the test when it cannot be."""
-    folder = CACHE / name
-    if folder.exists():
-        return folder
-    CACHE.mkdir(parents=True, exist_ok=True)
-    (CACHE.parent / ".gitignore").write_text("*\n")
-    unfinished = CACHE / f"{name}.{os.getpid()}"
-    unfinished.mkdir()
-    done = subprocess.run(install(unfinished), capture_output=True, text=True)
-    if done.returncode:
-        shutil.rmtree(unfinished)
-        reason = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
-        pytest.skip(f"{name} cannot be installed here: {reason}")
-    unfinished.rename(folder)
-    return folder
 
 
 # The installed release.
