@@ -38,9 +38,11 @@ format: setup
 parity: setup
 	$(BIN)/python -m benchmarks.parity --figures $(FIGURES)
 
-# Train the embedded model: make embedded DATA=DIR
+# Train the embedded model: make embedded DATA=DIR [WORDNET=DIR]
+WORDNET ?= /usr/share/wordnet
 embedded: setup
-	GOMP_SPINCOUNT=1000 $(BIN)/python -m models.training.embedded --data $(DATA)
+	GOMP_SPINCOUNT=1000 $(BIN)/python -m models.training.embedded --data $(DATA) \
+	    --wordnet $(WORDNET)
 
 # Learn the embedded model's defense bundle: make bundle DATA=DIR
 bundle: setup

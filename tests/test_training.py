@@ -11,19 +11,23 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPTokenizerFast
 
 from models.data import open_dataset
-from models.training.augment import crop, jitter, mix
+from models.training.augment import crop, jitter, mix, skip_blocks
 from models.training.captions import Nouns
-from models.training.embedded import export
-from models.training.objective import TextTargets
+from models.training.embedded import export, warm_start
+from models.training.objective import Targets, center
 from models.training.recipe import Recipe, build_model
 from models.training.report import BEGIN, END, draw_curve, write_between_marks
 from models.training.tokenizer import train_tokenizer
 from models.training.trainer import Budget, Trainer, run
+from models.training.wordnet import WordNet
 from models.training.zeroshot import normalize, rank, stack
 
 NOUNS = Nouns(
-    [["red thing", "ruby"], ["green thing"], ["blue thing"]], ["ruby", "cat", "school bus"]
+    [["red thing", "ruby"], ["green thing"], ["blue thing"]],
+    ["ruby", "cat", "school bus"],
+    ["1", "2", "3"],
 )
+EMPTY = WordNet({}, {}, {})
 RECIPE = Recipe(
     width=32,
     layers=2,
@@ -34,9 +38,10 @@ RECIPE = Recipe(
     vocabulary=900,
     projection=16,
     size=16,
+    lesson=0.25,
+    lesson_batch=12,
     resolutions=((0.0, 8), (0.5, 16)),
     batch=12,
-    noun_batch=3,
     mixing=0.5,
     average=0.5,
 )
@@ -60,16 +65,19 @@ def tokenizer() -> Any:
 def make_trainer(tokenizer: Any, budget: Budget) -> Trainer:
     # Each reading of this clock is a second later than the one before: a step takes a second.
     clock = itertools.count().__next__
-    targets = TextTargets.center(NOUNS, PUBLISHED, torch.device("cpu"))
+    targets = Targets.derive(NOUNS, PUBLISHED, EMPTY, torch.device("cpu"))
     model = build_model(RECIPE, tokenizer).train()
     return Trainer(model, tokenizer, targets, *make_images(), RECIPE, budget, clock)
 
 
 def test_training_learns_the_classes_and_the_published_features(tokenizer: Any) -> None:
-    trainer = make_trainer(tokenizer, Budget(steps=60))
-    seen = [trainer.train_step() for _ in range(60)]
-    first, last = (sum(sum(part.values()) for part in rows) for rows in (seen[:5], seen[-5:]))
-    assert last < 0.8 * first
+    trainer = make_trainer(tokenizer, Budget(steps=120))
+    seen = [trainer.train_step() for _ in range(120)]
+    words, images = seen[:30], seen[30:]
+    for rows, kinds in ((words, {"cosine", "relation"}), (images, {"image", "noun"})):
+        assert all(row.keys() == kinds for row in rows)
+        first, last = (sum(sum(row.values()) for row in part) for part in (rows[:5], rows[-5:]))
+        assert last < 0.9 * first
     images, labels = make_images()
     names = ["red thing", "green thing", "blue thing"]
     best = rank(trainer.average.eval(), tokenizer, images, names).argmax(1)
@@ -81,7 +89,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tokenizer: Any, tmp_path: Pat
     for _ in range(8):
         whole.train_step()
     begun = make_trainer(tokenizer, Budget(steps=8))
-    for _ in range(5):
+    for _ in range(5):  # two of words, three of images
         begun.train_step()
     begun.save(tmp_path / "checkpoint.pt")
     resumed = make_trainer(tokenizer, Budget(steps=8))
@@ -99,22 +107,67 @@ def test_a_budget_of_seconds_ends_on_the_clock_and_logs_its_curve(
     trainer = make_trainer(tokenizer, Budget(seconds=6))
     rows = list(run(trainer, tmp_path, lambda model: {"val": 0.25}, every=3))
     assert [row["step"] for row in rows] == [3, 6]
+    assert [row["epoch"] for row in rows] == [0.25, 1.0]  # two steps of words come first
     assert rows[0]["val"] == 0.25
     assert rows[1]["pixels"] == 16
     assert len((tmp_path / "curve.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "checkpoint.pt").exists()
 
 
-def test_targets_have_no_common_part_and_stand_in_for_a_class_with_a_published_synonym() -> None:
+def test_targets_have_no_common_part_and_a_published_synonym_speaks_for_its_class() -> None:
     shared = PUBLISHED + 10 * torch.ones(16)
-    targets = TextTargets.center(NOUNS, shared, torch.device("cpu"))
+    targets = Targets.derive(NOUNS, shared, EMPTY, torch.device("cpu"))
     narrow = F.normalize(shared, dim=-1)
     assert (narrow @ narrow.T).min() > 0.9
-    assert (targets.features @ targets.features.T - torch.eye(3)).max() < 0.5
-    learned = F.normalize(torch.ones(3, 16), dim=-1)
-    anchors = targets.anchors(learned)
-    assert torch.allclose(anchors[0], targets.features[0])
-    assert torch.equal(anchors[1:], learned[1:])
+    assert (targets.published @ targets.published.T - torch.eye(3)).max() < 0.5
+    assert torch.allclose(targets.classes[0], targets.published[0])
+    assert torch.equal(targets.published, center(shared))
+
+
+def test_images_do_not_move_the_words(tokenizer: Any) -> None:
+    trainer = make_trainer(tokenizer, Budget(steps=8))
+    for _ in range(2):
+        trainer.train_step()
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    for _ in range(3):
+        trainer.train_step()
+    after = trainer.model.state_dict()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert not any(name.startswith("text_") for name in moved)
+    assert {"visual_projection.weight", "logit_scale"} <= moved
+
+
+def test_a_warm_start_takes_the_text_tower_only_with_its_vocabulary(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tokenizer, Budget(steps=8))
+    trainer.train_step()
+    export(trainer.model, tokenizer, tmp_path)
+    other = train_tokenizer([*NOUNS.texts, "church organ"], RECIPE.vocabulary, RECIPE.context)
+    for words, same in ((tokenizer, True), (other, False)):
+        model = build_model(RECIPE, words)
+        warm_start(model, words, tmp_path)
+        theirs = trainer.model.half().float().state_dict()
+        for name, value in model.state_dict().items():
+            if name == "text_projection.weight":
+                assert torch.equal(value, theirs[name]) == same
+            elif not name.startswith("text_"):
+                assert torch.equal(value, theirs[name])
+
+
+def test_a_skipped_block_leaves_its_sample_and_the_mean_stays(tokenizer: Any) -> None:
+    tower = build_model(RECIPE, tokenizer).vision_model.eval()
+    block, tokens = tower.encoder.layers[-1], torch.randn(4000, 2, RECIPE.width)
+    with torch.no_grad():
+        whole = block(tokens, attention_mask=None)
+        hooks = skip_blocks(tower, 0.5, torch.Generator().manual_seed(0))
+        dropped = block(tokens, attention_mask=None)
+        for hook in hooks:
+            hook.remove()
+        assert torch.equal(block(tokens, attention_mask=None), whole)
+    skipped = (dropped == tokens).all(-1).all(-1)
+    assert 0.45 < skipped.float().mean() < 0.55
+    assert torch.allclose(dropped[~skipped], (2 * whole - tokens)[~skipped], atol=1e-5)
 
 
 def test_export_loads_offline_and_ranks_alike(

@@ -5,7 +5,9 @@ device, and a resumed run sees what an uninterrupted one would have seen.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +49,15 @@ def crop(images: Tensor, size: int, generator: torch.Generator, smallest: float 
     return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
 
-def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Random brightness, contrast and saturation, each scaled by 1 +- strength; stays in [0, 1]."""
+def jitter(
+    images: Tensor, strength: float, generator: torch.Generator, gray: float = 0.0
+) -> Tensor:
+    """Random brightness, contrast and saturation, each scaled by 1 +- strength; stays in [0, 1].
+
+    With probability `gray` an image's saturation is 0.
+    """
     factors = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator) - 1)
+    factors[2] *= torch.rand(len(images), 1, 1, 1, generator=generator) >= gray
     brightness, contrast, saturation = factors.to(images.device)
     images = images * brightness
     images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast)
@@ -74,3 +82,27 @@ def mix(images: Tensor, probability: float, generator: torch.Generator) -> tuple
     box = (slice(None), slice(None), slice(top, top + rows), slice(left, left + columns))
     mixed[box] = images.flip(0)[box]
     return mixed, Mix(partner, 1 - rows * columns / (height * width))
+
+
+def skip_blocks(tower: Any, drop: float, generator: torch.Generator) -> list[Any]:
+    """Stochastic depth (Huang et al. 2016) on a vision tower: handles of the hooks, to be removed.
+
+    A sample skips the last block with probability `drop`, earlier ones linearly less often; what
+    a block adds is scaled so that its mean stays.
+    """
+
+    def hook(rate: float) -> Callable[..., Any]:
+        def skip(_: Any, inputs: Any, output: Any) -> Any:
+            before, after = inputs[0], output[0] if isinstance(output, tuple) else output
+            kept = torch.rand(len(before), 1, 1, generator=generator) >= rate
+            scale = (kept / (1 - rate)).to(before)
+            mixed = before + scale * (after - before)
+            return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+        return skip
+
+    blocks = list(tower.encoder.layers) if drop else []
+    return [
+        block.register_forward_hook(hook(drop * (place + 1) / len(blocks)))
+        for place, block in enumerate(blocks)
+    ]

@@ -68,10 +68,14 @@ QUALITIES += ("sleeping", "standing")
 
 @dataclass(frozen=True)
 class Nouns:
-    """Names with photographs (`classes`: all synonyms of each) and `published` names without."""
+    """Names with photographs (`classes`: all synonyms of each) and `published` names without.
+
+    offsets: of each class's synset in WordNet.
+    """
 
     classes: list[list[str]]
     published: list[str]
+    offsets: list[str]
 
     @property
     def texts(self) -> list[str]:
@@ -91,7 +95,8 @@ def read_nouns(directory: Path) -> Nouns:
     classes = json.loads((directory / "tiny_imagenet_classes.json").read_text())
     published = json.loads((directory / "clip_text_names.json").read_text())
     ordered = sorted(classes, key=lambda entry: int(entry["label"]))
-    return Nouns([entry["names"].split(", ") for entry in ordered], published)
+    offsets = [entry["wnid"].removeprefix("n") for entry in ordered]
+    return Nouns([entry["names"].split(", ") for entry in ordered], published, offsets)
 
 
 def draw_caption(name: str, generator: random.Random) -> str:

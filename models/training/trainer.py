@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.training.augment import crop, jitter, mix
-from models.training.objective import TextTargets, losses
+from models.training.augment import crop, jitter, mix, skip_blocks
+from models.training.objective import Targets, image_losses, text_losses
 from models.training.recipe import Recipe
 from models.training.zeroshot import normalize
 
@@ -76,7 +77,7 @@ class Trainer:
         self,
         model: Any,
         tokenizer: Any,
-        targets: TextTargets,
+        targets: Targets,
         images: Any,
         labels: Tensor,
         recipe: Recipe,
@@ -90,7 +91,7 @@ class Trainer:
         self.budget, self.clock = budget, clock
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.optimizers = build_optimizers(model, recipe)
-        self.step, self.elapsed = 0, 0.0
+        self.step, self.seen, self.elapsed = 0, 0, 0.0
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     @property
@@ -99,7 +100,7 @@ class Trainer:
 
     @property
     def epoch(self) -> float:
-        return self.step * self.recipe.batch / len(self.labels)
+        return self.seen / len(self.labels)
 
     def train_step(self) -> dict[str, float]:
         """One update of the weights and their average; returns the losses."""
@@ -110,7 +111,7 @@ class Trainer:
         with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
             parts = self._losses()
             torch.stack(list(parts.values())).sum().backward()
-        scale = self.recipe.rate_at(self.progress)
+        scale = self.recipe.rate_at(self.recipe.phase_at(self.progress)[1])
         rates = (self.recipe.rate, self.recipe.rate / 3)
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             for group in optimizer.param_groups:
@@ -123,29 +124,32 @@ class Trainer:
         return {name: float(part.detach()) for name, part in parts.items()}
 
     def _losses(self) -> dict[str, Tensor]:
+        """The losses of a step, to be summed: of the words, then of the images."""
         recipe, seed = self.recipe, self.recipe.seed * 1_000_003 + self.step
+        towers, draws = (self.model, self.tokenizer, self.targets), random.Random(seed)
+        words, progress = recipe.phase_at(self.progress)
+        if words:
+            return text_losses(*towers, recipe, draws)
         generator = torch.Generator().manual_seed(seed)
         images, labels = self._batch()
-        images = crop(images, recipe.size_at(self.progress), generator)
-        images = jitter(images, recipe.jitter, generator)
+        images = crop(images, recipe.size_at(progress), generator)
+        images = jitter(images, recipe.jitter, generator, recipe.gray)
         images, mixed = mix(images, recipe.mixing, generator)
-        truth = mixed.labels(labels, len(self.targets.nouns.classes))
-        return losses(
-            self.model,
-            self.tokenizer,
-            self.targets,
-            normalize(images),
-            truth,
-            recipe,
-            random.Random(seed),
-        )
+        truth = mixed.labels(labels, len(self.targets.classes))
+        hooks = skip_blocks(self.model.vision_model, recipe.drop, generator)
+        try:
+            return image_losses(*towers, normalize(images), truth, recipe, draws)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         size, count = self.recipe.batch, len(self.labels)
-        epoch, place = divmod(self.step, count // size)
+        epoch, place = divmod(self.seen // size, count // size)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.recipe.seed + epoch)
             self._order = (epoch, torch.randperm(count, generator=generator))
+        self.seen += size
         rows = self._order[1][place * size : (place + 1) * size].sort().values
         pixels = torch.as_tensor(self.images[rows.numpy()])
         return pixels.to(self.model.device), self.labels[rows].to(self.model.device)
@@ -163,6 +167,7 @@ class Trainer:
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
+            "seen": self.seen,
             "elapsed": self.elapsed,
         }
         unfinished = path.with_suffix(".part")
@@ -176,7 +181,7 @@ class Trainer:
         self.average.load_state_dict(state["average"])
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
-        self.step, self.elapsed = state["step"], state["elapsed"]
+        self.step, self.seen, self.elapsed = state["step"], state["seen"], state["elapsed"]
 
 
 def run(
@@ -188,26 +193,24 @@ def run(
     to `curve.jsonl` in `out` beside `checkpoint.pt`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    sums: dict[str, float] = {}
-    count, last = 0, trainer.elapsed
+    sums: dict[str, list[float]] = {}
+    last = trainer.elapsed
     with Progress() as bar:
         task = bar.add_task("train", total=1.0)
         while trainer.progress < 1:
             for name, loss in trainer.train_step().items():
-                sums[name] = sums.get(name, 0.0) + loss
-            count += 1
+                sums.setdefault(name, []).append(loss)
             bar.update(task, completed=trainer.progress)
             if trainer.elapsed - last < every and trainer.progress < 1:
                 continue
             row = {"epoch": trainer.epoch, "step": trainer.step, "seconds": trainer.elapsed}
-            row["loss"] = sum(sums.values()) / count
-            row |= {f"loss_{name}": total / count for name, total in sums.items()}
+            row |= {f"loss_{name}": fmean(losses) for name, losses in sums.items()}
             row["scale"] = float(trainer.model.logit_scale.detach().exp())
-            row["pixels"] = trainer.recipe.size_at(trainer.progress)
+            row["pixels"] = trainer.recipe.size_at(trainer.recipe.phase_at(trainer.progress)[1])
             row |= measure(trainer.average)
             row = {name: round(value, 4) for name, value in row.items()}
             trainer.save(out / "checkpoint.pt")
             with (out / "curve.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
-            sums, count, last = {}, 0, trainer.elapsed
+            sums, last = {}, trainer.elapsed
             yield row
