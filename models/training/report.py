@@ -107,8 +107,10 @@ def read_curves(paths: list[Path]) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
     for path in paths:
         before = {key: rows[-1][key] if rows else 0 for key in ("epoch", "step", "seconds")}
-        for row in map(json.loads, path.read_text().splitlines()):
-            rows.append({**row, **{key: round(row[key] + before[key], 4) for key in before}})
+        rows.extend(
+            {**row, **{key: round(row[key] + before[key], 4) for key in before}}
+            for row in map(json.loads, path.read_text().splitlines())
+        )
     return rows
 
 
