@@ -6,6 +6,10 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 NATS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
+NEAR = 0.65
+"""Images that share more of their codes are the same picture a little changed."""
+
+LIKENESS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, NEAR, 0.7, 0.8, 0.9, 1.0)
 
 
 class Metrics:
@@ -53,6 +57,12 @@ class Metrics:
         )
         self.truncated = counter("truncated", "Answers cut short.", "reason")
         self.rejected = counter("rejected", "Requests refused before any work.", "reason")
+        self.query_similarity = histogram(
+            "query_similarity",
+            "Likeness of an image to the nearest recent one of its key; retries are left out.",
+            LIKENESS,
+        )
+        self.image_fetches = counter("image_fetches", "Images fetched by URL.", "outcome")
         self.key_file_errors = counter(
             "key_file_errors", "Looks at a key file that could not be read; the old keys stayed."
         )
