@@ -6,12 +6,17 @@ pipelines do (`convert("RGB")`) and equal input should get equal answers.
 """
 
 import base64
+import contextlib
+import ctypes
+import threading
+from contextlib import AbstractContextManager
 from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, _imaging, features
 
+from service.containers import check_structure
 from service.errors import BadRequest, ServiceError, TooLarge, Unprocessable, UnsupportedImage
 
 DOOR_SIDE = 512
@@ -29,6 +34,10 @@ if features.check("avif"):
 
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 
+_AVIF = threading.Lock()
+
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF
+
 _PLAIN_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 _UPRIGHT = {
@@ -44,6 +53,9 @@ _UPRIGHT = {
 # Pillow's own guard is a process-wide constant; `decode` checks every header against its argument.
 Image.MAX_IMAGE_PIXELS = None
 Image.init()  # otherwise the first request pays for loading the decoders
+with contextlib.suppress(OSError, AttributeError):  # where Pillow's libtiff cannot be reached
+    # By itself libtiff writes a line to standard error for each damaged row of a client's file.
+    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 
 def decode(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
@@ -55,8 +67,9 @@ def decode(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     """
     if not data:
         raise BadRequest("The image is empty.")
+    check_structure(data)
     try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
+        with _turn(data), Image.open(BytesIO(data), formats=FORMATS) as image:
             return _read(image, max_pixels)
     except ServiceError:
         raise
@@ -105,6 +118,7 @@ def _read(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
         raise Unprocessable(
             f"The image is {width}x{height}; its sides may differ by a factor of {MAX_ASPECT}."
         )
+    _check_tiles(image, max_pixels)
     scale = min(1.0, DOOR_SIDE / min(width, height), DOOR_LENGTH / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     if scale < 1:
@@ -119,6 +133,23 @@ def _read(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
     if upright is not None:
         image = image.transpose(upright)
     return np.array(image, dtype=np.uint8)
+
+
+def _check_tiles(image: Image.Image, max_pixels: int) -> None:
+    """A TIFF is decoded in whole tiles, which may be larger than the image."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        padded = 1
+        for side, tag in zip(image.size, (_TILE_WIDTH, _TILE_LENGTH), strict=True):
+            tile = image.tag_v2.get(tag, 1)
+            padded *= -(-side // tile) * tile
+        if padded > 2 * max_pixels:
+            raise TooLarge(f"The tiles of the image have {padded} pixels.")
+
+
+def _turn(data: bytes) -> AbstractContextManager[object]:
+    """AVIF files take turns: a frame in one may be larger than the header says, and the decoder's
+    own limit (16384 x 16384) is the only one; so there is at most one such frame in memory."""
+    return _AVIF if data[4:8] == b"ftyp" else contextlib.nullcontext()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -37,6 +37,7 @@ def configure(shape: Literal["text", "json"]) -> None:
     logging.getLogger("tapt").setLevel(logging.INFO)
     # Pillow warns of damage that it could repair; a client's file is no news for an operator.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def _pairs(fields: dict[str, object]) -> str:

@@ -10,13 +10,14 @@ SERVICE_FLOORS = [
     {"cli"},
     {"server", "shell"},
     {"app"},
-    {"routes.classify", "routes.hf", "routes.health", "routes.info", "routes.page"},
+    {"routes.classify", "routes.hf", "routes.demo", "routes.health", "routes.info", "routes.page"},
     {"routes.docs", "exposure"},
     {"door"},
-    {"engine", "plan", "forms"},
+    {"engine", "plan", "forms", "fetch"},
     {"fleet", "images"},
     {"scheduler", "worker", "tally"},
-    {"process", "runner", "slots", "journal", "keys", "limits"},
+    {"process", "containers", "runner", "slots", "journal", "keys", "limits", "similarity"},
+    {"demonstration"},
     {"errors", "logs", "metrics", "schemas", "settings", "work"},
 ]
 LEAVES = SERVICE_FLOORS[-1]
