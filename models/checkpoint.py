@@ -38,15 +38,21 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    name: str, device: torch.device, dtype: torch.dtype = torch.float32
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    revision: str = "",
+    sha256: str = "",
 ) -> Checkpoint:
-    """Load `embedded`, a directory, or a hub id (from the cache when `HF_HUB_OFFLINE` is set).
+    """Load `embedded`, a directory, or a hub id (from the cache when `HF_HUB_OFFLINE` is set), of
+    a hub id the `revision` where one is given. With `sha256`, the weights must have that hash.
 
     Raises:
-        ModelError: missing, not a CLIP, without safetensors weights, or damaged.
+        ModelError: missing, not a CLIP, without safetensors weights, damaged, or not the one that
+            `sha256` names.
     """
     transformers_logging.disable_progress_bar()
-    directory = _locate(name)
+    directory = _locate(name, revision)
     config = _read_json(directory / "config.json", name)
     kind = config.get("model_type")
     if kind != "clip":
@@ -54,6 +60,10 @@ def load_checkpoint(
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
         raise ModelError(f"{name} holds no safetensors weights; pickled ones are never loaded")
+    _check_names(directory, config, files, name)
+    found = _hash(files)
+    if sha256 and found != sha256:
+        raise ModelError(f"{name} has weights of sha256 {found}, and {sha256} is asked for")
     try:
         model, report = CLIPModel.from_pretrained(
             directory,
@@ -72,23 +82,38 @@ def load_checkpoint(
     clip = PromptedCLIP(model.to(device), preprocessing.mean, preprocessing.std)
     # Answers carry the name: of a directory here, only the last part is anybody's business.
     shown = directory.resolve().name if Path(name).is_dir() else name
-    return Checkpoint(shown, directory, clip, tokenizer, preprocessing, _hash(files))
+    return Checkpoint(shown, directory, clip, tokenizer, preprocessing, found)
 
 
-def _locate(name: str) -> Path:
-    if name == "embedded":
-        return EMBEDDED
-    if Path(name).is_dir():
-        return Path(name)
+def _locate(name: str, revision: str) -> Path:
+    if name == "embedded" or Path(name).is_dir():
+        if revision:
+            raise ModelError(f"{name} is here and not on the hub, so it has no revision {revision}")
+        return EMBEDDED if name == "embedded" else Path(name)
     patterns = ["*.json", "*.txt", "*.model", "model*.safetensors"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except HFValidationError as error:
         raise ModelError(f"{name} is neither a directory nor a hub id") from error
     except LocalEntryNotFoundError as error:
         raise ModelError(f"{name} is no directory here, and no hub or cache holds it") from error
     except (HfHubHTTPError, OSError) as error:
         raise ModelError(f"{name} cannot be fetched: {_first_line(error)}") from error
+
+
+def _check_names(directory: Path, config: dict[str, Any], files: list[Path], name: str) -> None:
+    """A config or an index may name any file for the weights; only those hashed may be read.
+
+    Raises:
+        ModelError: another is named, which might even be a pickled one.
+    """
+    named = {str(own)} if (own := config.get("transformers_weights")) else set()
+    if (directory / "model.safetensors.index.json").is_file():
+        index = _read_json(directory / "model.safetensors.index.json", name)
+        shards = index.get("weight_map")
+        named |= set(map(str, shards.values())) if isinstance(shards, dict) else {"nothing"}
+    if strange := named - {path.name for path in files}:
+        raise ModelError(f"{name} names weights that are none: {min(strange)[:64]}")
 
 
 def _load_tokenizer(directory: Path, name: str, vocabulary: int) -> PreTrainedTokenizerBase:
