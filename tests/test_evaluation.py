@@ -16,9 +16,10 @@ from models.attacks import ATTACKS
 from models.checkpoint import Checkpoint
 from models.data import DataError
 from models.evaluation import command, trial
+from models.evaluation.detection import detect, write_detection
 from models.evaluation.hub import open_anywhere
 from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
-from models.evaluation.scores import difference, wilson
+from models.evaluation.scores import auroc, difference, threshold, wilson
 from models.evaluation.table import tally, write_markdown
 from models.guard import Guard
 from service.cli import main as cli
@@ -50,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) -> 
         (root / name).mkdir()
     images = [tiny.draw_image(number) for number in range(12)]
     protocol = trial.Protocol(["plain"], [], [], [], trial.Budget(0), views=1)
-    for number, label in enumerate(
+    for number, (label, _) in enumerate(
         trial.answers(guard, NAMES, images, "plain", protocol, range(12))
     ):
         Image.fromarray(images[number]).save(root / NAMES[label] / f"{number}.png")
@@ -104,6 +105,11 @@ def test_the_table_is_written(
     own = rows["apt", "static", 2]["difference_from"]["plain under its own attack"]
     right, plain = rows["apt", "static", 2]["right"], rows["plain", "transfer", 2]["right"]
     assert own["value"] == pytest.approx((right - plain) / 12)
+    told = rows["ensemble", "transfer", 40]["suspicion"]
+    assert told["clean"] == 12
+    assert 0 <= told["true_positive_rate_at"]["0.01"]["value"] <= 1
+    assert "suspicion" not in rows["ensemble", CLEAN, 0]
+    assert "suspicion" not in rows["plain", "transfer", 40]  # a single look has no doubts
     assert "| `tapt` |" in out.with_suffix(".md").read_text()
     assert "<svg" in out.with_suffix(".svg").read_text()
 
@@ -164,7 +170,7 @@ def test_only_right_clean_and_right_attacked_counts(tmp_path: Path) -> None:
     clean, attacked = Cell("plain", CLEAN, 0), Cell("plain", "transfer", 2)
 
     def note(picture: str, cell: Cell, attack: str, right: bool) -> None:
-        journal.add([Outcome(picture, cell, attack, right, 1.0, 2.0)])
+        journal.add([Outcome(picture, cell, attack, right, 0.0, 1.0, 2.0)])
 
     for picture, right in (("a", True), ("b", False), ("c", True)):
         note(picture, clean, CLEAN, right)
@@ -228,7 +234,7 @@ def test_a_row_that_only_square_breaks_is_pointed_out(tmp_path: Path) -> None:
     for number, subject in enumerate(subjects):
         for attack, right in ((CLEAN, True), ("pgd", True), ("square", number > 3)):
             where = Cell("tapt", CLEAN, 0) if attack == CLEAN else cell
-            journal.add([Outcome(subject.name, where, attack, right, 1.0, 1.0)])
+            journal.add([Outcome(subject.name, where, attack, right, 0.0, 1.0, 1.0)])
     protocol = trial.Protocol(["tapt"], ["adaptive"], ["pgd", "square"], [2], trial.Budget(0))
     (sentence,) = trial.suspect(protocol, subjects, journal)
     assert "Square breaks 4 of the 10" in sentence
@@ -330,3 +336,24 @@ def test_the_command_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli(["evaluate", "--help"])
     assert "--attack-steps" in capsys.readouterr().out
+
+
+def test_scores_of_attacked_pictures_are_compared_with_clean_ones(tmp_path: Path) -> None:
+    assert auroc([0.9, 0.8], [0.1, 0.2, 0.3]) == 1
+    assert auroc([0.1, 0.5], [0.1, 0.5]) == 0.5
+    assert auroc([0.2], [0.1, 0.2, 0.3, 0.4]) == pytest.approx(0.375)
+    with pytest.raises(ValueError, match="some on both sides"):
+        auroc([], [0.1])
+    clean = [place / 100 for place in range(100)]
+    assert sum(score > threshold(clean, 0.05) for score in clean) == 5
+    assert threshold([0.3, 0.7], 0.01) == 0.7  # too few to spare one
+    journal = Journal(tmp_path / "journal.jsonl", "key")
+    unhurt, hurt = Cell("ensemble", CLEAN, 0), Cell("ensemble", "transfer", 2)
+    for place in range(100):
+        journal.add([Outcome(str(place), unhurt, CLEAN, True, place / 100, 1.0, 1.0)])
+        journal.add([Outcome(str(place), hurt, "pgd", True, place / 100 + 0.905, 1.0, 1.0)])
+    (found,) = detect([unhurt, hurt], [str(place) for place in range(100)], journal)
+    assert found.attacked == found.clean == 100
+    assert found.auroc == pytest.approx(1 - 0.5 * 0.1 * 0.1, abs=0.01)
+    assert [share.value for share in found.found] == [0.92, 0.96]
+    assert "| `ensemble` | transfer 2/255 | 0.99 |" in write_detection([found])

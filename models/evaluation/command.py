@@ -36,6 +36,7 @@ from models.bundle import DefenseBundle, load_bundle
 from models.checkpoint import ModelError, load_checkpoint
 from models.data import DataError
 from models.defenses import DEFENSES
+from models.evaluation.detection import Detection, detect, write_detection
 from models.evaluation.hub import open_anywhere
 from models.evaluation.journal import CLEAN, Journal
 from models.evaluation.table import Row, draw, tally, write_markdown
@@ -81,7 +82,9 @@ def evaluate(options: argparse.Namespace) -> int:
         bar.update(task, total=trial.work(subjects))
         trial.run(subjects)
     warnings += suspect(protocol, subjects, journal)
-    rows = tally(protocol.cells, [subject.name for subject in subjects], journal)
+    pictures = [subject.name for subject in subjects]
+    rows = tally(protocol.cells, pictures, journal)
+    detections = detect(protocol.cells, pictures, journal)
     facts = {
         "key": key,
         "data": {"name": Path(options.data).name, "classes": len(names), "n": len(subjects)},
@@ -89,9 +92,9 @@ def evaluate(options: argparse.Namespace) -> int:
         "settings": settings,
         "machine": describe_machine(guard),
         "warnings": warnings,
-        "pictures": [subject.name for subject in subjects],
+        "pictures": pictures,
     }
-    write(options.json, facts, rows, warnings)
+    write(options.json, facts, rows, detections, warnings)
     return 0
 
 
@@ -202,12 +205,22 @@ def check(
     return found
 
 
-def write(out: Path, facts: dict[str, Any], rows: Sequence[Row], warnings: Sequence[str]) -> None:
-    """The three files, and the table on the terminal."""
+def write(
+    out: Path,
+    facts: dict[str, Any],
+    rows: Sequence[Row],
+    detections: Sequence[Detection],
+    warnings: Sequence[str],
+) -> None:
+    """The three files, and the tables on the terminal."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    facts = {**facts, "rows": [row.describe() for row in rows]}
+    told = {found.cell: {"suspicion": found.describe()} for found in detections}
+    facts = {**facts, "rows": [row.describe() | told.get(row.cell, {}) for row in rows]}
     out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    page = write_markdown(rows) + "".join(f"\nWarning: {sentence}\n" for sentence in warnings)
+    page = write_markdown(rows)
+    if detections:
+        page += "\n" + write_detection(detections)
+    page += "".join(f"\nWarning: {sentence}\n" for sentence in warnings)
     out.with_suffix(".md").write_text(page, encoding="utf-8")
     print(page)
     try:

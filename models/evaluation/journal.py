@@ -22,13 +22,15 @@ class Cell:
 class Outcome:
     """Whether a defense's answer to one picture, attacked in one way, was right.
 
-    `ms` is the defense's own time a picture, `attack_ms` the attack's.
+    `doubt` is the defense's suspicion in [0, 1]; `ms` its own time a picture, `attack_ms` the
+    attack's.
     """
 
     picture: str
     cell: Cell
     attack: str
     right: bool
+    doubt: float
     ms: float
     attack_ms: float
 

@@ -1,6 +1,7 @@
-"""Counting right answers: proportions, their differences on the same pictures, and intervals."""
+"""Counting right answers, comparing scores: proportions, paired differences, intervals."""
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,3 +52,21 @@ def difference(first: Sequence[bool], second: Sequence[bool]) -> Interval:
     value = (one - other) / count
     low = value - reach(a.value - a.low, b.high - b.value)
     return Interval(value, low, value + reach(a.high - a.value, b.value - b.low))
+
+
+def auroc(attacked: Sequence[float], clean: Sequence[float]) -> float:
+    """How often an attacked picture's score is above a clean one's; ties count half.
+
+    Raises:
+        ValueError: one of the two is empty.
+    """
+    if not attacked or not clean:
+        raise ValueError("a comparison of scores needs some on both sides")
+    ordered = sorted(clean)
+    below = sum(bisect_left(ordered, score) + bisect_right(ordered, score) for score in attacked)
+    return below / 2 / len(attacked) / len(clean)
+
+
+def threshold(clean: Sequence[float], rate: float) -> float:
+    """The smallest score with at most this share of clean pictures above it."""
+    return sorted(clean, reverse=True)[int(rate * len(clean))]

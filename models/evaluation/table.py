@@ -92,14 +92,14 @@ def write_markdown(rows: Sequence[Row]) -> str:
     for defense in dict.fromkeys(row.cell.defense for row in rows):
         own = [found[Cell(defense, *column)] for column in columns]
         lines.append((f"`{defense}`", *(percent(r.accuracy) for r in own), f"{own[0].ms:.0f}"))
-    heads = ("defense", *(_head(*column) for column in columns), "ms a picture")
+    heads = ("defense", *(head(*column) for column in columns), "ms a picture")
     parts = [
         f"Accuracy in % with 95% intervals over the same {len(rows[0].right)} pictures. Robust: "
         "right clean and under every attack. Epsilon is in the model's own pixels.",
         tabulate(heads, lines),
     ]
     if differences := [
-        (f"`{r.cell.defense}`", _head(r.cell.threat, r.cell.epsilon), name, _points(d))
+        (f"`{r.cell.defense}`", head(r.cell.threat, r.cell.epsilon), name, _points(d))
         for r in rows
         for name, d in r.versus.items()
     ]:
@@ -153,7 +153,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _head(threat: str, epsilon: float) -> str:
+def head(threat: str, epsilon: float) -> str:
+    """A column's name."""
     return threat if threat == CLEAN else f"{threat} {epsilon:g}/255"
 
 

@@ -236,8 +236,8 @@ class Trial:
         )
         ms = 1000 * (time.perf_counter() - start) / len(subjects)
         self._journal.add(
-            Outcome(subject.name, cell, attack, answer == subject.label, ms, attack_ms)
-            for subject, answer in zip(subjects, found, strict=True)
+            Outcome(subject.name, cell, attack, answer == subject.label, doubt, ms, attack_ms)
+            for subject, (answer, doubt) in zip(subjects, found, strict=True)
         )
 
     def _seed(self, subject: Subject, *what: str) -> int:
@@ -253,8 +253,8 @@ def answers(
     defense: str,
     protocol: Protocol,
     seeds: Sequence[int],
-) -> list[int]:
-    """The class that a defense names for each image."""
+) -> list[tuple[int, float]]:
+    """The class that a defense names for each image, and its suspicion."""
     pictures = [
         Picture(image, names, None, protocol.readout, seed)
         for image, seed in zip(images, seeds, strict=True)
@@ -264,10 +264,11 @@ def answers(
     def leaving(taken: int, rows: list[int]) -> set[int]:
         return set(rows) if taken >= steps else set()
 
-    found = [-1] * len(pictures)
+    found = {}
     for finding in guard.classify(pictures, defense, protocol.views, leaving):
-        found[finding.verdict.row] = int(finding.verdict.probabilities.argmax())
-    return found
+        verdict = finding.verdict
+        found[verdict.row] = int(verdict.probabilities.argmax()), round(finding.doubt, 4)
+    return [found[row] for row in range(len(pictures))]
 
 
 def suspect(protocol: Protocol, subjects: Sequence[Subject], journal: Journal) -> Iterator[str]:
