@@ -2,13 +2,15 @@
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
+# The page's attack demonstration, which is offered on a loopback address only.
+DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded robustness clean
+.PHONY: serve test setup check format parity embedded robustness image image-local smoke lock clean
 
 serve: .venv/serve
-	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT)
+	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
 
 test: setup
 	$(BIN)/python -m pytest
@@ -63,6 +65,18 @@ robustness: setup
 	$(BIN)/tapt-serve evaluate --data $(DATA)/tiny_imagenet_val.parquet --limit $(LIMIT) \
 	    --defenses $(DEFENSES) --threats $(THREATS) --attacks $(ATTACKS) --eps $(EPS) \
 	    $(EVALUATE) --json $(TABLE)
+
+# The service's image by a Docker engine, or by buildah as root where there is none; smoke builds it
+# by whichever is there, starts it read-only and offline, and classifies: make smoke [TARGET=cuda]
+TARGET ?= cpu
+image:
+	docker build --file docker/Dockerfile --target $(TARGET) --tag tapt-serve:$(TARGET) .
+
+image-local:
+	docker/local.sh build $(TARGET)
+
+smoke:
+	docker/smoke.sh $(TARGET)
 
 # What the images install, with hashes but for torch: after any change of the constraints.
 lock: setup
