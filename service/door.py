@@ -28,6 +28,7 @@ from service.errors import (
     Unprocessable,
     UploadTimeout,
 )
+from service.forms import check_values
 from service.limits import Limits
 from service.metrics import Metrics
 from service.plan import plan
@@ -127,6 +128,7 @@ class Door:
     def _prepare(
         self, request: Request, parse: Parse, body: bytes, slot: Slot
     ) -> tuple[Work, int | None]:
+        check_values(body)
         try:
             file, choices = parse(body, request.headers.get("content-type", ""))
         except ValidationError as error:

@@ -35,9 +35,10 @@ def configure(shape: Literal["text", "json"]) -> None:
     handler.setFormatter(_Json() if shape == "json" else text)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("tapt").setLevel(logging.INFO)
-    # Pillow warns of damage that it could repair; a client's file is no news for an operator.
+    # Of damage in what clients send; that is no news for an operator, and there is no end of it.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    for reader in ("PIL", "python_multipart"):
+        logging.getLogger(reader).setLevel(logging.CRITICAL)
 
 
 def _pairs(fields: dict[str, object]) -> str:

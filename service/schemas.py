@@ -1,5 +1,7 @@
 """The bodies of HTTP requests and answers; no other room knows these shapes."""
 
+import re
+import unicodedata
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -20,17 +22,29 @@ def _split(labels: Any) -> Any:
     return labels.split(",") if isinstance(labels, str) else labels
 
 
+# Control characters but blanks, and those that make a text look like another (bidirectional
+# embeddings, overrides and isolates).
+_HIDDEN = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # categories of characters that leave no mark
+
+
 def _check_labels(labels: list[str]) -> list[str]:
     if len(labels) < 2:
         raise ValueError("at least two labels are needed")
-    if "" in labels:
-        raise ValueError("a label is blank")
-    if len(set(labels)) < len(labels):
+    for label in labels:
+        if _HIDDEN.search(label):
+            raise ValueError("a label holds a control character")
+        if all(unicodedata.category(char) in _UNSEEN for char in label[:1000]):
+            raise ValueError("a label is blank")
+    # A tokenizer reads all spellings of a letter alike, and so do people.
+    if len({unicodedata.normalize("NFC", label) for label in labels}) < len(labels):
         raise ValueError("a label is repeated")
     return labels
 
 
 def _check_template(template: str) -> str:
+    if _HIDDEN.search(template):
+        raise ValueError("a template holds a control character")
     if template.count("{}") != 1 or "{" in (rest := template.replace("{}", "")) or "}" in rest:
         raise ValueError("a template holds exactly one {} and no other brace")
     return template

@@ -1,0 +1,322 @@
+"""Bodies made to hurt: text, JSON, forms and HTTP. Each gets a typed error or an answer, soon, and
+the server goes on."""
+
+import base64
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from conftest import Server
+
+MEGABYTE = 2**20
+PATIENCE = 10.0  # seconds, on a busy machine; the worst takes about one
+
+
+@pytest.fixture(scope="module")
+def image(photo: bytes) -> str:
+    return base64.b64encode(photo).decode()
+
+
+def ask(server: Server, body: bytes | dict[str, Any], kind: str = "application/json") -> Any:
+    """The answer, which is of the one shape where it is an error, and never a fault of ours."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    began = time.monotonic()
+    answer = server.http.post("/v1/classify", content=content, headers={"Content-Type": kind})
+    assert time.monotonic() - began < PATIENCE
+    assert answer.status_code < 500, answer.text
+    if not answer.is_success:
+        assert answer.json().keys() == {"error", "error_type", "request_id"}
+        assert len(answer.text) < 500  # nothing large comes back
+    assert server.http.get("/livez").status_code == 200
+    return answer
+
+
+# Text.
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["cat", "d\0g"],
+        ["cat", "d\x1b[2Jg"],
+        ["cat", "\x85dog\x9f"],
+        ["cat", "\u202egod"],
+        ["cat", "\u2066dog\u2069"],
+        ["cat", "\u200b"],
+        ["cat", "\u2060\ufeff\u00ad"],
+        ["cat", "\u3000\u00a0\t"],
+        ["caf\u00e9", "cafe\u0301"],
+        ["\u1e69", "s\u0323\u0307"],
+        ["\uac00", "\u1100\u1161"],
+    ],
+    ids=lambda labels: ascii(labels[-1]),
+)
+def test_labels_that_are_not_what_they_look_like(
+    server: Server, image: str, labels: list[str]
+) -> None:
+    answer = ask(server, {"image": image, "candidate_labels": labels})
+    assert (answer.status_code, answer.json()["error_type"]) == (422, "unprocessable")
+    form = {"files": {"image": b"x"}, "data": {"labels": labels}}
+    assert server.http.post("/v1/classify", **form).status_code == 422  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "\u05db\u05dc\u05d1\u200f!",  # Hebrew with a right-to-left mark
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",  # Persian with a non-joiner
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467",  # a family, joined
+        "\U0001f1e9\U0001f1ea",
+        "hot\tdog\nwith mustard",
+        "'; DROP TABLE labels; --",
+        "<script>alert(1)</script>",
+        "../../etc/passwd",
+        "%s%n{0}${x}",
+        "<|endoftext|><|startoftext|>",
+        "\U0010fffd",
+        "e" + "\u0301" * 200,
+    ],
+    ids=ascii,
+)
+def test_odd_labels_come_back_as_they_are(server: Server, image: str, label: str) -> None:
+    answer = ask(server, {"image": image, "candidate_labels": [label, "other"]})
+    assert answer.status_code == 200
+    assert answer.json()["labels"][0]["label"] == label
+    assert answer.headers["content-type"] == "application/json"
+    hugging = {"inputs": image, "parameters": {"candidate_labels": [label, "other"]}}
+    headers = server.http.post("/", json=hugging).headers
+    assert re.fullmatch(r"[!-~]+", headers["x-undefended-label"])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{}" * 5 * MEGABYTE,
+        "{}" + "x" * 10 * MEGABYTE,
+        "x" * 10 * MEGABYTE,
+        "{0}", "{label}", "{!r}", "{:>9}", "{}{0}", "{0.__class__}", "{{}}", "{ }", "}{", "{}}",
+        "{}\0", "\u202e{}",
+    ],
+    ids=lambda template: f"{template[:8]!a}-{len(template)}",
+)  # fmt: skip
+def test_templates(server: Server, image: str, template: str) -> None:
+    body = {"image": image, "candidate_labels": ["a", "b"], "hypothesis_template": template}
+    assert ask(server, body).status_code == 422
+
+
+def test_format_fields_in_labels_are_only_text(server: Server, image: str) -> None:
+    labels = ["{}", "{0.__class__}", "{{"]
+    body = {"image": image, "candidate_labels": labels, "hypothesis_template": "a {}"}
+    assert ask(server, body).status_code == 200
+    assert server.worker.batches[-1][0].labels == tuple(labels)
+
+
+def test_many_and_long_labels(server: Server, image: str) -> None:
+    def status(labels: Any) -> int:
+        answer = ask(server, {"image": image, "candidate_labels": labels})
+        return int(answer.status_code)
+
+    assert status([str(i) for i in range(1000)]) == 200
+    assert status([str(i) for i in range(1001)]) == 422
+    assert status([str(i) for i in range(200_000)]) == 422
+    assert status(["same"] * 1000) == 422
+    assert status("," * 10 * MEGABYTE) == 422
+    assert status(["x" * 5 * MEGABYTE, "y" * 5 * MEGABYTE]) == 422
+    assert status(["x" * 256, "y" * 256]) == 200
+
+
+# JSON.
+
+HEAD = b'{"image": "aGFsbG8=", "candidate_labels": ["a", "b"]'
+JSON = {
+    "wrong labels by the million": b'{"candidate_labels": [' + b"1," * 7_000_000 + b"1]}",
+    "labels by the million": b'{"candidate_labels": [' + b'"a",' * 3_000_000 + b'"b"]}',
+    "fields by the million": (
+        b"{" + b",".join(b'"k%d":1' % i for i in range(1_000_000)) + b"}"),
+    "fields to the limit": b"{" + b",".join(b'"k%d":1' % i for i in range(50_000)) + b"}",
+    "arrays in arrays": HEAD + b', "top_k": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "objects in objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "arrays beside arrays": b"[" + b"[]," * 4_000_000 + b"[]]",
+    "a dash before": b" \n-" + b"1," * 5_000_000,
+    "a huge whole number": HEAD + b', "top_k": ' + b"9" * 5_000_000 + b"}",
+    "a huge whole number, just so": HEAD + b', "top_k": ' + b"9" * 4000 + b"}",
+    "a huge negative one": HEAD + b', "defense": {"steps": -' + b"9" * 4000 + b"}}",
+    "a huge exponent": HEAD + b', "defense": {"deadline_ms": 1e999999999}}',
+    "a tiny exponent": HEAD + b', "defense": {"deadline_ms": 1e-999999999}}',
+    "NaN": HEAD + b', "defense": {"deadline_ms": NaN}}',
+    "-Infinity": HEAD + b', "defense": {"deadline_ms": -Infinity}}',
+    "a string": b'"image"',
+    "null": b"null",
+    "an array": b"[]",
+    "a byte order mark": b"\xef\xbb\xbf" + HEAD + b"}",
+    "UTF-16": (HEAD + b"}").decode().encode("utf-16"),
+    "a comment": HEAD + b"/* */}",
+    "two values": HEAD + b"}" + HEAD + b"}",
+    "a trailing comma": HEAD + b",}",
+    "single quotes": b"{'image': 'a'}",
+    "a NUL": HEAD + b"}\0",
+    "a lone surrogate in a label": b'{"image": "", "candidate_labels": ["a", "\\udfff"]}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", JSON.values(), ids=JSON)
+def test_hostile_json_is_refused(server: Server, body: bytes) -> None:
+    assert ask(server, body).status_code in {400, 413, 415, 422}
+    answer = server.http.post("/", content=body)
+    assert answer.status_code in {400, 413, 415, 422}, answer.text
+
+
+def test_of_a_field_given_twice_the_last_counts(server: Server, image: str) -> None:
+    """As in Python and JavaScript; one reader means one meaning."""
+    fields = f'"image": "{image}", "candidate_labels": ["a", "b"], "candidate_labels": ["c", "d"]'
+    answer = ask(server, f'{{"top_k": -1, {fields}, "top_k": 1}}'.encode())
+    assert [scored["label"] for scored in answer.json()["labels"]] == ["c"]
+
+
+@pytest.mark.parametrize("field", ["image", "candidate_labels", "top_k", "hypothesis_template"])
+@pytest.mark.parametrize("value", [{}, [[]], True, -1, 0.5, "", {"$ne": 1}, [None], [["a"], ["b"]]])
+def test_wrong_types(server: Server, image: str, field: str, value: Any) -> None:
+    body = {"image": image, "candidate_labels": ["a", "b"], field: value}
+    assert ask(server, body).status_code in {400, 422}
+
+
+# Forms.
+
+FORM = "multipart/form-data; boundary=x"
+FILE = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\nabc\r\n'
+LABELS = b'--x\r\nContent-Disposition: form-data; name="labels"\r\n\r\n%s\r\n'
+END = b"--x--\r\n"
+FORMS = {
+    "commas by the million": FILE + LABELS % (b"a," * 5_000_000) + END,
+    "JSON labels by the million": FILE + LABELS % (b"[" + b"1," * 5_000_000 + b"1]") + END,
+    "deep labels": FILE + LABELS % (b"[" * MEGABYTE) + END,
+    "parts by the hundred thousand": FILE + LABELS % b"a" * 100_000 + END,
+    "a long header": b"--x\r\nA: " + b"b" * 10 * MEGABYTE + b"\r\n\r\n\r\n" + END,
+    "many headers": b"--x\r\n" + b"A: b\r\n" * MEGABYTE + b"\r\n\r\n" + END,
+    "a header without end": b"--x\r\nContent-Disposition: form-data; name=" + b'"' * 10_000,
+    "parameters by the million": (
+        b"--x\r\nContent-Disposition: form-data" + b"; a=b" * 2_000_000 + b"\r\n\r\n\r\n" + END),
+    "almost the boundary": FILE + LABELS % (b"\r\n--y" * 2_000_000) + END,
+    "no name": b"--x\r\nContent-Disposition: form-data\r\n\r\nabc\r\n" + END,
+    "no disposition": b"--x\r\n\r\nabc\r\n" + END,
+    "a name that is no UTF-8": FILE.replace(b'"image"', b'"\xff"') + END,
+    "two images": FILE + FILE + LABELS % b"a,b" + END,
+    "bare newlines": (FILE + LABELS % b"a,b" + END).replace(b"\r\n", b"\n"),
+    "nothing": b"",
+    "an end only": END,
+    "JSON": b"{}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", FORMS.values(), ids=FORMS)
+def test_hostile_forms_are_refused(server: Server, body: bytes) -> None:
+    assert ask(server, body, FORM).status_code in {400, 413, 415, 422}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "multipart/form-data",
+        "multipart/form-data; boundary=",
+        "multipart/form-data; boundary=" + "y" * 10_000,
+        "multipart/form-data; boundary=\"x",
+        "multipart/form-data; charset=x",
+        "multipart/form-data; boundary*=utf-8''%ff",
+        "multipart/mixed; boundary=x",
+        "application/x-www-form-urlencoded",
+        "application/xml",
+        "text/plain",
+        "image/png",
+        "application/json; charset=utf-16",
+        "é",
+        "",
+    ],
+)  # fmt: skip
+def test_content_types_that_do_not_fit(server: Server, kind: str) -> None:
+    body = FILE + LABELS % b"a,b" + END
+    assert ask(server, body, kind.encode("latin-1")).status_code in {400, 415}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["cat.png", "cat.jpg;.svg", "../../cat.svg", "c\\u202egpj.exe"])
+def test_a_file_is_what_it_holds_and_not_its_name(server: Server, photo: bytes, name: str) -> None:
+    svg = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
+    for content, status in ((svg, 415), (b"%PDF-1.7", 415), (photo, 200)):
+        for kind in ("image/png", "image/svg+xml", "application/pdf"):
+            parts = {"files": {"image": (name, content, kind)}, "data": {"labels": "a,b"}}
+            answer = server.http.post("/v1/classify", **parts)  # type: ignore[arg-type]
+            assert answer.status_code == status, answer.text
+
+
+# HTTP.
+
+
+def test_a_compressed_body_is_not_unpacked(server: Server) -> None:
+    import gzip
+
+    bomb = gzip.compress(bytes(100 * MEGABYTE))
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    assert server.http.post("/v1/classify", content=bomb, headers=headers).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 9" + b"9" * 30 + b"\r\n\r\n",
+        b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
+        b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"POST /v1/classify HTTP/1.1\r\nContent-Length: 0\r\n\r\n",
+        b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 100_000 + b"\r\n\r\n",
+        b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nA\0: b\r\n\r\n",
+        b"POST /v1/classify HTTP/9.9\r\nHost: x\r\n\r\n",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET http://169.254.169.254/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET /livez%00 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"TRACE / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    ],
+    ids=lambda head: ascii(head[:60].decode("latin-1")),
+)
+def test_hostile_http_is_refused(server: Server, head: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as client:
+        client.sendall(head)
+        status = client.recv(65536).split()[1]
+    assert status[:1] == b"4", status
+    assert server.http.get("/livez").status_code == 200
+
+
+def test_a_body_chunked_byte_by_byte(server: Server, image: str) -> None:
+    def chunks() -> Iterator[bytes]:
+        body = json.dumps({"image": image, "candidate_labels": ["a", "b"]}).encode()
+        yield from (body[at : at + 1] for at in range(20_000))
+        yield body[20_000:]
+
+    assert server.http.post("/v1/classify", content=chunks()).status_code == 200
+
+
+def test_headers_of_a_client_are_not_echoed_unchecked(server: Server) -> None:
+    for given in ("a\tb", "x" * 5000, "é"):
+        headers = {"X-Request-Id": given.encode("latin-1")}
+        echoed = server.http.get("/livez", headers=headers).headers["x-request-id"]
+        assert re.fullmatch(r"[0-9a-f]{32}", echoed)
+
+
+def test_the_hugging_face_route_is_as_careful(server: Server, image: str) -> None:
+    def post(**body: Any) -> httpx.Response:
+        return server.http.post("/", json=body)
+
+    for labels in (["a", "\u202eb"], ["caf\u00e9", "cafe\u0301"], "a", ["a"] * 5, {"a": "b"}, 1):
+        assert post(inputs=image, parameters={"candidate_labels": labels}).status_code == 422
+    for inputs in ({"image": {"image": image}}, [image], 5, {}, {"text": "x"}):
+        assert post(inputs=inputs, parameters={"candidate_labels": ["a", "b"]}).status_code == 422
+    for parameters in ([], "x", 1):
+        assert post(inputs=image, parameters=parameters).status_code == 422
