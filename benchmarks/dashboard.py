@@ -1,0 +1,238 @@
+"""Draw what the dashboard's queries find in a real Prometheus while the service has a bad time.
+
+python -m benchmarks.dashboard --out docs/figures/dashboard.svg
+
+The service serves the embedded model to Poisson arrivals of photographs. A quarter into the run
+the pictures are attacked (PGD, transfer, 8/255), in the middle three times as many arrive as at
+first, and a little later the worker is killed. The picture is ours, not Grafana's.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from skimage import data
+
+from benchmarks.openloop import Record, drive, poisson, post
+from benchmarks.watched import Watched, watch
+from k8s.monitoring.panels import ROWS, Panel
+
+LABELS = ["espresso", "cat", "astronaut", "rocket", "dog", "school bus", "lemon", "volleyball"]
+METHODS = ["tapt", "tapt", "tapt", "ensemble", "plain"]
+EPSILON = 8 / 255
+SIDE = 64  # of an attacked picture: the embedded model's
+WINDOW = "15s"
+COLUMNS = 4
+
+
+def ask(picture: NDArray[np.uint8], **defense: object) -> bytes:
+    """A classification as it goes over the wire."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    body = {
+        "image": base64.b64encode(file.getvalue()).decode(),
+        "candidate_labels": LABELS,
+        "defense": defense,
+    }
+    return post("/v1/classify", json.dumps(body).encode())
+
+
+def photographs() -> list[NDArray[np.uint8]]:
+    """Four that scikit-image ships, no larger than a client would send."""
+    found = []
+    for picture in (data.coffee(), data.chelsea(), data.astronaut(), data.rocket()):
+        image = Image.fromarray(picture)
+        image.thumbnail((320, 320))
+        found.append(np.asarray(image))
+    return found
+
+
+def attack(pictures: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    """Attacked on undefended CLIP, away from what it says of them."""
+    import torch
+
+    from models.attacks.pgd import ascend
+    from models.attacks.threats import transfer
+    from models.checkpoint import load_checkpoint
+    from models.guard import Guard
+
+    model = transfer(Guard(load_checkpoint("embedded", torch.device("cpu")), None), tuple(LABELS))
+    small = [np.asarray(Image.fromarray(picture).resize((SIDE, SIDE))) for picture in pictures]
+    pixels = torch.tensor(np.stack(small)).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        said = model(pixels).argmax(1)
+    attacked = ascend(
+        pixels,
+        lambda at: torch.nn.functional.cross_entropy(model(at), said, reduction="sum"),
+        EPSILON,
+        steps=20,
+        step_size=EPSILON / 8,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return list((attacked * 255).round().byte().permute(0, 2, 3, 1).numpy())
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Whole requests: a mix of methods and pictures, attacked pictures, and some in a hurry."""
+
+    calm: list[bytes]
+    attacked: list[bytes]
+    hurried: list[bytes]
+
+
+def prepare() -> Traffic:
+    clean = photographs()
+    calm = [ask(picture, method=method) for picture, method in itertools.product(clean, METHODS)]
+    return Traffic(
+        calm=[*calm, post("/v1/classify", b"{}")],
+        attacked=[ask(picture) for picture in attack(clean)],
+        hurried=[ask(clean[0], steps=8, deadline_ms=800)],
+    )
+
+
+async def misuse(watched: Watched, traffic: Traffic, rate: float, seconds: float) -> list[Record]:
+    """The whole run; the records of every request."""
+
+    async def phase(begin: float, end: float, times: float, requests: list[bytes]) -> list[Record]:
+        await asyncio.sleep(begin * seconds)
+        arrivals = poisson(times * rate, (end - begin) * seconds, seed=round(100 * begin))
+        return await drive(watched.service, arrivals, requests)
+
+    async def kill() -> list[Record]:
+        await asyncio.sleep(0.75 * seconds)
+        os.kill(worker_of(watched.pid), signal.SIGKILL)
+        return []
+
+    phases = await asyncio.gather(
+        phase(0, 1, 1, traffic.calm),
+        phase(0.25, 0.4, 1, traffic.attacked),
+        phase(0.5, 0.65, 2, traffic.calm),
+        phase(0.4, 0.65, 0.5, traffic.hurried),
+        kill(),
+    )
+    return [record for records in phases for record in records]
+
+
+def worker_of(pid: int) -> int:
+    """The process id of the service's worker."""
+    command = ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    ours = [line.split(maxsplit=2) for line in lines]
+    return next(int(c) for c, parent, args in ours if parent == str(pid) and "spawn_main" in args)
+
+
+def fill(expr: str, window: str) -> str:
+    """A panel's query without Grafana's variables."""
+    return expr.replace("$__rate_interval", window).replace("$namespace", ".*")
+
+
+def draw(watched: Watched, start: float, end: float, caption: str, out: Path) -> None:
+    """All panels but the single number, as small multiples over the same time."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "dashboard", "svg.fonttype": "none"})
+    matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 9, "axes.titleweight": "bold"})
+    from matplotlib import pyplot
+
+    panels = [panel for row in ROWS.values() for panel in row if panel.kind != "number"]
+    rows = math.ceil(len(panels) / COLUMNS)
+    figure, grid = pyplot.subplots(rows, COLUMNS, figsize=(16, 2.6 * rows), sharex=True)
+    for axes, panel in itertools.zip_longest(grid.flat, panels):
+        if panel is None:
+            axes.remove()
+            continue
+        axes.set_title(panel.title, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        (_draw_heatmap if panel.kind == "heatmap" else _draw_lines)(
+            axes, panel, watched, start, end
+        )
+    figure.supxlabel(caption, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(out, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _series(
+    watched: Watched, expr: str, start: float, end: float
+) -> list[tuple[dict[str, str], Any]]:
+    """Labels and points [n, 2] of each series: seconds from the start, value."""
+    found = watched.range(fill(expr, WINDOW), start, end, 2)
+    return [
+        (one["metric"], np.array(one["values"], dtype=float) - [start, 0])
+        for one in found
+        if one["values"]
+    ]
+
+
+def _draw_lines(axes: Any, panel: Panel, watched: Watched, start: float, end: float) -> None:
+    scale, unit = {"bytes": (2**20, "MiB"), "percentunit": (0.01, "%")}.get(
+        panel.unit, (1, {"s": "s", "reqps": "1/s"}.get(panel.unit, ""))
+    )
+    for query in panel.queries:
+        for metric, points in _series(watched, query.expr, start, end):
+            legend = query.legend
+            for name, value in metric.items():
+                legend = legend.replace(f"{{{{{name}}}}}", value)
+            axes.plot(points[:, 0], points[:, 1] / scale, linewidth=1.2, label=legend)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(unit)
+    if handles := axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=6.5, ncols=2 if len(handles) > 4 else 1, loc="best")
+
+
+def _draw_heatmap(axes: Any, panel: Panel, watched: Watched, start: float, end: float) -> None:
+    found = _series(watched, panel.queries[0].expr, start, end)
+    bounds = sorted((float(metric["le"]), points) for metric, points in found)
+    times = bounds[0][1][:, 0]
+    cumulative = np.stack([np.interp(times, *points.T) for _, points in bounds])
+    counts = np.diff(cumulative, axis=0, prepend=0)
+    names = ["inf" if math.isinf(bound) else f"{bound:g}" for bound, _ in bounds]
+    axes.pcolormesh(times, range(len(names)), counts, cmap="Blues", shading="nearest")
+    axes.set_yticks(range(0, len(names), 2), [f"≤ {name}" for name in names[::2]])
+    axes.set_ylabel("s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dashboard")
+    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--rate", type=float, default=1.5, help="requests a second at first")
+    parser.add_argument("--out", type=Path, default=Path("docs/figures/dashboard.svg"))
+    options = parser.parse_args()
+    traffic = prepare()
+    with watch("--max-queue-size", "16") as watched:
+        start = time.time()
+        records = asyncio.run(misuse(watched, traffic, options.rate, options.seconds))
+        end = time.time()
+        answers = sorted(record.status or 0 for record in records)
+        said = {status: answers.count(status) for status in dict.fromkeys(answers)}
+        caption = (
+            "The dashboard's queries on real Prometheus data, drawn by benchmarks/dashboard.py, "
+            f"not by Grafana. Seconds; {len(records)} requests, "
+            f"attacked pictures (PGD, transfer, {EPSILON * 255:g}/255) from "
+            f"{0.25 * options.seconds:.0f} s, overload from {0.5 * options.seconds:.0f} s, worker "
+            f"killed at {0.75 * options.seconds:.0f} s. "
+            f"Embedded model on {os.cpu_count()} CPU cores."
+        )
+        draw(watched, start, end, caption, options.out)
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main()
