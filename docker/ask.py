@@ -73,13 +73,14 @@ def main() -> None:
     assert {one["label"] for one in answer["labels"]} == set(labels), answer
     assert abs(sum(one["score"] for one in answer["labels"]) - 1) < 1e-3, answer
     spent = answer["defense"]
-    assert spent["method"] == "tapt" and spent["steps"] >= 1, answer
+    assert spent["method"] == "tapt", answer
+    assert spent["steps"] >= 1, answer
+    refused = 200
     try:
         ask("/v1/classify", {"image": picture(), "candidate_labels": ["alone"]})
     except urllib.error.HTTPError as error:
-        assert error.code == 422, error
-    else:
-        raise AssertionError("one label was taken for enough")
+        refused = error.code
+    assert refused == 422, "one label was taken for enough"
     assert "tapt_requests_total" in ask("/metrics")
     device = ask("/info")["model"]["device"]
     print(
