@@ -17,6 +17,7 @@ from service.keys import Keys
 from service.metrics import Metrics
 from service.routes import classify, docs, health, hf, info, page
 from service.settings import Settings
+from service.traces import TELEMETRY
 from service.worker import Backend, WorkerProcess
 
 
@@ -51,6 +52,7 @@ def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
+        telemetry=TELEMETRY,
     )
     app.state.settings = settings
     app.state.metrics = metrics

@@ -35,6 +35,7 @@ from service.plan import plan
 from service.schemas import Choices
 from service.settings import Settings
 from service.slots import Slot
+from service.traces import record
 from service.work import Answer, Work
 
 UPLOADS = 16  # times max_body_bytes: the memory that unfinished bodies may take together
@@ -121,6 +122,7 @@ class Door:
         decoded = time.monotonic()
         self._metrics.decode_seconds.observe(decoded - decoding)
         answer = await self._engine.submit(slot, work)
+        record(work, answer, decoding, decoded, slot.waited)
         total = time.monotonic() - began
         model = self._engine.info["model"]["name"]
         return Outcome(work, answer, model, top_k, slot.waited, decoded - decoding, total)
