@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
@@ -28,12 +28,14 @@ from service.errors import (
     Unprocessable,
     UploadTimeout,
 )
+from service.fetch import Link, Links
 from service.forms import check_values
 from service.limits import Limits
 from service.metrics import Metrics
 from service.plan import plan
 from service.schemas import Choices
 from service.settings import Settings
+from service.similarity import Fingerprint, Similarity
 from service.slots import Slot
 from service.traces import record
 from service.work import Answer, Work
@@ -41,10 +43,11 @@ from service.work import Answer, Work
 UPLOADS = 16  # times max_body_bytes: the memory that unfinished bodies may take together
 DECODERS = min(4, os.cpu_count() or 1)
 
-Parse = Callable[[bytes, str], tuple[bytes, Choices]]
-"""A body and its content type to an image file and the rest. Raises ServiceError or pydantic's
-ValidationError."""
+Parse = Callable[[bytes, str], tuple[bytes | Link, Choices]]
+"""A body and its content type to an image file, or where it is, and the rest. Raises ServiceError
+or pydantic's ValidationError."""
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -69,6 +72,8 @@ class Door:
         self._metrics = metrics
         self._engine = engine
         self._limits = Limits(settings, metrics)
+        self._similarity = Similarity(settings, metrics)
+        self.links = Links(settings, metrics)
         self._arriving = 0  # bytes of unfinished bodies
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
@@ -80,9 +85,7 @@ class Door:
         began = time.monotonic()
         with self._limits.admit(request.state.caller.id):
             body = await self._receive(request)
-            with self._engine.reserve(len(body)) as slot:
-                prepare = partial(self._prepare, request, parse, body, slot)
-                return await _while_connected(request, self._work(prepare, slot, began))
+            return await _while_connected(request, self._work(request, parse, body, began))
 
     async def _receive(self, request: Request) -> bytes:
         limit = self._settings.max_body_bytes
@@ -114,13 +117,32 @@ class Door:
             self._arriving -= len(body)
         return bytes(body)
 
-    async def _work(
-        self, prepare: Callable[[], tuple[Work, int | None]], slot: Slot, began: float
+    async def _work(self, request: Request, parse: Parse, body: bytes, began: float) -> Outcome:
+        with self._engine.reserve(len(body)) as slot:
+            kind = request.headers.get("content-type", "")
+            source, choices = await self._aside(_translated, parse, body, kind)
+            if isinstance(source, bytes):
+                prepare = partial(self._prepare, request, source, choices, slot)
+                return await self._answer(request, prepare, slot, choices.top_k, began)
+        # An image on its way from elsewhere holds no place, as an upload holds none.
+        file = await self.links.fetch(source)
+        with self._engine.reserve(len(file)) as slot:
+            prepare = partial(self._prepare, request, file, choices, slot)
+            return await self._answer(request, prepare, slot, choices.top_k, began)
+
+    async def _answer(
+        self,
+        request: Request,
+        prepare: Callable[[], tuple[Work, Fingerprint]],
+        slot: Slot,
+        top_k: int | None,
+        began: float,
     ) -> Outcome:
         decoding = time.monotonic()
-        work, top_k = await asyncio.get_running_loop().run_in_executor(self._decoders, prepare)
+        work, print = await self._aside(prepare)
         decoded = time.monotonic()
         self._metrics.decode_seconds.observe(decoded - decoding)
+        self._similarity.check(request.state.caller.id, print)
         answer = await self._engine.submit(slot, work)
         record(work, answer, decoding, decoded, slot.waited)
         total = time.monotonic() - began
@@ -128,13 +150,8 @@ class Door:
         return Outcome(work, answer, model, top_k, slot.waited, decoded - decoding, total)
 
     def _prepare(
-        self, request: Request, parse: Parse, body: bytes, slot: Slot
-    ) -> tuple[Work, int | None]:
-        check_values(body)
-        try:
-            file, choices = parse(body, request.headers.get("content-type", ""))
-        except ValidationError as error:
-            raise _translate(error) from None
+        self, request: Request, file: bytes, choices: Choices, slot: Slot
+    ) -> tuple[Work, Fingerprint]:
         work = plan(request.state.request_id, file, choices, self._settings, slot.since)
         request.state.log |= {
             "labels": len(work.labels),
@@ -142,7 +159,20 @@ class Door:
             "steps": work.steps,
             "views": work.views,
         }
-        return work, choices.top_k
+        return work, self._similarity.fingerprint(work.image)
+
+    async def _aside(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of what takes too long for the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._decoders, partial(act, *args, **kwargs))
+
+
+def _translated(parse: Parse, body: bytes, content_type: str) -> tuple[bytes | Link, Choices]:
+    check_values(body)
+    try:
+        return parse(body, content_type)
+    except ValidationError as error:
+        raise _translate(error) from None
 
 
 def _translate(error: ValidationError) -> BadRequest | Unprocessable:

@@ -125,7 +125,7 @@ class Links:
             raise refused
         try:
             parts = urlsplit(url)
-            port = parts.port or PORTS[parts.scheme]
+            port = PORTS[parts.scheme] if parts.port is None else parts.port
         except (ValueError, KeyError):
             raise refused from None
         allowed = {"https", "http"} if self._settings.allow_http_image_urls else {"https"}

@@ -45,7 +45,13 @@ class Runner:
         if dtype == "auto":
             dtype = "float32" if self._device.type == "cpu" else "bfloat16"
         try:
-            checkpoint = load_checkpoint(settings.model, self._device, getattr(torch, dtype))
+            checkpoint = load_checkpoint(
+                settings.model,
+                self._device,
+                getattr(torch, dtype),
+                settings.model_revision,
+                settings.model_sha256.lower(),
+            )
             bundle = _find_bundle(settings, checkpoint)
         except models.checkpoint.ModelError as error:
             raise ModelError(str(error)) from error

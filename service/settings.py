@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "TAPT_"
@@ -25,6 +25,10 @@ def _must_be_off(value: bool) -> bool:
 Off = Annotated[bool, AfterValidator(_must_be_off)]
 """A knob whose feature is not built yet. A literal False would refuse the text `false`."""
 
+HostPattern = Annotated[
+    str, StringConstraints(pattern=r"^(\*\.)?[a-z0-9-]+(\.[a-z0-9-]+)*(:\d+)?$")
+]
+
 
 class Settings(BaseSettings):
     """The service's configuration; `docs/configuration.md` is this class as a table."""
@@ -38,6 +42,14 @@ class Settings(BaseSettings):
 
     model: str = Field(
         "embedded", description="`embedded`, a hub id, or a directory with a CLIP checkpoint."
+    )
+    model_revision: str = Field(
+        "", description="Commit, tag or branch of a hub id; only a full commit cannot move."
+    )
+    model_sha256: str = Field(
+        "",
+        pattern="^([0-9a-fA-F]{64})?$",
+        description="Hash that the weights must have, as `tapt-serve info` shows it.",
     )
     bundle: str = Field(
         "", description="Directory of a defense bundle; empty: the one beside the model, if any."
@@ -120,11 +132,30 @@ class Settings(BaseSettings):
     key_burst: int = Field(
         20, ge=1, description="Requests that a key may send at once before `key_rate` holds it."
     )
+    key_similar_per_hour: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="Images alike, but not the same, that a key may send in an hour; 0: no limit.",
+    )
     allow_client_seed: bool = Field(
         False,
         description="Accept a request's `seed`. A known seed lets an attacker aim at the views.",
     )
-    allow_image_urls: Off = Field(False, description="Fetch images by URL. Not available yet.")
+    allow_image_urls: bool = Field(
+        False, description="Fetch images by URL, from the hosts listed and public addresses only."
+    )
+    image_url_hosts: Annotated[tuple[HostPattern, ...], NoDecode] = Field(
+        (),
+        description="Comma-separated hosts that images are fetched from: `example.org`, "
+        "`*.example.org`, `example.org:8443`.",
+    )
+    allow_http_image_urls: bool = Field(
+        False, description="Fetch images by plain `http` as well as by `https`."
+    )
+    image_url_timeout_ms: int = Field(
+        5000, ge=1, description="Time for an image to be fetched, milliseconds."
+    )
     on_overload: Literal["reject"] = Field(
         "reject", description="What a full queue does. Only `reject` (429) is available yet."
     )
@@ -146,7 +177,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _split_lists(cls, values: dict[str, object]) -> dict[str, object]:
-        for name in ("api_keys", "open_routes"):
+        for name in ("api_keys", "open_routes", "image_url_hosts"):
             text = values.get(name)
             if isinstance(text, str):
                 values[name] = tuple(part.strip() for part in text.split(",") if part.strip())
@@ -162,6 +193,8 @@ class Settings(BaseSettings):
             raise ValueError(f"steps ({self.steps}) is above max_steps ({self.max_steps})")
         if self.views > self.max_views:
             raise ValueError(f"views ({self.views}) is above max_views ({self.max_views})")
+        if self.allow_image_urls and not self.image_url_hosts:
+            raise ValueError("allow_image_urls needs image_url_hosts, the hosts to fetch from")
         return self
 
 

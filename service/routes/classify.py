@@ -5,8 +5,8 @@ from fastapi.responses import JSONResponse
 
 from service.door import Door
 from service.exposure import present
+from service.fetch import Link, read_source
 from service.forms import read_form
-from service.images import from_base64
 from service.keys import check_key, scheme
 from service.routes.docs import ERRORS, FORM, REQUEST_ID, body_of
 from service.schemas import Choices, Classification, ClassifyRequest
@@ -34,12 +34,12 @@ async def classify(request: Request) -> JSONResponse:
     door: Door = state.door
     max_labels: int = state.settings.max_labels
 
-    def parse(body: bytes, content_type: str) -> tuple[bytes, Choices]:
+    def parse(body: bytes, content_type: str) -> tuple[bytes | Link, Choices]:
         if content_type.lower().startswith("multipart/form-data"):
             file, rest = read_form(body, content_type, max_labels)
             return file, Choices.model_validate(rest)
         asked = ClassifyRequest.model_validate_json(body)
-        return from_base64(asked.image), asked
+        return read_source(asked.image), asked
 
     outcome = await door.classify(request, parse)
     answer = present(outcome, state.settings.expose, request.state.caller.may_see_diagnostics)

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from service.door import Door
 from service.exposure import present
-from service.images import from_base64
+from service.fetch import Link, read_source
 from service.keys import check_key, scheme
 from service.routes.docs import ERRORS, REPORT, REQUEST_ID, body_of
 from service.schemas import Choices, Classification, HFRequest, ScoredLabel
@@ -39,9 +39,9 @@ async def classify(request: Request) -> JSONResponse:
     return JSONResponse([label.model_dump() for label in answer.labels], headers=_report(answer))
 
 
-def _parse(body: bytes, content_type: str) -> tuple[bytes, Choices]:
+def _parse(body: bytes, content_type: str) -> tuple[bytes | Link, Choices]:
     asked = HFRequest.model_validate_json(body)
-    return from_base64(asked.inputs), asked.choices
+    return read_source(asked.inputs), asked.choices
 
 
 def _report(answer: Classification) -> dict[str, str]:
