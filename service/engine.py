@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from service.bookings import Bookings
 from service.errors import (
     ERRORS,
     DeadlineExceeded,
@@ -57,6 +58,7 @@ class Engine:
         self._metrics = metrics
         self._clock = clock
         self._slots = Slots(settings.max_queue_size, settings.max_body_bytes, self._on_slots)
+        self._bookings = Bookings()
         self._scheduler = Scheduler(
             settings.max_batch_size, settings.max_batch_tokens, settings.max_queue_delay_ms / 1000
         )
@@ -131,14 +133,22 @@ class Engine:
             reason = "not_ready"
             refusal = NotReady("The server is not ready.", retry_after=_jitter(RECOVERY))
         elif slot := self._slots.take(size_bytes, self._clock()):
+            if 2 * len(self._slots) <= self._settings.max_queue_size:
+                self._bookings.clear()
             return slot
         else:
             reason = "queue_full"
-            ahead = (len(self._slots) + self._fleet.running) / self._fleet.ready
-            wait = ahead * self._fleet.seconds_per_request
-            refusal = QueueFull("The queue is full.", retry_after=_jitter(wait))
+            refusal = QueueFull("The queue is full.", retry_after=self._turn())
         self._metrics.rejected.labels(reason).inc()
         raise refusal
+
+    def _turn(self) -> float:
+        """Seconds after which there will be room for one who is refused now."""
+        pace = self._fleet.seconds_per_request / self._fleet.ready
+        wait = (len(self._slots) + self._fleet.running) * pace
+        # Clients are told whole seconds, so no more may share one than the queue holds.
+        pace = max(pace, 1 / self._settings.max_queue_size)
+        return max(1.0, self._bookings.book(self._clock(), wait, pace))
 
     async def submit(self, slot: Slot, work: Work) -> Answer:
         """Answer one request. Cancelling the caller withdraws it.

@@ -5,6 +5,7 @@ nothing can end is an error.
 """
 
 import asyncio
+import contextlib
 import functools
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
+from service.bookings import LONGEST
 from service.engine import GRACE, Engine
 from service.errors import DeadlineExceeded, InternalError, NotReady, QueueFull, ServiceError
 from service.metrics import Metrics
@@ -252,6 +254,64 @@ async def test_a_full_queue_is_a_429_that_knows_how_long():
         assert 0.8 * 4 * 7.5 <= refusal.value.retry_after <= 1.2 * 4 * 8
         assert house.metric("rejected_total", reason="queue_full") == 1
         await asyncio.gather(*running, *waiting)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "clients", "spread"),
+    [(0.5, 400, 20.0), (0.5, 400, 0.0), (2.0, 200, 5.0), (0.005, 900, 0.0), (0.005, 2000, 1.0)],
+)
+def test_who_waits_as_told_is_let_in_at_once(seconds: float, clients: int, spread: float):
+    """Nearly all of those refused in a burst, when nobody else asks meanwhile."""
+
+    @virtual
+    async def scenario() -> None:
+        worker = FakeWorker(seconds=lambda batch: seconds * len(batch))
+        async with open_house(worker) as house:
+            await asyncio.gather(*(house.ask(timeout=600) for _ in range(64)))
+            for _ in range(20):  # the mean forgets its first guess
+                await house.ask()
+
+            async def client(i: int) -> bool | None:
+                await asyncio.sleep(spread * i / clients)
+                try:
+                    await house.ask(timeout=600)
+                except QueueFull as refusal:
+                    await asyncio.sleep(math.ceil(refusal.retry_after or 0))
+                else:
+                    return None
+                with contextlib.suppress(QueueFull):
+                    await house.ask(timeout=600)
+                    return True
+                return False
+
+            outcomes = await asyncio.gather(*(client(i) for i in range(clients)))
+            refused = [outcome for outcome in outcomes if outcome is not None]
+            assert len(refused) > clients / 2
+            assert sum(refused) >= 0.95 * len(refused)
+
+    scenario()
+
+
+@virtual
+async def test_nobody_is_told_to_wait_for_ever_nor_after_the_crowd_is_gone():
+    worker = FakeWorker(seconds=lambda batch: 10.0 * len(batch))
+    async with open_house(worker, max_queue_size=2, max_batch_size=1) as house:
+        first = [house.asking(), house.asking(), house.asking()]
+        await asyncio.sleep(0.1)
+        waits = []
+        for _ in range(700):
+            with pytest.raises(QueueFull) as refusal:
+                house.engine.reserve(1)
+            waits.append(refusal.value.retry_after)
+        assert waits == sorted(waits)
+        assert waits[-1] == LONGEST
+        await asyncio.gather(*first)
+        again = [house.asking(timeout=60), house.asking(timeout=60), house.asking(timeout=60)]
+        await asyncio.sleep(0.1)
+        with pytest.raises(QueueFull) as refusal:
+            house.engine.reserve(1)
+        assert refusal.value.retry_after < 60
+        await asyncio.gather(*again)
 
 
 @virtual
