@@ -15,7 +15,7 @@ from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError,
 from service.journal import Journal, error_body
 from service.keys import Keys
 from service.metrics import Metrics
-from service.routes import classify, docs, health, hf, info, page
+from service.routes import classify, demo, docs, health, hf, info, page
 from service.settings import Settings
 from service.traces import TELEMETRY
 from service.worker import Backend, WorkerProcess
@@ -61,6 +61,8 @@ def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
     app.state.keys = keys
     for routes in (classify, hf, health, info, docs, page):
         app.include_router(routes.router)
+    if settings.enable_attack_demo:
+        app.include_router(demo.router)
     docs.complete(app)
     app.add_exception_handler(ServiceError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)

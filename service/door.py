@@ -19,7 +19,7 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
-from service.engine import Engine
+from service.engine import Engine, Watch, look_away
 from service.errors import (
     BadRequest,
     ClientGone,
@@ -47,8 +47,14 @@ Parse = Callable[[bytes, str], tuple[bytes | Link, Choices]]
 """A body and its content type to an image file, or where it is, and the rest. Raises ServiceError
 or pydantic's ValidationError."""
 
+Amend = Callable[[Work], Work]
+
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _as_it_is(work: Work) -> Work:
+    return work
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +86,18 @@ class Door:
     def close(self) -> None:
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    async def classify(self, request: Request, parse: Parse) -> Outcome:
-        """Read, decode, submit. Raises ServiceError."""
+    async def classify(
+        self, request: Request, parse: Parse, amend: Amend = _as_it_is, watch: Watch = look_away
+    ) -> Outcome:
+        """Read, decode, `amend` what is to be done, submit; `watch` is the engine's.
+
+        Raises ServiceError.
+        """
         began = time.monotonic()
         with self._limits.admit(request.state.caller.id):
             body = await self._receive(request)
-            return await _while_connected(request, self._work(request, parse, body, began))
+            work = self._work(request, parse, amend, watch, body, began)
+            return await _while_connected(request, work)
 
     async def _receive(self, request: Request) -> bytes:
         limit = self._settings.max_body_bytes
@@ -117,24 +129,27 @@ class Door:
             self._arriving -= len(body)
         return bytes(body)
 
-    async def _work(self, request: Request, parse: Parse, body: bytes, began: float) -> Outcome:
+    async def _work(
+        self, request: Request, parse: Parse, amend: Amend, watch: Watch, body: bytes, began: float
+    ) -> Outcome:
         with self._engine.reserve(len(body)) as slot:
             kind = request.headers.get("content-type", "")
             source, choices = await self._aside(_translated, parse, body, kind)
             if isinstance(source, bytes):
-                prepare = partial(self._prepare, request, source, choices, slot)
-                return await self._answer(request, prepare, slot, choices.top_k, began)
+                prepare = partial(self._prepare, request, amend, source, choices, slot)
+                return await self._answer(request, prepare, slot, watch, choices.top_k, began)
         # An image on its way from elsewhere holds no place, as an upload holds none.
         file = await self.links.fetch(source)
         with self._engine.reserve(len(file)) as slot:
-            prepare = partial(self._prepare, request, file, choices, slot)
-            return await self._answer(request, prepare, slot, choices.top_k, began)
+            prepare = partial(self._prepare, request, amend, file, choices, slot)
+            return await self._answer(request, prepare, slot, watch, choices.top_k, began)
 
     async def _answer(
         self,
         request: Request,
         prepare: Callable[[], tuple[Work, Fingerprint]],
         slot: Slot,
+        watch: Watch,
         top_k: int | None,
         began: float,
     ) -> Outcome:
@@ -143,14 +158,14 @@ class Door:
         decoded = time.monotonic()
         self._metrics.decode_seconds.observe(decoded - decoding)
         self._similarity.check(request.state.caller.id, print)
-        answer = await self._engine.submit(slot, work)
+        answer = await self._engine.submit(slot, work, watch)
         record(work, answer, decoding, decoded, slot.waited)
         total = time.monotonic() - began
         model = self._engine.info["model"]["name"]
         return Outcome(work, answer, model, top_k, slot.waited, decoded - decoding, total)
 
     def _prepare(
-        self, request: Request, file: bytes, choices: Choices, slot: Slot
+        self, request: Request, amend: Amend, file: bytes, choices: Choices, slot: Slot
     ) -> tuple[Work, Fingerprint]:
         work = plan(request.state.request_id, file, choices, self._settings, slot.since)
         request.state.log |= {
@@ -159,7 +174,7 @@ class Door:
             "steps": work.steps,
             "views": work.views,
         }
-        return work, self._similarity.fingerprint(work.image)
+        return amend(work), self._similarity.fingerprint(work.image)
 
     async def _aside(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of what takes too long for the event loop."""

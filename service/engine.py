@@ -29,11 +29,18 @@ from service.scheduler import Item, Scheduler, count_tokens
 from service.settings import Settings
 from service.slots import Slot, Slots
 from service.tally import tally_answer
-from service.work import Answer, Failure, Work
+from service.work import Answer, Failure, Glimpse, Work
 from service.worker import Backend
 
 GRACE = 5.0  # seconds past its deadline that a request in a batch is still waited for
 RECOVERY = 5.0  # seconds after which a client may find a worker ready again
+
+
+Watch = Callable[[Glimpse], None]
+
+
+def look_away(glimpse: Glimpse) -> None:
+    pass
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +49,7 @@ class _Request:
 
     slot: Slot
     outcome: asyncio.Future[Answer | ServiceError]
+    watch: Watch
 
 
 class Engine:
@@ -150,8 +158,9 @@ class Engine:
         pace = max(pace, 1 / self._settings.max_queue_size)
         return max(1.0, self._bookings.book(self._clock(), wait, pace))
 
-    async def submit(self, slot: Slot, work: Work) -> Answer:
-        """Answer one request. Cancelling the caller withdraws it.
+    async def submit(self, slot: Slot, work: Work, watch: Watch = look_away) -> Answer:
+        """Answer one request. Cancelling the caller withdraws it. `watch` hears of what can be
+        seen before the answer.
 
         Raises ServiceError: DeadlineExceeded, NotReady, or what the worker found wrong.
         """
@@ -162,9 +171,11 @@ class Engine:
         work = replace(work, id=f"{work.id}/{next(self._serial)}")
         tokens = count_tokens(work, model, self._settings.hypothesis_template)
         now = self._clock()
-        request = _Request(slot, asyncio.get_running_loop().create_future())
+        request = _Request(slot, asyncio.get_running_loop().create_future(), watch)
         self._requests[work.id] = request
-        self._scheduler.add(Item(work, (work.method, work.views), tokens, now, work.deadline))
+        alone = work.assault is not None
+        key = work.id if alone else (work.method, work.views)
+        self._scheduler.add(Item(work, key, tokens, now, work.deadline))
         try:
             self._pump()
             async with asyncio.timeout(work.deadline + GRACE - now):
@@ -224,6 +235,10 @@ class Engine:
         else:
             error = ERRORS.get(result.error_type, InternalError)
             self._settle(item.work.id, error(result.message))
+
+    def on_glimpse(self, item: Item, glimpse: Glimpse) -> None:
+        if request := self._requests.get(item.work.id):
+            request.watch(glimpse)
 
     def on_lost(self, items: list[Item]) -> None:
         """Try each once more, alone: the one that killed the worker takes no other with it."""

@@ -10,7 +10,17 @@ from typing import Any, Protocol
 from service.metrics import Metrics
 from service.scheduler import Item
 from service.tally import tally_batch, tally_counts
-from service.work import Answer, Beat, Failure, Fatal, Finished, Ready, Settled
+from service.work import (
+    Answer,
+    Beat,
+    Failure,
+    Fatal,
+    Finished,
+    Glimpse,
+    Glimpsed,
+    Ready,
+    Settled,
+)
 from service.worker import Backend, Event, Lost
 
 SMOOTHING = 0.2  # weight of the last batch in the mean seconds per request
@@ -21,6 +31,9 @@ class Listener(Protocol):
 
     def on_result(self, item: Item, result: Answer | Failure) -> None:
         """Called once for each item of a batch, unless it was cancelled or lost."""
+
+    def on_glimpse(self, item: Item, glimpse: Glimpse) -> None:
+        """News of an item whose result is still to come."""
 
     def on_lost(self, items: list[Item]) -> None:
         """A worker is gone; these were in its batch and had no result."""
@@ -130,6 +143,9 @@ class Fleet:
             case Ready():
                 self.model = event
                 self._set_ready(worker, True)
+            case Glimpsed(id=id, glimpse=glimpse):
+                if item := worker.running.get(id):
+                    self._listener.on_glimpse(item, glimpse)
             case Settled(id=id, result=result):
                 # Popped once: a second result, or one that nobody waits for, finds nothing.
                 if item := worker.running.pop(id, None):

@@ -18,7 +18,7 @@ from service.metrics import Metrics
 
 logger = logging.getLogger("tapt.request")
 
-CLASSIFICATIONS = {"/v1/classify", "/"}
+CLASSIFICATIONS = {"/v1/classify", "/", "/demo/classify"}
 REFUSALS = {
     "bad_request",
     "unauthorized",

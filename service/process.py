@@ -27,6 +27,8 @@ from service.work import (
     Failure,
     Fatal,
     Finished,
+    Glimpse,
+    Glimpsed,
     Ready,
     Run,
     Settled,
@@ -38,7 +40,7 @@ LEAVE = 5.0  # seconds a process gets to end by itself
 log = logging.getLogger(__name__)
 spawn = multiprocessing.get_context("spawn")
 
-Message = Ready | Beat | Settled | Finished | Fatal
+Message = Ready | Beat | Glimpsed | Settled | Finished | Fatal
 
 
 class Runner(Protocol):
@@ -54,10 +56,12 @@ class Runner(Protocol):
     def run(
         self,
         batch: list[Work],
-        settle: Callable[[str, Answer | Failure], None],
+        settle: Callable[[str, Answer | Failure | Glimpse], None],
         cancelled: Callable[[str], bool],
     ) -> dict[str, int]:
-        """Settle every request, each once, early where possible; return counters to add."""
+        """Settle every request, each once, early where possible; return counters to add.
+
+        Glimpses of a request may go before its result."""
 
 
 class Process:
@@ -207,8 +211,10 @@ class _Inside:
     def _run(self, runner: Runner, batch: list[Work]) -> dict[str, int]:
         unsettled = {work.id for work in batch}
 
-        def settle(id: str, result: Answer | Failure) -> None:
-            if id in unsettled:
+        def settle(id: str, result: Answer | Failure | Glimpse) -> None:
+            if isinstance(result, Glimpse):
+                self.send(Glimpsed(id, result))
+            elif id in unsettled:
                 unsettled.remove(id)
                 self.send(Settled(id, result))
 

@@ -14,17 +14,20 @@ import transformers
 import models.checkpoint
 from models.bundle import DefenseBundle, load_bundle
 from models.checkpoint import Checkpoint, load_checkpoint
+from models.defenses.defense import Verdict
+from models.demonstration import besiege, redraw
 from models.guard import Finding, Guard, Picture
 from models.objective import Objective
+from service.demonstration import demonstrate
 from service.errors import ModelError
 from service.settings import Settings
-from service.work import Answer, Failure, Ready, Truncation, Work
+from service.work import Answer, Failure, Glimpse, Ready, SeenView, Truncation, Work
 
 WARM_LABELS = 10
 FORWARD, BACKWARD = 16, 24  # activations held a token, in widths: a pass, and a layer's backward
 CPU_TOKENS = 2**16  # the largest batch that keeps a CPU's latency sensible
 
-Settle = Callable[[str, Answer | Failure], None]
+Settle = Callable[[str, Answer | Failure | Glimpse], None]
 Cancelled = Callable[[str], bool]
 
 log = logging.getLogger(__name__)
@@ -85,6 +88,9 @@ class Runner:
         A batch that does not fit the device is run again in halves, one that fails otherwise
         request by request, so that one poisoned input fails alone.
         """
+        if batch[0].assault is not None:
+            self._demonstrate(batch[0], settle, cancelled)
+            return {}
         counts: Counter[str] = Counter()
         before = self.guard.encoder.misses
         self._run_in_parts(batch, settle, cancelled, counts)
@@ -99,7 +105,7 @@ class Runner:
     ) -> None:
         left = {work.id: work for work in batch}
 
-        def settle_once(id: str, result: Answer | Failure) -> None:
+        def settle_once(id: str, result: Answer | Failure | Glimpse) -> None:
             if left.pop(id, None) is not None:
                 settle(id, result)
 
@@ -170,7 +176,40 @@ class Runner:
             labels_truncated=finding.labels_truncated,
             adapt_seconds=finding.seconds,
             predict_seconds=seconds - finding.seconds,
+            exhibits=self._exhibit(work, verdict) if work.exhibit else (),
         )
+
+    def _exhibit(self, work: Work, verdict: Verdict) -> tuple[SeenView, ...]:
+        images = redraw(self.guard, work.image, len(verdict.views), work.seed)
+        kept = torch.special.entr(verdict.views).sum(dim=-1).argsort()[: verdict.kept].tolist()
+        best = verdict.views.max(dim=-1)
+        seen = zip(images, best.indices.tolist(), best.values.tolist(), strict=True)
+        return tuple(SeenView(*one, place in kept) for place, one in enumerate(seen))
+
+    def _demonstrate(self, work: Work, settle: Settle, cancelled: Cancelled) -> None:
+        picture = Picture(work.image, work.labels, work.template, work.readout, work.seed)
+
+        def ask(one: Work) -> Answer | Failure:
+            results: list[Answer | Failure | Glimpse] = []
+            self._run([one], lambda _, result: results.append(result), cancelled)
+            assert not isinstance(results[0], Glimpse)
+            self.progress = time.monotonic()
+            return results[0]
+
+        assault = work.assault
+        assert assault is not None
+        pictures = besiege(
+            self.guard,
+            picture,
+            work.method,
+            work.views,
+            work.steps,
+            epsilon=assault.epsilon,
+            strides=assault.steps,
+            target=assault.target,
+            adaptive=assault.adaptive,
+        )
+        demonstrate(work, pictures, ask, settle, cancelled)
 
     def _describe(self) -> Ready:
         checkpoint, bundle = self.guard.checkpoint, self.guard.bundle
@@ -229,7 +268,7 @@ class Runner:
             seed=0,
             deadline=float("inf"),
         )
-        results: list[Answer | Failure] = []
+        results: list[Answer | Failure | Glimpse] = []
         for _ in range(2):
             self.run([work], lambda _, result: results.append(result), lambda _: False)
         if any(isinstance(result, Failure) for result in results):

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -112,6 +112,31 @@ class ClassifyRequest(Choices):
     image: str = Field(description="An image file as base64 or as a `data:` URI.")
 
 
+class AttackOptions(BaseModel):
+    """An attack to demonstrate. Values above the limits are lowered to them."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    epsilon: int = Field(ge=1, description="Largest change of a channel, in levels of 255.")
+    steps: int = Field(ge=1, description="Steps of projected gradient descent.")
+    target: Label | None = Field(
+        default=None, description="The label to be named; null: any but what is named now."
+    )
+    adaptive: bool = Field(default=False, description="Whether the attacker knows the defense.")
+
+
+class AttackRequest(ClassifyRequest):
+    """The JSON body of `POST /demo/attack`."""
+
+    attack: AttackOptions
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        if self.attack.target not in (None, *self.candidate_labels):
+            raise ValueError("the attack's target is none of the labels")
+        return self
+
+
 class HFParameters(BaseModel):
     """Further fields, which newer clients may send, are ignored as transformers ignores them."""
 
@@ -197,6 +222,31 @@ class Classification(BaseModel):
     labels: list[ScoredLabel] = Field(description="Best first.")
     defense: DefenseReport
     timings_ms: Timings
+
+
+class View(BaseModel):
+    """A view that the defense looked at, as it first saw it."""
+
+    label: str
+    score: float
+    kept: bool = Field(description="Whether the loss was taken over it.")
+    thumbnail: str = Field(description="A PNG as a `data:` URI.")
+
+
+class ExhibitedClassification(Classification):
+    """The answer of `POST /demo/classify`."""
+
+    views: list[View]
+
+
+class AttackStage(BaseModel):
+    """A picture on the way of an attack, and what is said of it."""
+
+    step: int
+    steps: int
+    image: str = Field(description="A PNG of the model's own size as a `data:` URI; lossless.")
+    undefended: list[ScoredLabel]
+    defended: list[ScoredLabel] | None = Field(description="Null where nobody asked the defense.")
 
 
 class Status(BaseModel):

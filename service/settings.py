@@ -6,6 +6,7 @@ Order of precedence: command line flag, environment variable (prefix `TAPT_`), d
 
 import os
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
@@ -162,7 +163,10 @@ class Settings(BaseSettings):
     expose: Literal["full", "rounded", "label"] = Field(
         "full", description="Scores in answers: all digits, two digits, or 1 and 0 only."
     )
-    enable_attack_demo: Off = Field(False, description="Attack demonstration. Not available yet.")
+    enable_attack_demo: bool = Field(
+        False,
+        description="Let the page attack pictures and show the views. Only on a loopback `host`.",
+    )
 
     drain_timeout_s: float = Field(
         30.0, ge=0, description="Longest wait for running requests at shutdown, seconds."
@@ -193,9 +197,22 @@ class Settings(BaseSettings):
             raise ValueError(f"steps ({self.steps}) is above max_steps ({self.max_steps})")
         if self.views > self.max_views:
             raise ValueError(f"views ({self.views}) is above max_views ({self.max_views})")
+        if self.enable_attack_demo and not _is_loopback(self.host):
+            raise ValueError(
+                f"enable_attack_demo is for a loopback host only, and host is {self.host}"
+            )
+        if self.enable_attack_demo and self.expose != "full":
+            raise ValueError("enable_attack_demo shows every score, so expose must be full")
         if self.allow_image_urls and not self.image_url_hosts:
             raise ValueError("allow_image_urls needs image_url_hosts, the hosts to fetch from")
         return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:

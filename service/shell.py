@@ -25,7 +25,7 @@ from service.plan import plan
 from service.process import share_cores
 from service.schemas import Choices, Classification
 from service.settings import Settings
-from service.work import Answer, Failure
+from service.work import Answer, Failure, Glimpse
 
 if TYPE_CHECKING:
     from service.process import Runner
@@ -47,13 +47,14 @@ def classify_here(
     work = plan(uuid.uuid4().hex, path.read_bytes(), choices, settings, began)
     decode_seconds = time.monotonic() - began
     runner = _load(settings)
-    settled: list[Answer | Failure] = []
+    settled: list[Answer | Failure | Glimpse] = []
     with progress.status("Adapting"):
         began = time.monotonic()
         work = replace(work, deadline=began + settings.request_timeout_ms / 1000)
         runner.run([work], lambda id, result: settled.append(result), lambda id: False)
         total = time.monotonic() - began + decode_seconds
     answer = settled[0]
+    assert not isinstance(answer, Glimpse)
     if isinstance(answer, Failure):
         raise ERRORS.get(answer.error_type, InternalError)(answer.message)
     model = runner.ready.info["model"]["name"]

@@ -14,12 +14,28 @@ Truncation = Literal["deadline", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
+class Assault:
+    """An attack to be made on an image and watched, for the demonstration.
+
+    `epsilon` is in levels of 255, `target` the index of the label to be named (None: away from
+    what is named now), `adaptive` whether the attacker knows the defense.
+    """
+
+    epsilon: int
+    steps: int
+    target: int | None
+    adaptive: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """One image to classify, with every choice already made and clamped.
 
     `image` is uint8 RGB, [height, width, 3]; `template` holds exactly one `{}`,
     None is the model's default; `seed` draws the
-    views; `deadline` is the instant by which the answer must be out.
+    views; `deadline` is the instant by which the answer must be out; `exhibit` asks for the views
+    in the answer. With an `assault` the image is attacked first, and the answer is about what came
+    of it.
     """
 
     id: str
@@ -32,6 +48,30 @@ class Work:
     readout: str
     seed: int
     deadline: float
+    exhibit: bool = False
+    assault: Assault | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SeenView:
+    """One view, uint8 RGB [S, S, 3], the index of its own best label and that one's score, as first
+    seen; `kept` is whether the loss looked at it."""
+
+    image: NDArray[np.uint8]
+    best: int
+    score: float
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Glimpse:
+    """A step of an assault: the image so far, uint8 RGB [S, S, 3], and the scores of undefended
+    CLIP and of the defense (None where it was not asked)."""
+
+    step: int
+    image: NDArray[np.uint8]
+    undefended_scores: list[float]
+    defended_scores: list[float] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +93,7 @@ class Answer:
     labels_truncated: int
     adapt_seconds: float
     predict_seconds: float
+    exhibits: tuple[SeenView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +147,14 @@ class Beat:
 class Settled:
     id: str
     result: Answer | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Glimpsed:
+    """News of an assault; its Settled is still to come."""
+
+    id: str
+    glimpse: Glimpse
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ def test_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "alpha" not in repr(settings)
 
 
-@pytest.mark.parametrize("name", ["enable_attack_demo", "compile"])
+@pytest.mark.parametrize("name", ["compile"])
 def test_what_is_not_built_cannot_be_switched_on(name: str) -> None:
     assert getattr(Settings(**{name: "false"}), name) is False
     with pytest.raises(ValidationError, match="not available yet"):

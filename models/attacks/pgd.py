@@ -47,13 +47,29 @@ def ascend(
         loss: maps pixels to a scalar, a sum over images so that they do not scale each other.
         generator: draws the random start within the ball; None starts at the clean image.
     """
-    low, high = (pixels - epsilon).clamp(min=0), (pixels + epsilon).clamp(max=1)
-    attacked = pixels
+    start = pixels
     if generator is not None:
         noise = torch.rand(pixels.shape, generator=generator).to(pixels.device)
-        attacked = (pixels + (2 * noise - 1) * epsilon).clamp(0, 1)
+        start = (pixels + (2 * noise - 1) * epsilon).clamp(0, 1)
+    attacked = start
+    for ahead in stride(pixels, loss, epsilon, steps, step_size, start):
+        attacked = ahead
+    return attacked
+
+
+def stride(
+    pixels: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    epsilon: float,
+    steps: int,
+    step_size: float,
+    start: Tensor,
+) -> Iterator[Tensor]:
+    """As `ascend`, from `start`: yields the pixels after each step."""
+    low, high = (pixels - epsilon).clamp(min=0), (pixels + epsilon).clamp(max=1)
+    attacked = start
     for _ in range(steps):
         attacked = attacked.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(attacked), attacked)
-        attacked = (attacked + step_size * gradient.sign()).clamp(low, high)
-    return attacked.detach()
+        attacked = (attacked + step_size * gradient.sign()).clamp(low, high).detach()
+        yield attacked
