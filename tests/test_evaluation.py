@@ -356,4 +356,4 @@ def test_scores_of_attacked_pictures_are_compared_with_clean_ones(tmp_path: Path
     assert found.attacked == found.clean == 100
     assert found.auroc == pytest.approx(1 - 0.5 * 0.1 * 0.1, abs=0.01)
     assert [share.value for share in found.found] == [0.92, 0.96]
-    assert "| `ensemble` | transfer 2/255 | 0.99 |" in write_detection([found])
+    assert "| `ensemble` | transfer 2/255 | 1.00 |" in write_detection([found])
