@@ -39,6 +39,8 @@ def adapt(
     weight: float = 100.0,
     rate: float = 5e-4,
     ratio: float = 0.1,
+    look: slice = slice(None),
+    rows: int | None = None,
 ) -> Trace:
     """Adapt the prompts in place.
 
@@ -48,13 +50,20 @@ def adapt(
         ids: [C, context], two words behind the start token to be replaced, padding included.
         prompts: by name, a parameter a layer: `vision`, `text`, `projection.weight`, `.bias`.
         statistics: `{clean,adv}_{mean,var}`, [layers, tokens, width].
+        look: the views that are read at the end; published is the first alone.
+        rows: labels whose graph is held at once, None for all as published. What does not fit is
+            passed forward once without a graph, then in chunks forward and backward.
     """
-    depth = len(next(iter(prompts.values())))
+    depth = max(map(len, prompts.values()))
     optimizer = torch.optim.AdamW([p for layer in prompts.values() for p in layer], lr=rate)
     selected = first = torch.empty(0)
     terms: dict[str, list[Tensor]] = {"entropy": [], "adv": [], "clean": []}
     for step in range(steps):
-        logits, inputs = _classify(model, views, ids, prompts)
+        visual, text = _prompts(prompts)
+        images, inputs = see(model, views, visual)
+        chunks = [] if rows is None or text is None else list(ids.split(rows))
+        labels = skim(model, chunks, text) if chunks else read(model, ids, text)
+        logits = model.logit_scale.exp() * images @ labels.T
         if step == 0:
             first = logits.detach()
             entropy = -(first.softmax(1) * first.log_softmax(1)).sum(1)
@@ -63,7 +72,7 @@ def adapt(
         mean = kept.logsumexp(dim=0) - math.log(len(kept))
         loss = entropy = -(mean * mean.exp()).sum()
         for kind, share in (("adv", gamma), ("clean", 1 - gamma)):
-            distance = torch.zeros(())
+            distance = torch.zeros((), device=views.device)
             for layer in range(depth - 1):
                 hidden = inputs[layer][selected]
                 moments = {"mean": hidden.mean(0), "var": hidden.var(0, unbiased=False)}
@@ -75,28 +84,28 @@ def adapt(
         terms["entropy"].append(entropy.detach())
         optimizer.zero_grad()
         loss.backward()
+        for chunk, pull in zip(chunks, labels.grad.split(rows) if chunks else [], strict=True):
+            read(model, chunk, text).backward(pull)
         optimizer.step()
     with torch.no_grad():
-        last, _ = _classify(model, views, ids, prompts)
+        visual, text = _prompts(prompts)
+        images, labels = see(model, views[look], visual)[0], read(model, ids, text)
+        last = model.logit_scale.exp() * images @ labels.T
     return Trace(selected, first, terms["entropy"], terms["adv"], terms["clean"], last)
 
 
-def _classify(
-    model: Any, views: Tensor, ids: Tensor, prompts: Prompts
-) -> tuple[Tensor, list[Tensor]]:
-    """Logits [V, C] and each block's input [V, tokens, width]."""
+def _prompts(prompts: Prompts) -> tuple[list[Tensor], list[nn.Parameter] | None]:
+    """Visual prompts and text prompts, a layer each."""
     text = prompts.get("text")
-    if "projection.weight" in prompts:
-        assert text is not None
-        maps = zip(text, prompts["projection.weight"], prompts["projection.bias"], strict=True)
-        visual = [F.linear(prompt, weight, bias) for prompt, weight, bias in maps]
-    else:
-        visual = list(prompts["vision"])
-    images, inputs = _see(model, views, visual)
-    return model.logit_scale.exp() * images @ _read(model, ids, text).T, inputs
+    if "projection.weight" not in prompts:
+        return list(prompts["vision"]), text
+    assert text is not None
+    maps = zip(text, prompts["projection.weight"], prompts["projection.bias"], strict=True)
+    return [F.linear(prompt, weight, bias) for prompt, weight, bias in maps], text
 
 
-def _see(model: Any, views: Tensor, prompts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def see(model: Any, views: Tensor, prompts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Unit features [V, D] and each block's input [V, tokens, width]."""
     vision, count, tokens = model.vision_model, len(views), prompts[0].shape[0]
     patches = vision.embeddings.patch_embedding(views).flatten(2).transpose(1, 2)
     hidden = torch.cat([vision.embeddings.class_embedding.expand(count, 1, -1), patches], dim=1)
@@ -112,10 +121,18 @@ def _see(model: Any, views: Tensor, prompts: list[Tensor]) -> tuple[Tensor, list
     return features / features.norm(dim=-1, keepdim=True), inputs
 
 
-def _read(model: Any, ids: Tensor, prompts: list[nn.Parameter] | None) -> Tensor:
+def skim(model: Any, chunks: list[Tensor], prompts: list[nn.Parameter]) -> Tensor:
+    """The labels' features as a leaf of their own: the pass that cutting into chunks adds."""
+    with torch.no_grad():
+        features = torch.cat([read(model, chunk, prompts) for chunk in chunks])
+    return features.requires_grad_()
+
+
+def read(model: Any, ids: Tensor, prompts: list[nn.Parameter] | None) -> Tensor:
+    """Unit features [C, D] of token rows."""
     text, (count, length) = model.text_model, ids.shape
     hidden = text.embeddings.token_embedding(ids)
-    mask = torch.full((length, length), -math.inf, device=ids.device).triu(1)
+    mask = torch.full((length, length), -math.inf, device=ids.device, dtype=hidden.dtype).triu(1)
     for layer, block in enumerate(text.encoder.layers):
         if prompts is not None and layer < len(prompts):
             own = prompts[layer].expand(count, -1, -1)
@@ -125,7 +142,8 @@ def _read(model: Any, ids: Tensor, prompts: list[nn.Parameter] | None) -> Tensor
         hidden = _block(block, hidden, mask)
     end = model.config.text_config.eos_token_id
     ends = ids.argmax(-1) if end == 2 else (ids == end).int().argmax(-1)
-    hidden = text.final_layer_norm(hidden)[torch.arange(count), ends]
+    rows = torch.arange(count, device=ids.device)
+    hidden = text.final_layer_norm(hidden)[rows, ends]
     features = model.text_projection(hidden)
     return features / features.norm(dim=-1, keepdim=True)
 

@@ -7,16 +7,18 @@ returns every feature explicitly and keeps no state between calls.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel
 
+from models.blocks import KeysValues, run_block
 from models.labels import MASKED, LabelBatch
 
-TEXT_TOKENS = 8192  # in one chunk of label rows: what bounds the memory of the text tower
+# Tokens in one chunk of views without a gradient, or of label rows: what bounds the memory. On a
+# CPU small enough that a chunk's activations stay in its caches.
+CHUNK_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class PromptedCLIP:
         self.model = model.eval().requires_grad_(False)
         self.device = model.device
         self.dtype = model.dtype
+        self.chunk_tokens = CHUNK_TOKENS.get(self.device.type, CHUNK_TOKENS["cuda"])
         config = model.config
         self.image_size: int = config.vision_config.image_size
         self.vision_width: int = config.vision_config.hidden_size
@@ -76,26 +79,49 @@ class PromptedCLIP:
             collect: return the inputs of the first `collect` blocks.
         """
         batch, views = pixels.shape[:2]
+        flat = pixels.flatten(0, 1)
+        prompts = None if visual is None else visual.repeat_interleave(views, dim=0)
+        size = len(flat)
+        if not collect and not torch.is_grad_enabled():
+            size = max(1, self.chunk_tokens // (1 + self.patches))
+        parts = [
+            self._encode_views(
+                flat[start : start + size],
+                None if prompts is None else prompts[start : start + size],
+                collect,
+            )
+            for start in range(0, len(flat), size)
+        ]
+        projected = torch.cat([part for part, _ in parts]).unflatten(0, (batch, views))
+        inputs = [hidden.unflatten(0, (batch, views)) for hidden in parts[0][1]]
+        return ImageFeatures(_normalize(projected), projected, inputs)
+
+    def _encode_views(
+        self, pixels: Tensor, prompts: Tensor | None, collect: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Projected features [N, D] in fp32 of pixels [N, 3, S, S] with prompts [N, ...], and the
+        inputs of the first `collect` blocks."""
         vision = self.model.vision_model
-        flat = ((pixels - self._mean) / self._std).flatten(0, 1).to(self.dtype)
-        patches = vision.embeddings.patch_embedding(flat).flatten(2).transpose(1, 2)
-        cls = vision.embeddings.class_embedding.to(self.dtype).expand(len(flat), 1, -1)
+        normal = ((pixels - self._mean) / self._std).to(self.dtype)
+        patches = vision.embeddings.patch_embedding(normal).flatten(2).transpose(1, 2)
+        cls = vision.embeddings.class_embedding.to(self.dtype).expand(len(normal), 1, -1)
         hidden = torch.cat([cls, patches], dim=1) + vision.embeddings.position_embedding.weight
-        prompts = None
-        if visual is not None:
-            prompts = visual.to(self.dtype).repeat_interleave(views, dim=0)
+        if prompts is not None:
+            prompts = prompts.to(self.dtype)
             hidden = torch.cat([hidden, prompts[:, 0]], dim=1)
         hidden = vision.pre_layrnorm(hidden)
         inputs: list[Tensor] = []
+        first = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
         for index, block in enumerate(vision.encoder.layers):
             if prompts is not None and 0 < index < prompts.shape[1]:
                 hidden = torch.cat([hidden[:, : -prompts.shape[2]], prompts[:, index]], dim=1)
             if index < collect:
-                inputs.append(hidden.unflatten(0, (batch, views)))
-            hidden = _run_block(block, hidden, causal=False)
+                inputs.append(hidden)
+            # Of the last block's tokens only the first is read.
+            only = first if index == self.vision_layers - 1 else None
+            hidden, _ = run_block(block, hidden, only=only)
         pooled = self.model.visual_projection(vision.post_layernorm(hidden[:, 0]))
-        projected = pooled.float().unflatten(0, (batch, views))
-        return ImageFeatures(_normalize(projected), projected, inputs)
+        return pooled.float(), inputs
 
     def encode_labels(
         self, labels: LabelBatch, prompts: Tensor | None = None, graph: bool = False
@@ -107,16 +133,8 @@ class PromptedCLIP:
             prompts: [B, depth, slots, width], one set a request, or None for plain text.
             graph: keep the graph of all rows, however large, for attacks; serving does not.
         """
-        owners = labels.owners
         with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
-            features = [
-                self._encode_text(
-                    labels.ids[rows],
-                    labels.ends[rows],
-                    None if prompts is None else prompts[owners[rows]],
-                )
-                for rows in self._chunks(labels)
-            ]
+            features = [self._encode_text(labels, rows, prompts) for rows in self._chunks(labels)]
         return torch.cat(features)
 
     def text_gradient(self, labels: LabelBatch, prompts: Tensor, pull: Tensor) -> Tensor:
@@ -124,34 +142,55 @@ class PromptedCLIP:
         the label features, has at the prompts. Exact, and in chunks of rows: the text tower's
         activations of a thousand labels would not fit.
         """
-        prompts, owners = prompts.detach().requires_grad_(), labels.owners
+        prompts = prompts.detach().requires_grad_()
         total = torch.zeros_like(prompts)
         for rows in self._chunks(labels):
-            features = self._encode_text(labels.ids[rows], labels.ends[rows], prompts[owners[rows]])
+            features = self._encode_text(labels, rows, prompts)
             total += torch.autograd.grad(features, prompts, pull[rows])[0]
         return total
 
-    def _encode_text(self, ids: Tensor, ends: Tensor, prompts: Tensor | None) -> Tensor:
-        """Features [R, D] of token rows [R, T] pooled at `ends`, prompts [R, ...] a set a row.
+    def _encode_text(self, labels: LabelBatch, rows: slice, prompts: Tensor | None) -> Tensor:
+        """Features [r, D] of some token rows, with prompts [B, ...] a set a request.
 
         Layer 0's prompts stand in for the slots' embeddings before the positions are added; at
-        the start of each later prompted layer they replace those hidden states.
+        the start of each later prompted layer they replace those hidden states. What all rows of
+        a request begin with, slots included, they see alike and see nothing behind it, so that
+        it is passed once a request.
         """
-        text = self.model.text_model
-        hidden = text.embeddings.token_embedding(ids)
+        text, lead = self.model.text_model, labels.lead
+        ids, ends = labels.ids[rows, lead:], labels.ends[rows] - lead
+        shares = labels.split(rows)
+        firsts, counts = [first for first, _ in shares], [count for _, count in shares]
+        owners = labels.owners[firsts]
+        embed, places = text.embeddings.token_embedding, text.embeddings.position_embedding.weight
+        head, tail = embed(labels.ids[firsts, :lead]), embed(ids)
+        depth = 0
         if prompts is not None:
-            prompts = prompts.to(self.dtype)
-            hidden = _fill_slots(hidden, prompts[:, 0])
-        hidden = hidden + text.embeddings.position_embedding.weight[: hidden.shape[1]]
-        for index, block in enumerate(text.encoder.layers):
-            if prompts is not None and 0 < index < prompts.shape[1]:
-                hidden = _fill_slots(hidden, prompts[:, index])
-            hidden = _run_block(block, hidden, causal=True)
-        pooled = hidden[torch.arange(len(hidden), device=hidden.device), ends]
-        return _normalize(self.model.text_projection(text.final_layer_norm(pooled)))
+            depth, slots = prompts.shape[1:3]
+            if slots >= lead:
+                raise ValueError(
+                    f"{slots} prompts stand where a request's rows share {lead} tokens"
+                )
+            prompts = prompts[owners].to(self.dtype)
+            head = _fill_slots(head, prompts[:, 0])
+        head, tail = head + places[:lead], tail + places[lead : lead + ids.shape[1]]
+        length = lead + ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        *blocks, last = text.encoder.layers
+        for index, block in enumerate(blocks):
+            if prompts is not None and 0 < index < depth:
+                head = _fill_slots(head, prompts[:, index])
+            head, shared = run_block(block, head, causal[:lead, :lead])
+            tail, _ = run_block(block, tail, causal[lead:], _spread(shared, counts))
+        if prompts is not None and 0 < len(blocks) < depth:
+            head = _fill_slots(head, prompts[:, len(blocks)])
+        _, shared = run_block(last, head, causal[:lead, :lead])
+        seen = causal[lead + ends].view(-1, 1, 1, length)
+        pooled, _ = run_block(last, tail, seen, _spread(shared, counts), only=ends)
+        return _normalize(self.model.text_projection(text.final_layer_norm(pooled[:, 0])))
 
     def _chunks(self, labels: LabelBatch) -> list[slice]:
-        size = max(1, TEXT_TOKENS // labels.ids.shape[1])
+        size = max(1, self.chunk_tokens // (labels.ids.shape[1] - labels.lead))
         return [slice(start, start + size) for start in range(0, len(labels.ids), size)]
 
 
@@ -159,18 +198,13 @@ def _fill_slots(hidden: Tensor, prompt: Tensor) -> Tensor:
     return torch.cat([hidden[:, :1], prompt, hidden[:, 1 + prompt.shape[1] :]], dim=1)
 
 
-def _run_block(block: Any, hidden: Tensor, causal: bool) -> Tensor:
-    """One pre-norm transformer block of `transformers`' CLIP, [N, T, W] to [N, T, W]."""
-    attention = block.self_attn
-    normed = block.layer_norm1(hidden)
-    query, key, value = (
-        projection(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+def _spread(shared: KeysValues, counts: Sequence[int]) -> KeysValues:
+    """Keys and values of requests, [B, ...], as those of their rows, [R, ...]."""
+    key, value = (
+        torch.cat([one.expand(n, -1, -1, -1) for one, n in zip(part.split(1), counts, strict=True)])
+        for part in shared
     )
-    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
-    hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-    changed: Tensor = hidden + block.mlp(block.layer_norm2(hidden))
-    return changed
+    return key, value
 
 
 def _normalize(features: Tensor) -> Tensor:

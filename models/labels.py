@@ -5,7 +5,7 @@ request's prompt slots stand between the start token and its text and never repl
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,13 +19,15 @@ class LabelBatch:
     """R label rows of B requests.
 
     `ids` [R, T] token ids with the slots behind the start token, `ends` [R] the position that is
-    pooled, `counts` the rows of each request in order, `truncated` rows cut to the context.
+    pooled, `counts` the rows of each request in order, `truncated` rows cut to the context,
+    `leads` the tokens that all rows of a request begin with.
     """
 
     ids: Tensor
     ends: Tensor
     counts: tuple[int, ...]
     truncated: tuple[int, ...]
+    leads: tuple[int, ...]
 
     def __len__(self) -> int:
         """The number of requests."""
@@ -36,6 +38,21 @@ class LabelBatch:
         """[R]: the request that each row belongs to."""
         counts = torch.tensor(self.counts, device=self.ids.device)
         return torch.arange(len(self.counts), device=self.ids.device).repeat_interleave(counts)
+
+    @property
+    def lead(self) -> int:
+        """Tokens that the rows of any one request begin with; at least the start token."""
+        return min(self.leads)
+
+    def split(self, rows: slice) -> list[tuple[int, int]]:
+        """Where in a slice of the rows each request's begin, as rows of all, and how many."""
+        found, start = [], 0
+        for count in self.counts:
+            first, last = max(start, rows.start), min(start + count, rows.stop)
+            if first < last:
+                found.append((first, last - first))
+            start += count
+        return found
 
     def pad(self, values: Tensor) -> Tensor:
         """Values of rows [R, ...] as [B, most labels, ...], zeros where a request has fewer."""
@@ -53,6 +70,7 @@ class LabelBatch:
             self.take(self.ends, requests),
             tuple(self.counts[request] for request in requests),
             tuple(self.truncated[request] for request in requests),
+            tuple(self.leads[request] for request in requests),
         )
 
     @property
@@ -62,7 +80,7 @@ class LabelBatch:
         return torch.arange(max(self.counts), device=self.ids.device) < counts.unsqueeze(1)
 
     def to(self, device: torch.device) -> "LabelBatch":
-        return LabelBatch(self.ids.to(device), self.ends.to(device), self.counts, self.truncated)
+        return replace(self, ids=self.ids.to(device), ends=self.ends.to(device))
 
 
 def join(batches: Sequence[LabelBatch]) -> LabelBatch:
@@ -73,7 +91,16 @@ def join(batches: Sequence[LabelBatch]) -> LabelBatch:
         torch.cat([batch.ends for batch in batches]),
         tuple(count for batch in batches for count in batch.counts),
         tuple(count for batch in batches for count in batch.truncated),
+        tuple(lead for batch in batches for lead in batch.leads),
     )
+
+
+def one_request(ids: Tensor, ends: Tensor, truncated: int = 0) -> LabelBatch:
+    """The rows [R, T] of one request, pooled at `ends` [R]."""
+    differ = (ids != ids[0]).any(dim=0).tolist()
+    shared = differ.index(True) if True in differ else len(differ)
+    lead = min(shared, int(ends.min()))  # every row keeps a token of its own
+    return LabelBatch(ids, ends, (len(ids),), (truncated,), (lead,))
 
 
 def tokenize(
@@ -105,4 +132,4 @@ def tokenize(
     blank = torch.zeros(len(texts), slots, dtype=cut.dtype)
     ids = torch.cat([cut[:, :1], blank, cut[:, 1:]], dim=1)
     truncated = sum(len(row) > room for row in full)
-    return LabelBatch(ids, ends + slots, (len(texts),), (truncated,))
+    return one_request(ids, ends + slots, truncated)

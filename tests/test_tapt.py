@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import clip as clip_module
 from models import tapt
 from models.bundle import load_bundle
 from models.checkpoint import Checkpoint
-from models.encoder import LabelEncoder
+from models.encoder import LabelEncoder, join_encoded
 from models.guard import Finding, Guard, Picture
+from models.labels import LabelBatch
 from models.objective import Objective
 from models.prompts import DefensePrompts
 from models.views import make_views
@@ -132,15 +132,41 @@ def test_the_starting_point_is_the_learned_prompts(checkpoint: Checkpoint) -> No
     torch.testing.assert_close(finding.verdict.probabilities, expected, atol=1e-6, rtol=0)
 
 
-def test_text_gradients_in_chunks_are_exact(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_are_exact(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     guard, pictures = make_guard(checkpoint), make_pictures(6)
     whole = probabilities(classify(guard, pictures, [2] * 6))
-    monkeypatch.setattr(clip_module, "TEXT_TOKENS", 40)  # three or four labels a chunk
+    monkeypatch.setattr(checkpoint.clip, "chunk_tokens", 12)  # a few labels, a view a chunk
     chunked = probabilities(classify(guard, pictures, [2] * 6))
     for one, other in zip(whole, chunked, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("template", ["a photo of a {}.", "{}", "a {} of a"])
+def test_passing_the_shared_words_once_changes_no_label(
+    checkpoint: Checkpoint, template: str
+) -> None:
+    """Label rows beside others, of which all but the start may differ, equal the rows alone."""
+    guard = make_guard(checkpoint)
+    assert guard.bundle is not None
+    clip, prompts = checkpoint.clip, guard.bundle.prompts
+    sets = [guard.encoder.encode(tiny.LABELS[:n], template, "learned") for n in (8, 2, 5)]
+    batch, together = join_encoded(sets)
+    assert min(batch.leads) > prompts.tensors["text"].shape[2]
+    read = clip.encode_labels(batch, prompts.expand(3).text)
+    torch.testing.assert_close(read, together, atol=1e-5, rtol=0)
+    for labels, found in zip(sets, read.split(batch.counts), strict=True):
+        for row in range(len(found)):
+            ids, ends = labels.batch.ids[row : row + 1], labels.batch.ends[row : row + 1]
+            alone = LabelBatch(ids, ends, (1,), (0,), (1 + prompts.tensors["text"].shape[2],))
+            torch.testing.assert_close(
+                clip.encode_labels(alone, prompts.text)[0], found[row], atol=1e-5, rtol=0
+            )
+
+
+def test_prompts_longer_than_what_rows_share_are_refused(checkpoint: Checkpoint) -> None:
+    labels = make_guard(checkpoint).encoder.encode(tiny.LABELS, "{}", "none").batch
+    with pytest.raises(ValueError, match="prompts stand where"):
+        checkpoint.clip.encode_labels(labels, torch.zeros(1, 1, 2, checkpoint.clip.text_width))
 
 
 def test_selecting_first_gives_the_gradient_of_differentiating_all(checkpoint: Checkpoint) -> None:

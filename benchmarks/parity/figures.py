@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from models.clip import PromptedCLIP
-from models.labels import LabelBatch
+from models.labels import LabelBatch, one_request
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -74,7 +74,7 @@ class Figures:
         ids = self.given["input_ids"]
         end = clip.model.config.text_config.eos_token_id
         ends = ids.argmax(-1) if end == 2 else (ids == end).int().argmax(-1)
-        return LabelBatch(ids[:, : int(ends.max()) + 1], ends, (len(ids),), (0,))
+        return one_request(ids[:, : int(ends.max()) + 1], ends)
 
     @property
     def views(self) -> Tensor:

@@ -1,0 +1,286 @@
+"""The published shape and ours, side by side in one run: ratio, speed, memory, stages.
+
+python -m benchmarks.adaptation --size vit-b-32 --labels 10 100 --batch 1 --repeats 2 --json OUT
+
+Each side runs in a process of its own and the repeats take turns, so that a busy machine slows
+both alike. Writes JSON and, beside it, a table in Markdown; fails where a ratio is below
+`--min-ratio`.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any, Self
+
+from models.evaluation.table import tabulate
+from service.process import share_cores
+
+SIDES = ("published", "ours")
+PUBLISHED_TEXT_BYTES = 38.5e6  # of the published shape's graph, a label at 77 tokens in fp32
+
+
+class Side:
+    """A process that runs one side; calls of `benchmarks.sides.Bench` go through a pipe."""
+
+    def __init__(self, name: str, case: Any) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, inside = spawn.Pipe()
+        self._process = spawn.Process(target=_work, args=(name, case, inside), daemon=True)
+        self._process.start()
+        inside.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.close()
+        self._process.join(10)
+        self._process.kill()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        self._pipe.send((method, arguments))
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            raise SystemExit(f"a side died in {method}: out of memory?") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _work(name: str, case: Any, pipe: "Connection[Any, Any]") -> None:
+    from benchmarks.sides import Bench
+
+    bench = Bench(name, case)
+    while True:
+        try:
+            method, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(getattr(bench, method)(*arguments))
+        except Exception as error:
+            pipe.send(error)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one run."""
+    from benchmarks.sides import Case
+
+    own = options.dtype
+    theirs = options.published_dtype or (own if options.device == "cuda" else "fp32")
+    first = Case(options.size, options.device, own, 2, 1, options.views, options.steps, chunk=0)
+    with ExitStack() as stack:
+        sides = {
+            name: stack.enter_context(Side(name, replace(first, dtype=dtype)))
+            for name, dtype in zip(SIDES, (theirs, own), strict=True)
+        }
+        machine = sides["ours"].call("machine")
+        ceilings = {dtype: sides["ours"].call("ceiling", dtype) for dtype in sorted({own, theirs})}
+        rows = []
+        for labels in options.labels:
+            for batch in options.batch:
+                case = replace(first, labels=labels, batch=batch, chunk=_chunk(options, labels))
+                rows.append(_compare(sides, case, theirs, options.repeats, ceilings))
+                print(describe([rows[-1]]), flush=True)
+    settings = {k: v for k, v in vars(options).items() if k != "json"}
+    settings["published_dtype"] = theirs
+    return {
+        "command": _command(),
+        "machine": machine,
+        "settings": settings,
+        "ceiling_flops": ceilings,
+        "rows": rows,
+    }
+
+
+def _compare(
+    sides: dict[str, Side], case: Any, theirs: str, repeats: int, ceilings: dict[str, float]
+) -> dict[str, Any]:
+    """One case: both sides warmed up, then in turn."""
+    warm = {name: side.call("prepare", case) for name, side in sides.items()}
+    runs: dict[str, list[Any]] = {name: [] for name in SIDES}
+    for repeat in range(repeats):
+        for name in SIDES if repeat % 2 else reversed(SIDES):
+            runs[name].append(sides[name].call("run"))
+    pairs = list(zip(runs["published"], runs["ours"], strict=True))
+    ratios = [(p.seconds - p.extra) / (o.seconds / case.batch) for p, o in pairs]
+    apart = [abs(a - b) for a, b in zip(pairs[0][0].scores[0], pairs[0][1].scores[0], strict=True)]
+    row: dict[str, Any] = {
+        "labels": case.labels,
+        "batch": case.batch,
+        "chunk": case.chunk,
+        "ratio": median(ratios),
+        "ratios": ratios,
+        "largest_score_difference": max(apart),
+    }
+    for name, dtype in zip(SIDES, (theirs, case.dtype), strict=True):
+        images = case.batch if name == "ours" else 1
+        seconds = median(run.seconds for run in runs[name])
+        flops, peak = warm[name]
+        row[name] = {
+            "dtype": dtype,
+            "seconds": seconds,
+            "extra_seconds": median(run.extra for run in runs[name]),
+            "images_per_second": images / seconds,
+            "peak_bytes": peak,
+            "flops": flops,
+            "flops_per_second": flops / seconds,
+            "of_ceiling": flops / seconds / ceilings[dtype],
+            "stages": {
+                k: median(run.stages[k] for run in runs[name]) for k in runs[name][0].stages
+            },
+        }
+    return row
+
+
+def _chunk(options: argparse.Namespace, labels: int) -> int:
+    """Labels a chunk of the published shape; 0 where all fit into half of the memory."""
+    if options.device == "cuda" or options.size == "embedded":
+        return 0
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return 100 if labels * PUBLISHED_TEXT_BYTES > available * 0.6 else 0
+
+
+def describe(rows: list[dict[str, Any]]) -> str:
+    """The comparison as a table."""
+    heads = (
+        "labels",
+        "batch",
+        "published s",
+        "ours s",
+        "ratio",
+        "images/s",
+        "published GB",
+        "ours GB",
+        "published of ceiling",
+        "ours of ceiling",
+        "scores differ by",
+    )
+    lines = []
+    for row in rows:
+        theirs, ours = row["published"], row["ours"]
+        note = f" (chunks of {row['chunk']})" if row["chunk"] else ""
+        spread = f"{min(row['ratios']):.1f} to {max(row['ratios']):.1f}"
+        lines.append(
+            (
+                str(row["labels"]),
+                str(row["batch"]),
+                f"{theirs['seconds'] - theirs['extra_seconds']:.2f}{note}",
+                f"{ours['seconds']:.2f}",
+                f"{row['ratio']:.1f} ({spread})",
+                f"{ours['images_per_second']:.2f}",
+                f"{theirs['peak_bytes'] / 1e9:.1f}",
+                f"{ours['peak_bytes'] / 1e9:.1f}",
+                f"{theirs['of_ceiling']:.0%}",
+                f"{ours['of_ceiling']:.0%}",
+                f"{row['largest_score_difference']:.0e}",
+            )
+        )
+    return tabulate(heads, lines)
+
+
+def describe_stages(rows: list[dict[str, Any]]) -> str:
+    """Where a run's time goes, a column a case."""
+    columns = [(name, row) for row in rows for name in SIDES]
+    stages = dict.fromkeys(stage for name, row in columns for stage in row[name]["stages"])
+    heads = ("seconds", *(f"{name}, {row['labels']} x {row['batch']}" for name, row in columns))
+    lines = [
+        (stage, *(f"{row[name]['stages'].get(stage, 0):.2f}" for name, row in columns))
+        for stage in stages
+    ]
+    return tabulate(heads, lines)
+
+
+def write_page(figures: dict[str, Any]) -> str:
+    """The run as Markdown: both tables and everything that a figure must name."""
+    machine, settings = figures["machine"], figures["settings"]
+    ceilings = ", ".join(f"{k} {v / 1e9:.0f}" for k, v in figures["ceiling_flops"].items())
+    caption = (
+        f"{settings['size']}, {settings['views']} views, {settings['steps']} step, VLI, "
+        f"ours {settings['dtype']}, published {settings['published_dtype']}, on "
+        f"{machine['accelerator'] or machine['cpu']} ({machine['cores']} cores, "
+        f"{machine['threads']} threads), torch {machine['torch']}, transformers "
+        f"{machine['transformers']}, Python {machine['python']}. "
+        f"{settings['repeats']} repeats in turn, medians; in brackets the lowest and "
+        f"highest ratio. Ceiling: the best matrix product measured in the run, {ceilings} GFLOP/s. "
+        "Both sides read view 0. The published side starts from finished views, one image at a "
+        "time; ours makes its views and the undefended answer too, and knows the labels from "
+        "earlier requests. GB: peak of the process, on a GPU of its allocator. Where the published "
+        "shape is cut into chunks of labels, the pass that this adds is not counted."
+    )
+    made = f"Made by `{figures['command']}`."
+    return (
+        "\n\n".join([describe(figures["rows"]), caption, describe_stages(figures["rows"]), made])
+        + "\n"
+    )
+
+
+def _command() -> str:
+    return " ".join(["python -m benchmarks.adaptation", *sys.argv[1:]])
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.adaptation",
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--size", choices=("vit-b-32", "vit-b-16", "embedded"), default="vit-b-32")
+    add("--labels", type=int, nargs="+", default=[10, 100])
+    add("--batch", type=int, nargs="+", default=[1])
+    add("--views", type=int, default=64)
+    add("--steps", type=int, default=1)
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of ours")
+    add(
+        "--published-dtype",
+        choices=("fp32", "bf16"),
+        help="by default as ours on a GPU, fp32 on a CPU",
+    )
+    add("--repeats", type=int, default=3)
+    add("--min-ratio", type=float, nargs="+", metavar="RATIO", help="one a label count, or one")
+    add("--json", type=Path, metavar="OUT", default=Path("runs/benchmarks/adaptation.json"))
+    options = parser.parse_args(arguments)
+    if options.min_ratio and len(options.min_ratio) not in (1, len(options.labels)):
+        parser.error("--min-ratio takes one ratio, or one a label count")
+    if options.views < 10:
+        parser.error("the published shape keeps a tenth of the views, and of fewer than 10 none")
+    return options
+
+
+def fall_short(rows: list[dict[str, Any]], labels: list[int], wanted: list[float]) -> list[str]:
+    """A sentence for each row below the ratio wanted of its label count."""
+    bounds = dict(zip(labels, wanted * len(labels) if len(wanted) == 1 else wanted, strict=True))
+    return [
+        f"{row['labels']} labels, batch {row['batch']}: ratio {row['ratio']:.2f}, "
+        f"wanted {bounds[row['labels']]}"
+        for row in rows
+        if row["ratio"] < bounds[row["labels"]]
+    ]
+
+
+def main() -> int:
+    options = parse()
+    share_cores()
+    figures = measure(options)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
+    page = write_page(figures)
+    options.json.with_suffix(".md").write_text(page)
+    print("\n" + page)
+    short = fall_short(figures["rows"], options.labels, options.min_ratio or [0.0])
+    print("\n".join(short), file=sys.stderr)
+    return 1 if short else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

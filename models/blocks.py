@@ -1,0 +1,47 @@
+"""One transformer block of `transformers`' CLIP, walked through its weights.
+
+A block's signature and outputs change between releases and have no place for prompts, for keys
+and values that several rows share, or for reading one token alone.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values, [N, heads, tokens, head width] each."""
+
+
+def run_block(
+    block: Any,
+    hidden: Tensor,
+    mask: Tensor | None = None,
+    lead: KeysValues | None = None,
+    only: Tensor | None = None,
+) -> tuple[Tensor, KeysValues]:
+    """A pre-norm block, [N, T, W] to [N, T, W], and the keys and values of its tokens.
+
+    Args:
+        mask: true where a token sees a key, broadcast to [N, heads, T, lead + T]; None: all.
+        lead: keys and values of tokens in front, which see none of these.
+        only: [N], the one token of each row to follow further, for [N, 1, W].
+    """
+    attention, normed = block.self_attn, block.layer_norm1(hidden)
+
+    def project(linear: Any, tokens: Tensor) -> Tensor:
+        split: Tensor = linear(tokens).unflatten(-1, (attention.num_heads, -1))
+        return split.transpose(1, 2)
+
+    own = project(attention.k_proj, normed), project(attention.v_proj, normed)
+    key, value = own
+    if lead is not None:
+        key, value = torch.cat([lead[0], key], dim=2), torch.cat([lead[1], value], dim=2)
+    if only is not None:
+        rows = torch.arange(len(hidden), device=hidden.device)
+        hidden, normed = hidden[rows, only].unsqueeze(1), normed[rows, only].unsqueeze(1)
+    query = project(attention.q_proj, normed)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+    return hidden + block.mlp(block.layer_norm2(hidden)), own
