@@ -1,0 +1,135 @@
+"""What docker/ promises, as far as it can be seen without building; `make smoke` does the rest."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from service.settings import PREFIX, Settings, unknown_variables
+
+ROOT = Path(__file__).parent.parent
+DOCKER = ROOT / "docker"
+IMAGE = (DOCKER / "Dockerfile").read_text()
+HADOLINT = Path(sys.executable).with_name("hadolint")
+PROMTOOL = shutil.which("promtool")
+
+
+def compose() -> dict[str, Any]:
+    read: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    return read
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins(file: Path) -> dict[str, str]:
+    found = re.findall(r"^([\w.-]+)==([\w.!+]+)", file.read_text(), re.MULTILINE)
+    return {plain(name): version for name, version in found}
+
+
+@pytest.mark.skipif(not HADOLINT.exists(), reason="hadolint is not installed")
+@pytest.mark.parametrize("name", ["Dockerfile", "gateway/Dockerfile"])
+def test_hadolint_finds_nothing(name: str) -> None:
+    command = [HADOLINT, "--no-color", DOCKER / name]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert not run.stdout
+
+
+def test_the_lock_is_the_constraints_with_hashes() -> None:
+    """`make lock` was run after the last change: same versions, nothing missing, all hashed."""
+    locked, tested = pins(DOCKER / "requirements.txt"), pins(ROOT / "constraints.txt")
+    tested["setuptools"] = locked["setuptools"]  # pip's own; freeze leaves it out
+    assert locked.items() <= tested.items()
+    text = (DOCKER / "requirements.txt").read_text()
+    entries = re.findall(r"^(\S+==\S+)(.*(?:\n    .*)*)", text, re.MULTILINE)
+    assert len(entries) == len(locked)
+    assert not [name for name, rest in entries if "--hash=sha256:" not in rest]
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["otel"]
+    names = {plain(re.split(r"[<>=\[; ]", line)[0]) for line in wanted}
+    assert names - locked.keys() == {"torch"}  # comes with the target
+
+
+def test_the_image_has_the_torch_that_was_tested() -> None:
+    tested = pins(ROOT / "constraints.txt")["torch"]
+    assert set(re.findall(r"^ARG TORCH=(.*)$", IMAGE, re.MULTILINE)) == {tested}
+
+
+def test_the_image_is_hardened_and_watched() -> None:
+    last = IMAGE[IMAGE.index("AS runtime") :]
+    assert re.findall(r"^USER (\S+)$", last, re.MULTILINE) == ["10001:10001"]
+    assert re.search(r"^HEALTHCHECK", last, re.MULTILINE)
+    assert not re.search(r"^RUN .*(pip|apt-get)", last, re.MULTILINE)
+    assert "/opt" not in IMAGE
+    command = json.loads(re.findall(r"HEALTHCHECK[^\[]*(\[.*\])", IMAGE)[0])
+    assert "/readyz" in command[-1]
+    compile(command[-1], "healthcheck", "exec")
+
+
+def test_what_the_build_copies_is_let_through_and_nothing_private_is() -> None:
+    allowed = [
+        line.removeprefix("!")
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    ]
+    for file in (IMAGE, (DOCKER / "gateway/Dockerfile").read_text()):
+        for sources in re.findall(r"^COPY (?!--from)(.+) \S+$", file, re.MULTILINE):
+            for source in sources.split():
+                assert (ROOT / source).exists(), source
+                assert any(Path(source).match(pattern) for pattern in allowed), source
+    assert not any(Path("docker/gateway/tls/key.pem").match(pattern) for pattern in allowed)
+
+
+def test_compose_names_knobs_files_and_replicas_that_exist() -> None:
+    services = compose()["services"]
+    replicas = {name: one for name, one in services.items() if name.startswith("service-")}
+    for one in replicas.values():
+        ours = {name: "" for name in one["environment"] if name.startswith(PREFIX)}
+        assert ours
+        assert not unknown_variables(ours)
+        assert one["read_only"]
+        assert one["cap_drop"] == ["ALL"]
+        assert int(one["stop_grace_period"].rstrip("s")) > Settings().drain_timeout_s + 5
+
+    gateway = (DOCKER / "gateway/replicas.conf").read_text()
+    prometheus = (DOCKER / "prometheus/prometheus.yml").read_text()
+    for name in replicas:
+        assert f"server {name}:8000 " in gateway
+        assert f'"{name}:8000"' in prometheus
+    over = yaml.safe_load((DOCKER / "compose.gpu.yaml").read_text())["services"]
+    assert over.keys() == replicas.keys()
+
+    made_later = {"./gateway/tls", "./models"}
+    for one in services.values():
+        for volume in one["volumes"]:
+            source = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", volume).split(":")[0]
+            if source.startswith(".") and source not in made_later:
+                assert (DOCKER / source).exists(), source
+
+
+def test_grafana_finds_the_dashboard_that_is_provisioned() -> None:
+    volumes = compose()["services"]["grafana"]["volumes"]
+    board = "/var/lib/grafana/dashboards"
+    assert f"./grafana/dashboards:{board}:ro" in volumes
+    provider = yaml.safe_load(
+        (DOCKER / "grafana/provisioning/dashboards/tapt-serve.yml").read_text()
+    )
+    assert provider["providers"][0]["options"]["path"] == board
+    assert (DOCKER / "grafana/dashboards/tapt-serve.json").exists()
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed (package prometheus)")
+def test_prometheus_takes_its_configuration() -> None:
+    command = [str(PROMTOOL), "check", "config", str(DOCKER / "prometheus/prometheus.yml")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
