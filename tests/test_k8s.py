@@ -249,6 +249,9 @@ def test_pods_are_restricted(resources: list[Resource]) -> None:
     spec = pod(resources)
     context = spec["securityContext"]
     assert context["runAsNonRoot"]
+    user = re.search(r"^USER (\d+):(\d+)$", (K8S.parent / "docker/Dockerfile").read_text(), re.M)
+    assert user
+    assert (context["runAsUser"], context["runAsGroup"]) == (int(user[1]), int(user[2]))
     assert context["runAsUser"] > 0
     assert context["seccompProfile"] == {"type": "RuntimeDefault"}
     assert spec["automountServiceAccountToken"] is False
@@ -412,7 +415,7 @@ def test_nothing_goes_in_or_out_unless_named(rendered: dict[str, list[Resource]]
 # The init step.
 
 
-def test_a_model_to_fetch_is_named_by_its_commit(
+def test_a_model_to_fetch_is_named_by_commit_and_hash(
     resources: list[Resource], settings: Settings
 ) -> None:
     source = pick(resources, "ConfigMap", "tapt-serve-model")["data"]
@@ -422,6 +425,7 @@ def test_a_model_to_fetch_is_named_by_its_commit(
         assert source["MODEL_REPOSITORY"]
         assert re.fullmatch(r"[0-9a-f]{40}", source["MODEL_REVISION"])
         assert settings.model in step(resources)["args"][0]
+        assert re.fullmatch(r"[0-9a-f]{64}", settings.model_sha256)
 
 
 def step(resources: list[Resource]) -> Resource:

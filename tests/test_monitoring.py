@@ -22,6 +22,7 @@ from k8s.monitoring import rules
 from k8s.monitoring.__main__ import ROOT, files
 from k8s.monitoring.panels import ROWS
 from service.metrics import SECONDS
+from service.settings import Settings
 
 PROMTOOL = shutil.which("promtool")
 QUERIES = {
@@ -81,6 +82,8 @@ def test_alerts_lead_into_the_runbook() -> None:
     links = {alert["annotations"]["runbook_url"] for alert in rules.alerts()}
     assert links == {f"docs/runbook.md#{anchor}" for anchor in anchors}
     assert set(re.findall(r"\(#(\w+)\)", text)) <= anchors
+    knobs = {name.lower().removeprefix("tapt_") for name in re.findall(r"TAPT_[A-Z_]+", text)}
+    assert knobs <= set(Settings.model_fields)
 
 
 def test_the_target_is_a_bucket() -> None:
