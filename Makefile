@@ -7,7 +7,7 @@ DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded robustness image image-local smoke lock clean
+.PHONY: serve test setup check format parity embedded robustness image image-local smoke lock audit sbom clean
 
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
@@ -84,6 +84,19 @@ lock: setup
 	    --python-version 3.11 --python-platform linux --generate-hashes --no-annotate \
 	    --no-emit-package torch --custom-compile-command 'make lock' --quiet \
 	    --output-file docker/requirements.txt
+
+# Known vulnerabilities of every pinned package; asks PyPI. A package it cannot judge fails it too.
+audit: setup
+	$(BIN)/uv tool run --from pip-audit==2.10.1 pip-audit --requirement constraints.txt \
+	    --no-deps --disable-pip --strict --progress-spinner off
+
+# The bill of materials of the images, CycloneDX: what they install, with its hashes, and torch.
+SBOM ?= runs/sbom.json
+sbom: setup
+	mkdir -p $(dir $(SBOM))
+	(cat docker/requirements.txt; grep '^torch==' constraints.txt) | $(BIN)/uv tool run \
+	    --from cyclonedx-bom==7.5.0 cyclonedx-py requirements - --pyproject pyproject.toml \
+	    --mc-type application --output-reproducible --output-file $(SBOM)
 
 clean:
 	rm -rf .venv build *.egg-info
