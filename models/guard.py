@@ -154,7 +154,10 @@ class Guard:
             return False
         prompting = self._prompting(method)
         prompts = self._encode(picture, prompting).prompts
-        return prompting == "none" or any(v.numel() for v in prompts.tensors.values())
+        # TPT and R-TPT bring an objective of their own, which moves all prompts there are.
+        own = DEFENSES[method].prompting == "learned"
+        moving = (self.objective if own else Objective()).moving(prompts)
+        return prompting == "none" or any(prompts.tensors[name].numel() for name in moving)
 
     def _prompting(self, method: str) -> Prompting:
         prompting = DEFENSES[method].prompting

@@ -1,7 +1,8 @@
 """What an adaptation step minimizes, what its terms were, and its gradient at the prompts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +12,15 @@ from models.labels import LabelBatch
 from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics
 
+Adapts = Literal["all", "vision", "text"]
+ADAPTS: tuple[Adapts, ...] = get_args(Adapts)
+VISION = frozenset({"vision", "projection.weight", "projection.bias"})
+MOVING: Mapping[Adapts, frozenset[str]] = {
+    "all": VISION | {"text"},
+    "vision": VISION,
+    "text": frozenset({"text"}),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Objective:
@@ -19,6 +29,8 @@ class Objective:
     `reference` holds the token statistics, None for the entropy alone. `layers` is the L that the
     alignment's weight is divided by; its sum runs over the first L - 1 blocks. `of_mean` takes
     the entropy of the kept views' mean prediction, else the mean of their entropies (R-TPT).
+    `adapts` says whose prompts move: both towers' as published, or one's; while those of the text
+    stay, the labels' features do, too, and a step costs no pass of the text tower.
     """
 
     reference: TokenStatistics | None = None
@@ -29,6 +41,11 @@ class Objective:
     of_mean: bool = True
     learning_rate: float = 5e-4
     weight_decay: float = 0.01
+    adapts: Adapts = "all"
+
+    def moving(self, prompts: DefensePrompts) -> frozenset[str]:
+        """The names of the prompts that a step may change."""
+        return MOVING[self.adapts] & prompts.tensors.keys()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +63,9 @@ def prompt_gradients(
     text: Tensor,
     prompts: DefensePrompts,
     loss: Callable[[DefensePrompts, Tensor], Tensor],
+    moving: frozenset[str] = MOVING["all"],
 ) -> dict[str, Tensor]:
-    """The gradient of a loss at the prompts, by name; a prompt it does not reach is left out.
+    """The gradient of a loss at the moving prompts, by name; one it does not reach is left out.
 
     The text tower is passed backward in chunks of labels, which is exact: first to the features,
     then from them to the prompts.
@@ -56,13 +74,16 @@ def prompt_gradients(
         text: the labels' features [R, D] at `prompts`.
         loss: maps prompts and label features to a scalar.
     """
-    leaves = prompts.map({k: v.detach().requires_grad_() for k, v in prompts.tensors.items()})
-    text = text.detach().requires_grad_()
-    value = loss(leaves, text)
+    values = {k: v.detach() for k, v in prompts.tensors.items()}
+    leaves = {k: v.requires_grad_() for k, v in values.items() if k in moving}
+    text = text.detach().requires_grad_("text" in leaves)
+    value = loss(prompts.map(values), text)
     if not value.requires_grad:
         return {}
-    *found, pull = torch.autograd.grad(value, [*leaves.tensors.values(), text], allow_unused=True)
-    reached = {k: g for k, g in zip(leaves.tensors, found, strict=True) if g is not None}
+    inputs = [*leaves.values(), *([text] if text.requires_grad else [])]
+    found = torch.autograd.grad(value, inputs, allow_unused=True)
+    reached = {k: g for k, g in zip(leaves, found, strict=False) if g is not None}
+    pull = found[-1] if text.requires_grad else None
     if prompts.text is not None and pull is not None:
         through_text = clip.text_gradient(labels, prompts.text, pull)
         reached["text"] = reached["text"] + through_text if "text" in reached else through_text

@@ -109,7 +109,7 @@ def gradients(
         terms.append(term)
         return each.sum()
 
-    found = prompt_gradients(clip, labels, text, prompts, loss)
+    found = prompt_gradients(clip, labels, text, prompts, loss, objective.moving(prompts))
     return terms[0], found
 
 
@@ -139,7 +139,7 @@ def adapt(
             text, labels = labels.take(text, stay), labels.select(stay)
             moments = {k: (first[stay], second[stay]) for k, (first, second) in moments.items()}
         if rows:
-            if steps:
+            if steps and "text" in objective.moving(prompts):
                 text = clip.encode_labels(labels, prompts.text)
             _, found = gradients(clip, views, labels, text, prompts, objective)
             steps += 1

@@ -63,6 +63,7 @@ class Runner:
             layers=0 if bundle is None else bundle.layers,
             alignment_weight=settings.alignment_weight,
             gamma=settings.gamma,
+            adapts=settings.adapts,
             learning_rate=settings.learning_rate,
         )
         self.guard = Guard(

@@ -7,7 +7,7 @@ Order of precedence: command line flag, environment variable (prefix `TAPT_`), d
 import os
 from collections.abc import Mapping
 from ipaddress import ip_address
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -15,6 +15,11 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 PREFIX = "TAPT_"
 
 Method = Literal["plain", "ensemble", "apt", "apt-ensemble", "tapt", "tpt", "rtpt", "ttc", "gate"]
+
+
+Tier = Literal["fast", "standard", "deep"]
+TIERS: tuple[Tier, ...] = get_args(Tier)
+"""The cheapest first."""
 
 
 def _must_be_off(value: bool) -> bool:
@@ -77,6 +82,9 @@ class Settings(BaseSettings):
     )
     gamma: float = Field(
         0.5, ge=0, le=1, description="Share of the adversarial statistics in the alignment."
+    )
+    adapts: Literal["all", "vision", "text"] = Field(
+        "all", description="Whose prompts a step moves; without the text's it costs far less."
     )
     readout: Literal["single", "kept", "all", "weighted"] = Field(
         "all", description="Views that the prediction is read from after the adaptation."
@@ -173,9 +181,12 @@ class Settings(BaseSettings):
     )
     workers: int = Field(1, ge=1, description="Worker processes; on CUDA, one device each.")
     compile: Off = Field(False, description="torch.compile. Not available yet.")
-    tier: Literal["standard"] = Field(
-        "standard", description="Cost tier. Only `standard` is available yet."
+    tier: Tier = Field(
+        "standard",
+        description="Cost of a request that names no tier. `fast`: the plain mean over half of "
+        "the views; `standard`: these settings; `deep`: four times the views, twice the steps.",
     )
+    max_tier: Tier = Field("deep", description="A client's higher tier is lowered to this.")
     log_format: Literal["text", "json"] = Field("text", description="Shape of the log lines.")
 
     @model_validator(mode="before")
@@ -197,6 +208,8 @@ class Settings(BaseSettings):
             raise ValueError(f"steps ({self.steps}) is above max_steps ({self.max_steps})")
         if self.views > self.max_views:
             raise ValueError(f"views ({self.views}) is above max_views ({self.max_views})")
+        if TIERS.index(self.tier) > TIERS.index(self.max_tier):
+            raise ValueError(f"tier ({self.tier}) is above max_tier ({self.max_tier})")
         if self.enable_attack_demo and not _is_loopback(self.host):
             raise ValueError(
                 f"enable_attack_demo is for a loopback host only, and host is {self.host}"

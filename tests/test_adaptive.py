@@ -20,7 +20,7 @@ from models.defenses import DEFENSES, gate
 from models.encoder import join_encoded
 from models.evaluation.trial import as_shown
 from models.guard import Guard, Picture
-from models.objective import Objective
+from models.objective import Adapts, Objective
 from models.views import cut_views
 from tests import tiny
 
@@ -98,6 +98,22 @@ def test_every_readout_is_attacked_as_it_answers(
         found = attackable(guard, "tapt", 1, readout, way).answer(pixels, [0, 1, 2]).exp()
         expected = answer(guard, images, "tapt", 1, readout)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("adapts", ["vision", "text"])
+def test_held_prompts_are_held_for_the_attacker(
+    guard: Guard, images: list[Any], pixels: Tensor, adapts: Adapts
+) -> None:
+    objective = replace(guard.objective, adapts=adapts)
+    held = Guard(guard.checkpoint, guard.bundle, objective, guard.selection_ratio)
+    expected = answer(held, images, "tapt", 2, "all")
+    assert not torch.equal(expected, answer(guard, images, "tapt", 2, "all"))
+    for way in (0, 1):
+        leaf = pixels.clone().requires_grad_()
+        found = attackable(held, "tapt", 2, way=way).answer(leaf, [0, 1, 2]).exp()
+        torch.testing.assert_close(found.detach(), expected, atol=1e-4, rtol=1e-3)
+        (gradient,) = torch.autograd.grad(found[:, 0].sum(), leaf)
+        assert gradient.abs().amax() > 0
 
 
 @pytest.mark.parametrize("method", DEFENSES)

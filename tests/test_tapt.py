@@ -14,7 +14,7 @@ from models.checkpoint import Checkpoint
 from models.encoder import LabelEncoder, join_encoded
 from models.guard import Finding, Guard, Picture
 from models.labels import LabelBatch
-from models.objective import Objective
+from models.objective import Adapts, Objective
 from models.prompts import DefensePrompts
 from models.views import make_views
 from tests import tiny
@@ -29,10 +29,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return tiny.load(tiny.save_checkpoint(tmp_path_factory.mktemp("clip")))
 
 
-def make_guard(checkpoint: Checkpoint, design: str | None = "vli") -> Guard:
+def make_guard(checkpoint: Checkpoint, design: str | None = "vli", adapts: Adapts = "all") -> Guard:
     bundle = None if design is None else tiny.make_bundle(checkpoint, design)
     reference = None if bundle is None else bundle.statistics
-    objective = replace(OBJECTIVE, reference=reference, layers=2 if bundle else 0)
+    objective = replace(OBJECTIVE, reference=reference, layers=2 if bundle else 0, adapts=adapts)
     return Guard(checkpoint, bundle, objective, selection_ratio=0.3)
 
 
@@ -52,9 +52,22 @@ def probabilities(findings: list[Finding]) -> list[Tensor]:
     return [finding.verdict.probabilities for finding in findings]
 
 
-@pytest.mark.parametrize("design", ["v", "vli", "vlj", None])
-def test_eight_together_equal_the_eight_alone(checkpoint: Checkpoint, design: str | None) -> None:
-    guard, pictures = make_guard(checkpoint, design), make_pictures(8)
+@pytest.mark.parametrize(
+    ("design", "adapts"),
+    [
+        ("v", "all"),
+        ("vli", "all"),
+        ("vlj", "all"),
+        (None, "all"),
+        ("vli", "vision"),
+        ("vli", "text"),
+        ("vlj", "vision"),
+    ],
+)
+def test_eight_together_equal_the_eight_alone(
+    checkpoint: Checkpoint, design: str | None, adapts: Adapts
+) -> None:
+    guard, pictures = make_guard(checkpoint, design, adapts), make_pictures(8)
     steps = [1, 3, 0, 2, 1, 2, 3, 1]
     together = classify(guard, pictures, steps)
     alone = [classify(guard, [p], [s])[0] for p, s in zip(pictures, steps, strict=True)]
@@ -193,6 +206,36 @@ def test_selecting_first_gives_the_gradient_of_differentiating_all(checkpoint: C
         clip, views[:, kept], labels.batch, labels.features, prompts, guard.objective
     )
     torch.testing.assert_close(found["vision"], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("adapts", "moving"), [("vision", "vision"), ("text", "text")])
+def test_prompts_that_are_held_stay_and_the_others_move_as_before(
+    checkpoint: Checkpoint, adapts: Adapts, moving: str
+) -> None:
+    picture = make_pictures(1)[0]
+
+    def step(adapts: Adapts) -> DefensePrompts:
+        guard = make_guard(checkpoint, adapts=adapts)
+        labels = guard.encoder.encode(picture.labels, guard.template, "learned")
+        views = make_views(picture.image, 4, 0, checkpoint.preprocessing, tiny.CPU).unsqueeze(0)
+        at = views, labels.batch, labels.features, labels.prompts, guard.objective
+        return next(tapt.adapt(checkpoint.clip, *at, after([1]))).prompts
+
+    held, free, learned = step(adapts), step("all"), tiny.make_bundle(checkpoint).prompts
+    for name, value in held.tensors.items():
+        expected = free if name == moving else learned
+        assert torch.equal(value, expected.tensors[name]), name
+    assert not torch.equal(held.tensors[moving], learned.tensors[moving])
+
+
+def test_there_is_nothing_to_adapt_where_the_moving_prompts_are_missing(
+    checkpoint: Checkpoint,
+) -> None:
+    picture = make_pictures(1)[0]
+    assert not make_guard(checkpoint, None, "vision").adaptable(picture, "tapt")
+    assert not make_guard(checkpoint, "v", "text").adaptable(picture, "tapt")
+    assert make_guard(checkpoint, "vli", "vision").adaptable(picture, "tapt")
+    assert make_guard(checkpoint, None, "vision").adaptable(picture, "tpt")  # has its own aim
 
 
 def test_a_prompt_that_no_loss_reaches_is_left_as_it_is() -> None:

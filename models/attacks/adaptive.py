@@ -132,7 +132,8 @@ class Defended:
             if self.unrolled and torch.is_grad_enabled():
                 adapted = unroll(clip, chosen, batch, text, prompts, objective, steps, adapted)
             prompts = adapted
-            text = clip.encode_labels(batch, prompts.text, graph=self.unrolled)
+            if "text" in objective.moving(prompts):
+                text = clip.encode_labels(batch, prompts.text, graph=self.unrolled)
         weights = view_weights(readout, kept, features)
         if readout == "single":
             views, weights = views[:, :1], weights[:, :1]

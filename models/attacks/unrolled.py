@@ -36,14 +36,16 @@ def unroll(
         adapted: what the defense's own steps lead to; the values are then these, and only the
             gradient is that of the smoothed steps.
     """
-    values = {k: v.detach().requires_grad_() for k, v in prompts.tensors.items()}
+    moving = objective.moving(prompts)
+    values = {k: v.detach().requires_grad_(k in moving) for k, v in prompts.tensors.items()}
     moments = dict(adamw.begin(prompts.tensors))
     for step in range(1, steps + 1):
         here = prompts.map(values)
-        if here.text is not None:
+        if "text" in moving:
             text = clip.encode_labels(labels, here.text, graph=True)
         _, loss = tapt.losses(clip, views, labels, text, here, objective)
-        names, inputs = list(values), list(values.values())
+        names = sorted(moving)
+        inputs = [values[name] for name in names]
         found = torch.autograd.grad(loss.sum(), inputs, create_graph=True, allow_unused=True)
         values = dict(values)
         for name, gradient in zip(names, found, strict=True):

@@ -88,7 +88,9 @@ def _look_again(
     seen = wanted.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
     with torch.no_grad():
         features = clip.encode_images(_gather(images.views[rows], seen), prompts.vision).features
-        text = clip.encode_labels(labels, prompts.text)
+        text = images.prompted.batch.take(images.prompted.features, rows)
+        if "text" in images.objective.moving(prompts):
+            text = clip.encode_labels(labels, prompts.text)
         fresh = clip.class_logits(features, text, labels)
     index = seen.unsqueeze(-1).expand(-1, -1, fresh.shape[-1])
     return logits[..., : fresh.shape[-1]].scatter(1, index, fresh)

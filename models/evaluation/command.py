@@ -42,7 +42,7 @@ from models.evaluation.journal import CLEAN, Journal
 from models.evaluation.table import Row, draw, tally, write_markdown
 from models.evaluation.trial import Protocol, Subject, Trial, as_shown, gather, suspect
 from models.guard import DEFAULT_TEMPLATE, Guard
-from models.objective import Objective
+from models.objective import ADAPTS, Objective
 from models.readout import READOUTS
 
 PACKAGES = ("tapt-serve", "torch", "transformers", "numpy", "pyautoattack")
@@ -112,6 +112,7 @@ def load_guard(options: argparse.Namespace) -> Guard:
         layers=bundle.layers if bundle else 0,
         alignment_weight=options.alignment_weight,
         gamma=options.gamma,
+        adapts=options.adapts,
         learning_rate=options.learning_rate,
     )
     return Guard(checkpoint, bundle, objective, options.selection_ratio, options.template)
@@ -170,6 +171,7 @@ def describe_settings(guard: Guard, names: Sequence[str], protocol: Protocol) ->
             "learning_rate": objective.learning_rate,
             "alignment_weight": objective.alignment_weight,
             "gamma": objective.gamma,
+            "adapts": objective.adapts,
         },
         "attack": {k: v for k, v in asdict(protocol.budget).items() if k != "epsilon"},
         "seed": protocol.seed,
@@ -291,6 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     model("--steps", type=int, default=1, help="of adaptation")
     model("--readout", default="all", choices=READOUTS, help="views the answer is read from")
     model("--learning-rate", type=float, default=5e-4, help="of adaptation")
+    model("--adapts", default="all", choices=ADAPTS, help="whose prompts a step moves")
     model("--selection-ratio", type=float, default=0.1, help="share of the views kept")
     model("--alignment-weight", type=float, default=100.0, help="against the entropy")
     model("--gamma", type=float, default=0.5, help="share of the adversarial statistics")
