@@ -40,6 +40,7 @@ def present(outcome: Outcome, expose: Expose, diagnostics: bool) -> Classificati
         model=outcome.model,
         labels=[scored[i] for i in order[: outcome.top_k]],
         defense=DefenseReport(
+            tier=work.tier,
             method=work.method,
             design=answer.design,
             steps=answer.steps,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LABELS = {"labels", "candidate_labels"}
 NUMBERS = {"top_k", "steps", "views", "deadline_ms", "seed"}
-DEFENSE = {"method", "steps", "views", "readout", "deadline_ms", "seed"}
+DEFENSE = {"tier", "method", "steps", "views", "readout", "deadline_ms", "seed"}
 OTHERS = {"top_k", "hypothesis_template", "defense"}
 FIELDS = {"image"} | LABELS | DEFENSE | OTHERS
 

@@ -6,7 +6,7 @@ import secrets
 from service.errors import Unprocessable
 from service.images import decode
 from service.schemas import SEEDS, Choices, DefenseOptions
-from service.settings import Settings
+from service.settings import TIERS, Settings
 from service.work import Work
 
 # A test holds these against the defenses, which this process cannot import.
@@ -17,6 +17,7 @@ READOUTS = {  # of those that know no other
     **dict.fromkeys(("ensemble", "apt-ensemble"), "all"),
     "rtpt": "weighted",
 }
+SPENDING = {"fast": (0.5, 1), "standard": (1, 1), "deep": (4, 2)}  # times the views, the steps
 COUNTERATTACK_STEPS = 2  # as published, where the request names none
 
 
@@ -36,10 +37,16 @@ def plan(id: str, file: bytes, choices: Choices, settings: Settings, since: floa
     wanted = choices.defense or DefenseOptions()
     if wanted.seed is not None and not settings.allow_client_seed:
         raise Unprocessable("This server takes no seed from its clients.")
-    method = wanted.method or settings.method
-    default = COUNTERATTACK_STEPS if method == "ttc" else settings.steps
+    tier = min(wanted.tier or settings.tier, settings.max_tier, key=TIERS.index)
+    usual = settings.method
+    if tier == "fast" and usual not in ALONE:
+        usual = "ensemble"
+    method = wanted.method or usual
+    views_by, steps_by = SPENDING[tier]
+    default = COUNTERATTACK_STEPS if method == "ttc" else settings.steps * steps_by
     steps = min(default if wanted.steps is None else wanted.steps, settings.max_steps)
-    views = settings.views if wanted.views is None else min(wanted.views, settings.max_views)
+    few = max(1, int(settings.views * views_by))
+    views = min(few if wanted.views is None else wanted.views, settings.max_views)
     timeout = min(wanted.deadline_ms or math.inf, settings.request_timeout_ms)
     return Work(
         id=id,
@@ -52,4 +59,5 @@ def plan(id: str, file: bytes, choices: Choices, settings: Settings, since: floa
         readout=READOUTS.get(method) or wanted.readout or settings.readout,
         seed=secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed,
         deadline=since + timeout / 1000,
+        tier=tier,
     )

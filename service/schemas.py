@@ -75,6 +75,11 @@ class DefenseOptions(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
+    tier: Literal["fast", "standard", "deep"] | None = Field(
+        default=None,
+        description="How much to spend where nothing below is named; lowered to the server's "
+        "highest.",
+    )
     method: Method | None = None
     steps: int | None = Field(default=None, ge=0, description="Adaptation steps.")
     views: int | None = Field(
@@ -186,6 +191,7 @@ class DefenseReport(BaseModel):
     """What the defense cost and what it saw. What it saw, from `entropy_before` on, is null where
     the server exposes labels only, and for a key without the scope `diagnostics`."""
 
+    tier: str = Field(description="`fast`, `standard` or `deep`, as granted.")
     method: str
     design: str = Field(
         description="Its prompts: `v`, `vli`, `vlj`; `text`: the template's own words; `none`."

@@ -49,6 +49,7 @@ class Work:
     seed: int
     deadline: float
     exhibit: bool = False
+    tier: str = "standard"
     assault: Assault | None = None
 
 

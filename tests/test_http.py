@@ -52,7 +52,7 @@ def test_the_answer_has_exactly_the_documented_fields(server: Server, photo: byt
     body = answer.json()
     assert body.keys() == {"id", "model", "labels", "defense", "timings_ms"}
     assert body["defense"].keys() == {
-        "method", "design", "steps", "views", "views_kept", "readout", "truncated",
+        "tier", "method", "design", "steps", "views", "views_kept", "readout", "truncated",
         "labels_truncated", "entropy_before", "entropy_after", "agreement", "suspicion",
         "suspected", "undefended_label",
     }  # fmt: skip
@@ -180,6 +180,32 @@ def test_what_is_above_a_limit_is_clamped_and_reported(start: START, photo: byte
 
 
 @pytest.mark.parametrize(
+    ("highest", "asked", "granted", "spent"),
+    [
+        ("deep", {}, "standard", ("tapt", 2, 10)),
+        ("deep", {"tier": "fast"}, "fast", ("ensemble", 0, 5)),
+        ("deep", {"tier": "deep"}, "deep", ("tapt", 4, 40)),
+        ("standard", {"tier": "deep"}, "standard", ("tapt", 2, 10)),
+        ("deep", {"tier": "fast", "method": "tapt", "views": 3}, "fast", ("tapt", 2, 3)),
+        ("deep", {"tier": "deep", "steps": 1}, "deep", ("tapt", 1, 40)),
+    ],
+)
+def test_a_tier_says_what_is_spent_where_the_request_does_not(
+    start: START,
+    photo: bytes,
+    highest: str,
+    asked: dict[str, Any],
+    granted: str,
+    spent: tuple[str, int, int],
+) -> None:
+    server = start(max_tier=highest, steps=2, views=10)
+    body = server.http.post("/v1/classify", json=as_json(photo, defense=asked)).json()
+    assert body["defense"]["tier"] == granted
+    work = server.worker.batches[-1][0]
+    assert (work.method, work.steps, work.views) == spent
+
+
+@pytest.mark.parametrize(
     ("method", "asked", "given"),
     [
         ("plain", 5, (0, 1, "single")),
@@ -240,6 +266,7 @@ UNPROCESSABLE: dict[str, dict[str, Any]] = {
     "deadline below zero": {"defense": {"deadline_ms": -5}},
     "deadline is text": {"defense": {"deadline_ms": "soon"}},
     "unknown method": {"defense": {"method": "magic"}},
+    "unknown tier": {"defense": {"tier": "lavish"}},
     "unknown readout": {"defense": {"readout": "magic"}},
     "huge seed": {"defense": {"seed": 2**70}},
     "unknown field": {"labls": ["a", "b"]},

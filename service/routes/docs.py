@@ -32,6 +32,7 @@ _RETRY = {"Retry-After": _header("Seconds after which to try again.", "integer")
 _CHALLENGE = {"WWW-Authenticate": _header("`Bearer`.")}
 
 REPORT = {
+    "x-defense-tier": _header("Tier that was granted."),
     "x-defense-method": _header("Defense that ran."),
     "x-defense-design": _header("Which prompts adapted."),
     "x-defense-steps": _header("Adaptation steps done.", "integer"),

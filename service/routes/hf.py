@@ -49,6 +49,7 @@ def _report(answer: Classification) -> dict[str, str]:
     defense, timings = answer.defense, answer.timings_ms
     undefended = defense.undefended_label
     values = {
+        "x-defense-tier": defense.tier,
         "x-defense-method": defense.method,
         "x-defense-design": defense.design,
         "x-defense-steps": defense.steps,

@@ -14,8 +14,9 @@ from service.settings import Settings
 
 router = APIRouter(tags=["operation"], dependencies=[Depends(scheme)], responses=errors_of(401))
 
-DEFAULTS = ("method", "steps", "views", "readout", "hypothesis_template")
+DEFAULTS = ("tier", "method", "steps", "views", "readout", "hypothesis_template")
 LIMITS = (
+    "max_tier",
     "max_steps",
     "max_views",
     "max_labels",
