@@ -113,6 +113,7 @@ def load_guard(options: argparse.Namespace) -> Guard:
         alignment_weight=options.alignment_weight,
         gamma=options.gamma,
         adapts=options.adapts,
+        of_mean=options.entropy == "of-mean",
         learning_rate=options.learning_rate,
     )
     return Guard(checkpoint, bundle, objective, options.selection_ratio, options.template)
@@ -172,6 +173,7 @@ def describe_settings(guard: Guard, names: Sequence[str], protocol: Protocol) ->
             "alignment_weight": objective.alignment_weight,
             "gamma": objective.gamma,
             "adapts": objective.adapts,
+            "entropy_of_mean": objective.of_mean,
         },
         "attack": {k: v for k, v in asdict(protocol.budget).items() if k != "epsilon"},
         "seed": protocol.seed,
@@ -264,14 +266,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    flags = argparse.ArgumentParser(
         prog="tapt-serve evaluate",
         description="Measure defenses under attack and write the table.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     lists: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,..."}
-    add = parser.add_argument
+    add = flags.add_argument
     add("--data", required=True, help="folder or parquet of labelled pictures, or a datasets id")
     add("--json", type=Path, required=True, metavar="OUT", help="file of figures to write")
     add("--limit", type=int, help="pictures, a random sample; all if absent")
@@ -283,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="draws sample, starts and views")
     add("--batch", type=int, default=8, help="pictures at once")
     add("--preflight", type=int, default=0, help="pictures to look for masked gradients on first")
-    model = parser.add_argument_group("model and defense").add_argument
+    model = flags.add_argument_group("model and defense").add_argument
     model("--model", default="embedded", help="embedded, a directory, or a hub id")
     model("--bundle", type=Path, help="default: the one beside the model, if any")
     model("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -293,21 +296,22 @@ def _parser() -> argparse.ArgumentParser:
     model("--steps", type=int, default=1, help="of adaptation")
     model("--readout", default="all", choices=READOUTS, help="views the answer is read from")
     model("--learning-rate", type=float, default=5e-4, help="of adaptation")
+    model("--entropy", default="of-mean", choices=["of-mean", "mean-of"], help="over kept views")
     model("--adapts", default="all", choices=ADAPTS, help="whose prompts a step moves")
     model("--selection-ratio", type=float, default=0.1, help="share of the views kept")
     model("--alignment-weight", type=float, default=100.0, help="against the entropy")
     model("--gamma", type=float, default=0.5, help="share of the adversarial statistics")
-    attack = parser.add_argument_group("attack").add_argument
+    attack = flags.add_argument_group("attack").add_argument
     attack("--attack-steps", type=int, default=20, help="of a gradient attack's run")
     attack("--restarts", type=int, default=1, help="runs of an attack")
     attack("--eot", type=int, default=1, help="draws of views that a gradient is averaged over")
     attack("--targets", type=int, default=3, help="classes that APGD aims at")
     attack("--queries", type=int, default=500, help="of Square")
-    return parser
+    return flags
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     try:
         return evaluate(options)
     except (ModelError, DataError, MissingExtra, ValueError) as error:

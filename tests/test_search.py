@@ -1,0 +1,22 @@
+"""The search for a default is bounded, and its configurations are what they say."""
+
+from benchmarks.search import MOST, configurations, tell
+from models.evaluation.command import parser
+
+
+def test_configurations_are_bounded_distinct_and_understood() -> None:
+    found = list(configurations())
+    assert len(found) <= MOST
+    assert len({(c.defense, c.bundle, *sorted(c.flags.split())) for c in found}) == len(found)
+    assert len({c.name for c in found}) == len(found)
+    for configuration in found:
+        parser().parse_args(["--data", "D", "--json", "J", *configuration.flags.split()])
+
+
+def test_the_table_names_its_threats_and_leaves_gaps_open() -> None:
+    row = {"threat": "clean", "accuracy": 0.5, "interval": [0.4, 0.6], "ms_a_picture": 7.2}
+    hurt = {**row, "threat": "transfer", "accuracy": 0.25}
+    text = tell({"caption": "Of what.", "rows": {"a": [row, hurt], "b": [row]}})
+    assert "| configuration | clean | transfer 2/255 | ms |" in text
+    assert "| a | 50.0 (40.0 to 60.0) | 25.0 (40.0 to 60.0) | 7 |" in text
+    assert "| b | 50.0 (40.0 to 60.0) |  | 7 |" in text
