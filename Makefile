@@ -7,7 +7,7 @@ DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded robustness image image-local smoke lock audit sbom clean
+.PHONY: serve test setup check format parity embedded picture robustness image image-local smoke lock audit sbom clean
 
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
@@ -51,6 +51,11 @@ bundle: setup
 	GOMP_SPINCOUNT=1000 $(BIN)/tapt-serve calibrate --model embedded \
 	    --data $(DATA)/tiny_imagenet_train_0of4.parquet --out models/embedded/bundle \
 	    --design vli --depth 6 --tokens 16 --shots 100 --steps 300 --epsilon 2/255 --rate 2e-2
+
+# The README's picture, taken of the page by its own test (Debian's chromium).
+picture: setup
+	$(BIN)/python -m pytest tests/test_playground.py -k its_defense_are_seen
+	cp build/screenshots/playground.png docs/figures/playground.png
 
 # Defenses under attack: make robustness DATA=DIR [LIMIT=100 THREATS=clean,adaptive ...]. A run
 # that was cut short goes on when it is started again; see docs/robustness.md.

@@ -20,7 +20,7 @@ export async function ask(path, { tell = () => {}, signal, quiet = false, ...opt
     const reason = await words(answer);
     if (quiet) throw new Refusal(reason);
     if (answer.status === 401) {
-      if (used === key && !(await askForKey(used !== ""))) throw new Refusal(reason);
+      if (used === key && !(await askForKey(used && reason))) throw new Refusal(reason);
       continue;
     }
     const wait = Number(answer.headers.get("Retry-After"));
@@ -66,10 +66,11 @@ export function pause(ms, signal) {
 }
 
 // One dialog for however many requests were refused; resolves with whether a key was given.
-function askForKey(refused) {
+// `reason` says what was wrong with the last one.
+function askForKey(reason) {
   asking ??= new Promise((resolve) => {
     const dialog = find("key-dialog");
-    if (refused) find("key-note").textContent = "The server does not know that key. Another?";
+    if (reason) find("key-note").textContent = `${reason} Do you have another?`;
     const done = (given) => {
       key = given;
       find("key").value = "";

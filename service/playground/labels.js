@@ -3,7 +3,7 @@
 import { find, make } from "./dom.js";
 
 const PRESETS = {
-  Everyday: ["ladybug", "school bus", "goldfish", "lemon", "seashore", "banana", "dog", "umbrella"],
+  Everyday: ["goldfish", "ladybug", "school bus", "lemon", "seashore", "banana", "dog", "umbrella"],
   Animals: ["dog", "cat", "goldfish", "ladybug", "lion", "bee", "snail", "jellyfish"],
   Food: ["lemon", "banana", "orange", "pizza", "ice cream", "espresso", "mushroom", "pretzel"],
   Places: ["seashore", "lakeside", "cliff", "barn", "fountain", "suspension bridge", "alp"],

@@ -2,7 +2,7 @@
 
 import { find, make } from "./dom.js";
 
-const EXAMPLES = ["ladybug", "school bus", "goldfish", "lemon", "seashore", "banana"];
+const EXAMPLES = ["goldfish", "ladybug", "school bus", "lemon", "seashore", "banana"];
 const SIDE = 320;
 
 let current = null;
