@@ -19,7 +19,7 @@ for engine in docker podman; do
         --security-opt no-new-privileges "${gpus[@]}" "$image")
     trap '"$engine" rm --force "$container" >/dev/null' EXIT
     "$engine" exec --interactive "$container" python - <docker/ask.py
-    "$engine" stop --time 40 "$container" >/dev/null
+    "$engine" stop -t 40 "$container" >/dev/null
     status=$("$engine" inspect --format '{{.State.ExitCode}}' "$container")
     [ "$status" = 0 ] || { echo "the service ended with status $status" >&2; exit 1; }
     "$engine" image inspect --format '{{.Size}}' "$image" |
