@@ -1,0 +1,158 @@
+"""The running server under an open-loop load over real sockets, against its bare engine.
+
+python -m benchmarks.service --seconds 20 --json OUT
+
+Arrival times are fixed and wait for no answer. Single: one request at a time. Saturation: twice
+what the bare engine does, the surplus refused. Half load: half of what saturation gave. Writes
+JSON and, beside it, a table in Markdown.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.openloop import Record, drive, poisson
+from benchmarks.replica import decode_ms, draw_requests, measure_bare, serve
+from models.evaluation.table import tabulate
+from service.process import share_cores
+from service.settings import Settings
+
+PICTURES = 32  # different ones
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` of the values do not exceed; NaN of none."""
+    ordered = sorted(values)
+    if not ordered:
+        return float("nan")
+    return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
+
+
+def summarize(records: Sequence[Record]) -> dict[str, Any]:
+    """Throughput and latencies of the answers, and how many requests got none."""
+    good = [record for record in records if record.status == 200]
+    span = max((record.ended for record in good), default=0.0)
+    span -= min((record.scheduled for record in records), default=0.0)
+    latencies = [record.latency for record in good]
+    return {
+        "sent": len(records),
+        "answered": len(good),
+        "refused": sum(record.status == 429 for record in records),
+        "failed": sum(record.status not in (200, 429) for record in records),
+        "throughput": len(good) / span if span > 0 else 0.0,
+        **{f"p{p}": percentile(latencies, p / 100) for p in (50, 95, 99)},
+    }
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    flags = ["--device", options.device, "--model", options.model]
+    settings = Settings(device=options.device, model=options.model)
+    requests = draw_requests(PICTURES)
+    sizes = [1, 2, 4, 8, settings.max_batch_size]
+    bare = measure_bare(settings, sizes, options.seconds)
+    times = {size: median(values) for size, values in bare["times"].items()}
+    with serve(flags) as replica:
+        ask = lambda arrivals: asyncio.run(drive(replica.url, arrivals, requests))  # noqa: E731
+        ask([0.0])
+        single = [ask([0.0])[0] for _ in range(max(5, int(options.seconds / 2 / times[1])))]
+        rate = max(size / seconds for size, seconds in times.items())
+        full = summarize(ask(poisson(2 * rate, options.seconds, 1)))
+        half = summarize(ask(poisson(full["throughput"] / 2, 2 * options.seconds, 2)))
+    # The engine again, after the server, so that a machine whose speed drifts favors neither.
+    again = measure_bare(settings, [settings.max_batch_size], options.seconds / 2)
+    again_rate = settings.max_batch_size / median(again["times"][settings.max_batch_size])
+    first_rate = settings.max_batch_size / times[settings.max_batch_size]
+    engine_rate = (first_rate + again_rate) / 2
+    latencies = [record.latency for record in single]
+    return {
+        "command": " ".join(["python -m benchmarks.service", *sys.argv[1:]]),
+        "machine": bare["machine"],
+        "settings": {name: getattr(settings, name) for name in (
+            "model", "method", "steps", "views", "readout", "max_batch_size", "max_queue_size")},
+        "service_seconds": times,
+        "engine_throughput": engine_rate,
+        "engine_throughputs": [first_rate, again_rate],
+        "single": {"n": len(single)} | {f"p{p}": percentile(latencies, p / 100)
+                                        for p in (50, 95, 99)},
+        "saturation": full,
+        "half": half,
+        "share_of_engine": full["throughput"] / engine_rate,
+        "half_p99_of_single": half["p99"] / percentile(latencies, 0.5),
+        "api": measure_api(options.seconds),
+    }  # fmt: skip
+
+
+def measure_api(seconds: float) -> dict[str, float]:
+    """Processor milliseconds of the API process for one request, with a worker that answers at
+    once; `decode` is what decoding the picture takes of them."""
+    requests, rate = draw_requests(PICTURES), 20.0
+    with serve(["--max-queue-size", "1000"], instant=True) as replica:
+        asyncio.run(drive(replica.url, [i / rate for i in range(20)], requests))
+        before = replica.cpu_seconds()
+        arrivals = poisson(rate, seconds, 3)
+        records = asyncio.run(drive(replica.url, arrivals, requests))
+        spent = replica.cpu_seconds() - before
+    answered = sum(record.status == 200 for record in records)
+    total, decode = 1000 * spent / max(1, answered), decode_ms()
+    return {"n": answered, "cpu_ms": total, "decode_ms": decode, "rest_ms": total - decode}
+
+
+def write_page(figures: dict[str, Any]) -> str:
+    """The run as Markdown."""
+    rows = []
+    for name in ("single", "half", "saturation"):
+        load = figures[name]
+        sent = load.get("sent", load.get("n"))
+        lost = f"{load['refused']} refused, {load['failed']} failed" if "sent" in load else ""
+        rate = f"{load['throughput']:.2f}" if "throughput" in load else ""
+        times = [f"{1000 * load[f'p{p}']:.0f}" for p in (50, 95, 99)]
+        rows.append((name, str(sent), rate, *times, lost))
+    table = tabulate(("load", "requests", "answers/s", "p50 ms", "p95 ms", "p99 ms", ""), rows)
+    machine, settings, api = figures["machine"], figures["settings"], figures["api"]
+    batches = ", ".join(f"{size}: {1000 * s:.0f}" for size, s in figures["service_seconds"].items())
+    text = (
+        f"The bare engine answers {figures['engine_throughput']:.2f} images/s in full batches, the "
+        f"server {figures['share_of_engine']:.0%} of that at saturation. At half load p99 is "
+        f"{figures['half_p99_of_single']:.1f} times the median of single requests. The API process "
+        f"spends {api['cpu_ms']:.1f} ms of processor time a request (n = {api['n']}, a worker that "
+        f"answers at once), {api['decode_ms']:.1f} of them on decoding. Milliseconds of a batch in "
+        f"the bare engine by its size: {batches}."
+    )
+    caption = (
+        f"Model {settings['model']}, `{settings['method']}`, {settings['views']} views, "
+        f"{settings['steps']} step, readout `{settings['readout']}`, JPEG of 640 x 480, 10 labels; "
+        "client, server and worker share the machine. Arrivals are Poisson, latencies count from "
+        f"the scheduled instant. {machine['accelerator'] or machine['cpu']}, {machine['cores']} "
+        f"cores, torch {machine['torch']}, Python {machine['python']}."
+    )
+    return "\n\n".join([table, text, caption, f"Made by `{figures['command']}`."]) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.service", description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--model", default="embedded")
+    add("--device", default="cpu")
+    add("--seconds", type=float, default=20.0, help="of load at saturation; the others follow")
+    add("--json", type=Path, metavar="OUT", default=Path("runs/benchmarks/service.json"))
+    options = parser.parse_args()
+    share_cores()
+    figures = measure(options)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    page = write_page(figures)
+    options.json.with_suffix(".md").write_text(page)
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
