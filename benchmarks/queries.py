@@ -1,0 +1,263 @@
+"""What an attacker who only asks has to spend, and whom the throttle meets by mistake.
+
+    python -m benchmarks.queries --data tiny_imagenet_val.parquet --json OUT.json
+
+starts the service once a setting and lets the Square attack ask it over HTTP, a key a picture,
+until the first label is wrong; then sends ordinary traffic through the same fingerprints. The
+table goes into SECURITY.md. `--only ordinary` needs no service.
+"""
+
+import argparse
+import base64
+import io
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.ordinary import FRAMES, STREAMS, Pixels, clock, send
+from benchmarks.sections import machine, write_section
+from models.attacks.attack import Budget
+from models.attacks.square import search
+from models.data import open_dataset
+from models.evaluation.scores import wilson
+from models.evaluation.table import tabulate
+from service.keys import entry
+
+PAGE = Path(__file__).parent.parent / "SECURITY.md"
+LABELS = 10  # a picture's own and others, drawn
+CLIENTS = 4  # pictures asked for at once
+
+
+@dataclass(slots=True)
+class Siege:
+    """One picture under attack: what was asked, and what came of it."""
+
+    pixels: Tensor
+    label: int
+    names: list[str]
+    key: str
+    queries: int = 0
+    broken: bool = False
+    wait: int | None = None  # seconds to wait, by the 429 that ended it
+    last: tuple[float, ...] = ()
+
+    @property
+    def over(self) -> bool:
+        return self.broken or self.wait is not None
+
+    def ask(self, http: httpx.Client, method: str, pixels: Tensor) -> None:
+        """One query, sent without loss."""
+        out = io.BytesIO()
+        grid = (pixels * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(grid).save(out, "PNG")
+        body = {
+            "image": base64.b64encode(out.getvalue()).decode(),
+            "candidate_labels": self.names,
+            "defense": {"method": method},
+        }
+        header = {"Authorization": f"Bearer {self.key}"}
+        answer = http.post("/v1/classify", json=body, headers=header)
+        if answer.status_code == 429 and answer.json()["error_type"] == "rate_limited":
+            self.wait = int(answer.headers["retry-after"])
+            return
+        answer.raise_for_status()
+        scored = {one["label"]: one["score"] for one in answer.json()["labels"]}
+        self.last = tuple(scored[name] for name in self.names)
+        self.queries += 1
+        self.broken = next(iter(scored)) != self.names[self.label]
+
+
+def attack(
+    examples: Sequence[tuple[Pixels, str]],
+    names: list[str],
+    options: argparse.Namespace,
+    method: str,
+    *knobs: str,
+) -> list[Siege]:
+    """The Square attack on every picture that the service first gets right."""
+    source = np.random.default_rng(options.seed)
+    sieges = []
+    for number, (image, name) in enumerate(examples):
+        others = [other for other in names if other != name]
+        drawn = [str(other) for other in source.choice(others, LABELS - 1, replace=False)]
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
+        sieges.append(Siege(pixels, 0, [name, *drawn], f"key-{number}"))
+    with (
+        serve([siege.key for siege in sieges], *knobs) as url,
+        httpx.Client(base_url=url, timeout=300) as http,
+        ThreadPoolExecutor(CLIENTS) as pool,
+    ):
+        list(pool.map(lambda siege: siege.ask(http, method, siege.pixels), sieges))
+        held = [siege for siege in sieges if not siege.broken][: options.limit]
+        if not held:
+            raise SystemExit("no picture is right at first")
+
+        def model(pixels: Tensor) -> Tensor:
+            """As the attacker sees it: log scores, those of the last answer once it is over."""
+
+            def row(place: int) -> tuple[float, ...]:
+                siege = held[place]
+                if not siege.over:
+                    siege.ask(http, method, pixels[place])
+                return siege.last
+
+            scores = torch.tensor(list(pool.map(row, range(len(held)))))
+            return scores.clamp(min=1e-9).log()
+
+        budget = Budget(options.epsilon / 255, queries=options.queries)
+        rows = torch.stack([siege.pixels for siege in held])
+        seeds = [np.random.default_rng([options.seed, i]) for i in range(len(held))]
+        search(model, rows, torch.zeros(len(held), dtype=torch.long), budget, seeds)
+    return held
+
+
+@contextmanager
+def serve(keys: Sequence[str], *knobs: str) -> Iterator[str]:
+    """The service as an operator starts it; its address."""
+    environ = os.environ | {"TAPT_API_KEYS": ",".join(map(entry, keys))}
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", *knobs]
+    quiet: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, env=environ, **quiet) as server:
+        try:
+            assert server.stdout is not None
+            found = re.search(r"http://\S+", server.stdout.readline())
+            if found is None:
+                raise SystemExit("the service did not start")
+            yield found.group()
+        finally:
+            server.terminate()
+
+
+def summarize(held: Sequence[Siege], limit: int) -> dict[str, Any]:
+    """Of the sieges of one setting. A query that a 429 refused is none."""
+    broken = [siege.queries for siege in held if siege.broken]
+    found = wilson(len(broken), len(held))
+    return {
+        "n": len(held),
+        "broken": len(broken),
+        "interval": [found.low, found.high],
+        "median_queries": statistics.median(broken) if broken else None,
+        "stopped": sum(siege.wait is not None for siege in held),
+        "queries_an_hour": limit or None,
+    }
+
+
+def tell(figures: dict[str, Any]) -> str:
+    """What SECURITY.md shows."""
+    parts = []
+    if attacks := figures["attacks"]:
+        rows = []
+        for one in attacks:
+            low, high = one["interval"]
+            share = f"{one['broken']} of {one['n']} ({100 * low:.0f} to {100 * high:.0f}%)"
+            median = "" if one["median_queries"] is None else f"{one['median_queries']:g}"
+            rows.append((f"`{one['method']}`", one["setting"], share, median, str(one["stopped"])))
+        heads = ("defense", "answers", "broken (95%)", "median queries", "stopped by 429")
+        asked = figures["options"]
+        parts += [
+            tabulate(heads, rows),
+            f"Square over HTTP, {asked['epsilon']:g}/255, at most {asked['queries']} queries a "
+            f"picture and {LABELS} labels, the embedded model, pictures of `{asked['data']}` that "
+            "were right at first; broken means that a wrong label came first once. Throttled, a "
+            f"key gets {asked['throttle']} pictures alike in an hour, so that {asked['queries']} "
+            f"queries take {asked['queries'] / asked['throttle']:.0f} hours.",
+        ]
+    rows = [
+        (name, str(one["n"]), f"{100 * one['alike']:.0f}", f"{100 * one['refused']:.0f}")
+        for name, one in figures["ordinary"].items()
+    ]
+    heads = ("ordinary traffic of one key", "pictures", "counted as alike, %", "refused, %")
+    spent = figures["microseconds"]
+    parts += [
+        tabulate(heads, rows),
+        f"In one hour, with {figures['options']['throttle']} pictures alike allowed; photographs "
+        f"of `{figures['options']['ordinary']}`, videos made from them. A fingerprint takes "
+        f"{spent['fingerprint_224']:.0f} us of a picture of 224 pixels a side and "
+        f"{spent['fingerprint_512']:.0f} us of one of 512, a look at a full hour "
+        f"{spent['check']:.0f} us, of processor time. {figures['machine']}",
+        f"Made by `{figures['command']}`.",
+    ]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="pictures to attack, with labels")
+    parser.add_argument("--ordinary", type=Path, help="photographs of ordinary traffic [--data]")
+    parser.add_argument("--limit", type=int, default=20, help="pictures to attack")
+    parser.add_argument("--queries", type=int, default=200, help="for each of them")
+    parser.add_argument("--epsilon", type=float, default=8.0, help="in 255ths")
+    parser.add_argument("--throttle", type=int, default=50, help="pictures alike in an hour")
+    parser.add_argument("--methods", default="plain", help="defenses, comma-separated")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=["ordinary"], help="without the attacks")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    options = parser.parse_args()
+    ordinary = options.ordinary or options.data
+    photos = [one.pixels for one in open_dataset(ordinary).examples(FRAMES, seed=options.seed)]
+    source = np.random.default_rng(options.seed)
+    attacks = []
+    settings = {
+        "all digits": (),
+        "two digits": ("--expose", "rounded"),
+        "label only": ("--expose", "label"),
+        "all digits, throttled": ("--key-similar-per-hour", str(options.throttle)),
+        "label only, throttled": (
+            "--expose", "label", "--key-similar-per-hour", str(options.throttle),
+        ),
+    }  # fmt: skip
+    if options.only is None:
+        dataset = open_dataset(options.data)
+        drawn = dataset.examples(3 * options.limit, seed=options.seed)
+        examples = [(one.pixels, dataset.names[one.label]) for one in drawn]
+        for method in options.methods.split(","):
+            for setting, knobs in settings.items():
+                held = attack(examples, dataset.names, options, method, *knobs)
+                limit = options.throttle if "throttled" in setting else 0
+                attacks.append({"method": method, "setting": setting} | summarize(held, limit))
+                print(json.dumps(attacks[-1]), flush=True)
+    named = vars(options) | {"data": options.data.name, "ordinary": ordinary.name, "json": None}
+    figures = {
+        "attacks": attacks,
+        "ordinary": {
+            name: send(stream(photos, source), options.throttle) for name, stream in STREAMS.items()
+        },
+        "microseconds": clock(),
+        "options": named,
+        "machine": machine(),
+        "command": _command(options, ordinary),
+    }
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if options.only is None:
+        write_section("queries", tell(figures), PAGE)
+    else:
+        print(tell(figures))
+
+
+def _command(options: argparse.Namespace, ordinary: Path) -> str:
+    return (
+        f"python -m benchmarks.queries --data {options.data.name} --ordinary {ordinary.name} "
+        f"--limit {options.limit} --queries {options.queries} --epsilon {options.epsilon:g} "
+        f"--throttle {options.throttle} --methods {options.methods} --seed {options.seed}"
+    )
+
+
+if __name__ == "__main__":
+    main()
