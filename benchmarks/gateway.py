@@ -169,7 +169,12 @@ def measure(count: int, seconds: float, clients: int, method: str) -> tuple[str,
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
     ports = [free_port() for _ in range(count)]
     replicas = [
-        subprocess.Popen([*command, str(port)], stdout=subprocess.PIPE, env=environ)
+        subprocess.Popen(
+            [*command, str(port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environ,
+        )
         for port in ports
     ]
     try:
