@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage import data
 
+from benchmarks.ordinary import STREAMS, send
 from service.errors import RateLimited
 from service.metrics import NEAR, Metrics
 from service.settings import Settings
@@ -198,3 +199,15 @@ def test_over_http_similar_images_are_429(start: START) -> None:
     assert 3500 < int(answers[-1].headers["retry-after"]) <= 3600
     assert post(perturb(small, 4, 9), "beta").status_code == 200
     assert len(server.worker.batches) == 4
+
+
+def test_ordinary_traffic_is_not_refused_but_where_nothing_changes() -> None:
+    photos = [np.asarray(Image.fromarray(photo).resize((96, 96))) for photo in PHOTOS]
+    source = np.random.default_rng(0)
+    refused = {
+        name: send(stream(photos, source), limit=50)["refused"] for name, stream in STREAMS.items()
+    }
+    assert refused.pop("video, nothing moves") > 0.5
+    assert set(refused) == set(STREAMS) - {"video, nothing moves"}
+    assert max(refused.values()) < 0.5
+    assert refused["different photographs"] == refused["retries of the same file"] == 0
