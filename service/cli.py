@@ -72,15 +72,14 @@ def _classify(options: argparse.Namespace, settings: Settings) -> int:
         raise Mistake(_lines(error)) from None
     if options.seed is not None:  # whoever sits at the machine is its operator
         settings = settings.model_copy(update={"allow_client_seed": True})
-    undefended = None
     if options.url:
         answer = shell.classify_there(options.url, options.image, asked, settings)
     else:
-        answer, undefended = shell.classify_here(options.image, choices, settings)
+        answer = shell.classify_here(options.image, choices, settings)
     if options.json:
         print(answer.model_dump_json(indent=2))
     else:
-        shell.show_classification(answer, undefended)
+        shell.show_classification(answer)
     return 0
 
 

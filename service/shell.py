@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,26 +25,28 @@ from service.errors import ERRORS, InternalError
 from service.exposure import present
 from service.plan import plan
 from service.process import share_cores
-from service.schemas import Choices, Classification
+from service.schemas import Choices, Classification, ScoredLabel
 from service.settings import Settings
 from service.work import Answer, Failure, Glimpse
 
 if TYPE_CHECKING:
     from service.process import Runner
 
+BAR = 16  # characters of a full one
 PATIENCE = 120.0  # seconds for a server's answer
 
 screen = Console(highlight=False)
 progress = Console(stderr=True)
 
 
-def classify_here(
-    path: Path, choices: Choices, settings: Settings
-) -> tuple[Classification, list[float]]:
-    """One image, by a model loaded into this process, and the scores without a defense.
+class Comparison(Classification):
+    """A defended answer and, beside it, what undefended CLIP says of the same image."""
 
-    Raises ServiceError, ModelError, OSError.
-    """
+    undefended: list[ScoredLabel] = Field(description="All labels, best first.")
+
+
+def classify_here(path: Path, choices: Choices, settings: Settings) -> Comparison:
+    """One image, by a model loaded into this process. Raises ServiceError, ModelError, OSError."""
     began = time.monotonic()
     work = plan(uuid.uuid4().hex, path.read_bytes(), choices, settings, began)
     decode_seconds = time.monotonic() - began
@@ -59,19 +63,24 @@ def classify_here(
         raise ERRORS.get(answer.error_type, InternalError)(answer.message)
     model = runner.ready.info["model"]["name"]
     outcome = Outcome(work, answer, model, choices.top_k, 0.0, decode_seconds, total)
-    undefended = dict(zip(work.labels, answer.undefended_scores, strict=True))
     shown = present(outcome, "full", diagnostics=True)
-    return shown, [undefended[scored.label] for scored in shown.labels]
+    pairs = zip(work.labels, answer.undefended_scores, strict=True)
+    undefended = [ScoredLabel(label=label, score=min(1.0, score)) for label, score in pairs]
+    undefended.sort(key=lambda scored: -scored.score)
+    return Comparison(**shown.model_dump(), undefended=undefended)
 
 
 def classify_there(
     url: str, path: Path, choices: Mapping[str, Any], settings: Settings
-) -> Classification:
-    """One image, by the server at `url`. Raises OSError, with one
+) -> Comparison:
+    """One image, by the server at `url`, which is asked twice. Raises OSError, with one
     sentence where the server refused."""
     body = {**choices, "image": base64.b64encode(path.read_bytes()).decode()}
+    plain = {**body, "defense": {"method": "plain"}, "top_k": None}
     with progress.status(escape(f"Asking {url}")):
-        return Classification.model_validate(_ask(url, "/v1/classify", settings, body))
+        undefended = _ask(url, "/v1/classify", settings, plain)["labels"]
+        defended = _ask(url, "/v1/classify", settings, body)
+    return Comparison.model_validate({**defended, "undefended": undefended})
 
 
 def info_here(settings: Settings) -> dict[str, Any]:
@@ -85,18 +94,28 @@ def info_there(url: str, settings: Settings) -> dict[str, Any]:
     return answer
 
 
-def show_classification(answer: Classification, undefended: list[float] | None) -> None:
-    """A table of labels, best first, and a line with what was spent."""
-    table = Table()
+def show_classification(answer: Comparison) -> None:
+    """A table of labels, the defended best first, with what was seen and spent below."""
+    before = {scored.label: scored.score for scored in answer.undefended}
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("label", overflow="fold")
-    if undefended:
-        table.add_column("undefended", justify="right")
-    table.add_column("defended", justify="right", style="bold")
-    for index, scored in enumerate(answer.labels):
-        before = [f"{undefended[index]:.3f}"] if undefended else []
-        table.add_row(escape(scored.label), *before, f"{scored.score:.3f}")
+    for name, colour in (("undefended", "dark_orange"), ("defended", "dark_cyan")):
+        table.add_column(name, justify="right")
+        table.add_column(style=colour, width=BAR, no_wrap=True)
+    for scored in answer.labels:
+        cells = [
+            cell
+            for score, first in (
+                (before[scored.label], scored.label == answer.undefended[0].label),
+                (scored.score, scored.label == answer.labels[0].label),
+            )
+            for cell in (f"[bold]{score:.3f}[/]" if first else f"{score:.3f}", _bar(score))
+        ]
+        table.add_row(escape(scored.label), *cells)
     screen.print(table)
-    screen.print(escape(_spent(answer)))
+    for line in (_said(answer), _seen(answer), _spent(answer)):
+        if line:
+            screen.print(escape(line))
 
 
 def show_info(facts: Mapping[str, Any]) -> None:
@@ -109,15 +128,39 @@ def show_info(facts: Mapping[str, Any]) -> None:
     screen.print(table)
 
 
-def _spent(answer: Classification) -> str:
-    spent, timings = answer.defense, answer.timings_ms
+def _bar(share: float) -> str:
+    """Blocks, to an eighth of one."""
+    eighths = round(8 * BAR * share)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _said(answer: Comparison) -> str:
+    undefended, defended = answer.undefended[0].label, answer.labels[0].label
+    if undefended == defended:
+        return f"Both say {defended}."
+    return f"Undefended CLIP says {undefended}, the defense says {defended}."
+
+
+def _seen(answer: Comparison) -> str:
+    """Empty where the server keeps it to itself."""
+    seen = answer.defense
+    if seen.entropy_before is None or seen.agreement is None or seen.suspicion is None:
+        return ""
+    line = (
+        f"entropy {seen.entropy_before:.2f} to {seen.entropy_after:.2f} nats, "
+        f"{seen.agreement:.0%} of the views agree, suspicion {seen.suspicion:.2f}"
+    )
+    return f"{line}: suspected adversarial" if seen.suspected else line
+
+
+def _spent(answer: Comparison) -> str:
+    spent, times = answer.defense, answer.timings_ms
     line = (
         f"{spent.method} ({spent.design}): {spent.steps} steps, {spent.views_kept} of "
-        f"{spent.views} views kept, {timings.total:.0f} ms"
+        f"{spent.views} views kept; decode {times.decode:.0f}, adapt {times.adapt:.0f}, "
+        f"predict {times.predict:.0f}, in all {times.total:.0f} ms"
     )
-    if spent.undefended_label is not None:
-        line += f"; undefended: {spent.undefended_label}"
-    return f"{line}; suspected adversarial" if spent.suspected else line
+    return f"{line}, cut short by the {spent.truncated}" if spent.truncated else line
 
 
 def _flatten(prefix: str, facts: Mapping[str, Any]) -> list[tuple[str, str]]:

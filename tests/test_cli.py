@@ -131,7 +131,10 @@ def test_classify_prints_a_table(
     out = capsys.readouterr().out
     assert re.search(r"label\W+undefended\W+defended", out)
     assert re.search(r"attacked\W+0\.000\W+1\.000", out)
-    assert "undefended: dog" in " ".join(out.split())
+    said = " ".join(out.split())
+    assert "Undefended CLIP says dog, the defense says attacked." in said
+    assert "entropy 0.50 to 0.25 nats, 100% of the views agree" in said
+    assert "tapt (vli): 1 steps, 1 of 16 views kept" in said
 
 
 def test_classify_prints_json(
@@ -141,6 +144,7 @@ def test_classify_prints_json(
     assert main(["classify", str(image), *arguments]) == 0
     body = json.loads(capsys.readouterr().out)
     assert body["labels"] == [{"label": "a,b", "score": 1.0}]
+    assert [scored["label"] for scored in body["undefended"]] == ["a,b", "c"]
     assert FakeRunner.asked.seed == 5
 
 
@@ -149,7 +153,11 @@ def test_classify_asks_a_server(
 ) -> None:
     arguments = ["--labels", "a,b", "--url", server.url + "/", "--steps", "4", "--json"]
     assert main(["classify", str(image), *arguments]) == 0
-    assert json.loads(capsys.readouterr().out)["defense"]["steps"] == 4
+    body = json.loads(capsys.readouterr().out)
+    assert body["defense"]["steps"] == 4
+    assert body["undefended"][0] == {"label": "a", "score": 1.0}
+    assert main(["classify", str(image), "--labels", "a,b", "--url", server.url]) == 0
+    assert "Both say a." in capsys.readouterr().out
     assert main(["info", "--url", server.url]) == 0
     assert re.search(r"limits\.max_labels\W+1000", capsys.readouterr().out)
 
