@@ -1,7 +1,6 @@
 """Inside the worker: load the model, warm it up, run batches. Service's only torch import."""
 
 import logging
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from models.checkpoint import Checkpoint, load_checkpoint
 from models.defenses.defense import Verdict
 from models.demonstration import besiege, redraw
 from models.guard import Finding, Guard, Picture
+from models.memory import footprint, free_bytes, resident_bytes
 from models.objective import Objective
 from service.demonstration import demonstrate
 from service.errors import ModelError
@@ -24,8 +24,7 @@ from service.settings import Settings
 from service.work import Answer, Failure, Glimpse, Ready, SeenView, Truncation, Work
 
 WARM_LABELS = 10
-FORWARD, BACKWARD = 16, 24  # activations held a token, in widths: a pass, and a layer's backward
-CPU_TOKENS = 2**16  # the largest batch that keeps a CPU's latency sensible
+BATCH_SHARE = 0.5  # of the free memory, for the largest batch
 
 Settle = Callable[[str, Answer | Failure | Glimpse], None]
 Cancelled = Callable[[str], bool]
@@ -71,17 +70,14 @@ class Runner:
         )
         if settings.method not in self.guard.methods:
             raise ModelError(f"method {settings.method} needs a defense bundle")
-        self.ready = self._describe()
         self._warm_up()
+        self.ready = self._describe()
 
     def memory_bytes(self) -> int:
         """Memory in use on the device; on a CPU, the resident memory of this process."""
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device)
-        statm = Path("/proc/self/statm")
-        if statm.exists():
-            return int(statm.read_text().split()[1]) * resource.getpagesize()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resident_bytes()
 
     def run(self, batch: list[Work], settle: Settle, cancelled: Cancelled) -> dict[str, int]:
         """Answer every request of a batch, each as soon as its own loop ends.
@@ -216,6 +212,13 @@ class Runner:
         checkpoint, bundle = self.guard.checkpoint, self.guard.bundle
         clip = checkpoint.clip
         visual = None if bundle is None else bundle.prompts.vision
+        image_tokens = 1 + clip.patches + (0 if visual is None else visual.shape[2])
+        ratio, resident = self._settings.selection_ratio, self.memory_bytes()
+        cost = footprint(clip, resident, ratio, image_tokens)
+        share = BATCH_SHARE / (1 if self._device.type == "cuda" else self._settings.workers)
+        tokens = self._settings.max_batch_tokens or cost.budget(
+            int(free_bytes(self._device) * share)
+        )
         return Ready(
             info={
                 "model": {
@@ -229,6 +232,13 @@ class Runner:
                 },
                 "bundle": None if bundle is None else bundle.describe(),
                 "design": self.guard.design("tapt"),
+                "memory": {
+                    "resident_bytes": resident,
+                    "image_token_bytes": round(cost.image_token),
+                    "text_token_bytes": round(cost.text_token),
+                    "batch_tokens": tokens,
+                    "peak_bytes": max(cost.peak(tokens, 0), cost.peak(0, tokens)),
+                },
                 "designs": ["v", "vli", "vlj"],
                 "defenses": self.guard.methods,
                 "versions": {
@@ -236,22 +246,10 @@ class Runner:
                     "transformers": transformers.__version__,
                 },
             },
-            max_batch_tokens=self._batch_tokens(),
-            image_tokens=1 + clip.patches + (0 if visual is None else visual.shape[2]),
+            max_batch_tokens=tokens,
+            image_tokens=image_tokens,
             context_length=clip.context_length,
         )
-
-    def _batch_tokens(self) -> int:
-        """Tokens whose activations fit half of the device's free memory.
-
-        Every view passes once without gradient; the kept ones hold each layer's activations.
-        """
-        if self._device.type != "cuda":
-            return CPU_TOKENS
-        clip = self.guard.checkpoint.clip
-        widths = FORWARD + self._settings.selection_ratio * BACKWARD * clip.vision_layers
-        free, _ = torch.cuda.mem_get_info(self._device)
-        return max(CPU_TOKENS, int(free / 2 / (widths * clip.vision_width * clip.dtype.itemsize)))
 
     def _warm_up(self) -> None:
         """The full adaptation at a typical shape, so that the first request finds all warm."""

@@ -1,0 +1,84 @@
+"""What a batch costs in memory: a line in its image tokens and its text tokens.
+
+The label rows of the text tower pass in chunks of bounded size, so that a label leaves behind only
+its features; of the views the kept ones hold each layer's activations until the backward pass.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models.clip import PromptedCLIP
+
+# Values held a token, in widths: by a layer until its backward pass, by a pass without gradient.
+GRAPH, PASS = 14, 14
+FEATURES = 10  # copies of a label's features at once: cached, joined, padded, pulled
+VIEWS = 3  # copies of a view's pixels: as made, stacked, normalized
+LABEL = 10  # tokens
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes: `resident` of the loaded model and its process, `passing` of a chunk of views,
+    `image_token` and `text_token` of each token of a batch, and `text_graph` of each text token
+    of the one chunk, of `chunk_tokens`, whose backward pass is due."""
+
+    resident: int
+    passing: int
+    image_token: float
+    text_token: float
+    text_graph: float
+    chunk_tokens: int
+
+    def peak(self, image_tokens: int, text_tokens: int) -> int:
+        """Bytes in use at the height of a batch."""
+        tokens = image_tokens * self.image_token + text_tokens * self.text_token
+        chunk = max(self.passing, min(text_tokens, self.chunk_tokens) * self.text_graph)
+        return self.resident + int(tokens + chunk)
+
+    def budget(self, free: int) -> int:
+        """Tokens, of whichever kind, that fit beside the model into `free` bytes."""
+        chunk = max(self.passing, self.chunk_tokens * self.text_graph)
+        return int(max(0, free - chunk) / max(self.image_token, self.text_token))
+
+
+def footprint(clip: PromptedCLIP, resident: int, ratio: float, image_tokens: int) -> Footprint:
+    """The footprint of adapting at a selection ratio, with views of so many tokens."""
+    item, layers = clip.dtype.itemsize, clip.vision_layers
+    graph = ratio * layers * GRAPH * clip.vision_width * item
+    pixels = VIEWS * 3 * clip.image_size**2 * 4 / image_tokens
+    return Footprint(
+        resident=resident,
+        passing=clip.chunk_tokens * PASS * clip.vision_width * item,
+        image_token=graph + pixels,
+        text_token=FEATURES * clip.model.config.projection_dim * 4 / LABEL,
+        text_graph=clip.text_layers * GRAPH * clip.text_width * item,
+        chunk_tokens=clip.chunk_tokens,
+    )
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return 0
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; on a CPU what the machine has available, or the container
+    is still allowed."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    listed = Path("/proc/meminfo")
+    for line in listed.read_text().splitlines() if listed.exists() else []:
+        if line.startswith("MemAvailable:"):
+            available = 1024 * int(line.split()[1])
+    limit, used = (CGROUP / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and limit.read_text().strip().isdecimal():
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return max(0, available)
