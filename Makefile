@@ -7,7 +7,7 @@ DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded picture robustness image image-local smoke lock audit sbom clean
+.PHONY: serve test setup check format parity embedded picture robustness image image-local smoke lock audit sbom clean benchmark benchmark-gpu heavy
 
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
@@ -102,6 +102,30 @@ sbom: setup
 	(cat docker/requirements.txt; grep '^torch==' constraints.txt) | $(BIN)/uv tool run \
 	    --from cyclonedx-bom==7.5.0 cyclonedx-py requirements - --pyproject pyproject.toml \
 	    --mc-type application --output-reproducible --output-file $(SBOM)
+
+# What the hardware allows, into docs/performance.md and docs/capacity.md. The machine should have
+# nothing else to do; on two cores it takes about an hour.
+MEASURE := $(BIN)/python -m benchmarks.
+FIGURES_IN ?= runs/benchmarks
+benchmark: setup
+	$(MEASURE)adaptation --size vit-b-32 --labels 10 100 300 1000 --repeats 2 \
+	    --section 'vit-b-32 fp32' --json $(FIGURES_IN)/vit-b-32-fp32.json
+	$(MEASURE)adaptation --size vit-b-32 --labels 10 100 300 --dtype bf16 --repeats 2 \
+	    --agreement 100 \
+	    --section 'vit-b-32 bf16' --json $(FIGURES_IN)/vit-b-32-bf16.json
+	$(MEASURE)adaptation --size embedded --labels 10 100 1000 --batch 1 8 --repeats 3 \
+	    --section embedded --json $(FIGURES_IN)/embedded.json
+	$(MEASURE)service --seconds 60 --write --json $(FIGURES_IN)/service.json
+	$(MEASURE)capacity --times $(FIGURES_IN)/service.json --check 60 --write \
+	    --json $(FIGURES_IN)/capacity.json
+
+benchmark-gpu: setup
+	$(MEASURE)adaptation --size vit-b-16 --device cuda --dtype bf16 --labels 10 1000 \
+	    --batch 1 8 32 64 --repeats 5 --section gpu --json $(FIGURES_IN)/gpu.json
+
+# The tests that take minutes each.
+heavy: setup
+	$(BIN)/python -m pytest -m heavy --timeout 1800
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -19,10 +19,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
+from benchmarks.sections import write_section
 from models.evaluation.table import tabulate
 from service.process import share_cores
 
 SIDES = ("published", "ours")
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 PUBLISHED_TEXT_BYTES = 38.5e6  # of the published shape's graph, a label at 77 tokens in fp32
 
 
@@ -84,19 +86,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
         machine = sides["ours"].call("machine")
         ceilings = {dtype: sides["ours"].call("ceiling", dtype) for dtype in sorted({own, theirs})}
+        agreement = None
+        if options.agreement:
+            asked = replace(first, labels=options.labels[0]), options.agreement, options.data
+            answers = zip(*(side.call("winners", *asked) for side in sides.values()), strict=True)
+            agreement = sum(one == other for one, other in answers) / options.agreement
         rows = []
         for labels in options.labels:
             for batch in options.batch:
                 case = replace(first, labels=labels, batch=batch, chunk=_chunk(options, labels))
                 rows.append(_compare(sides, case, theirs, options.repeats, ceilings))
                 print(describe([rows[-1]]), flush=True)
-    settings = {k: v for k, v in vars(options).items() if k != "json"}
+    settings = {k: v for k, v in vars(options).items() if k not in ("json", "section")}
     settings["published_dtype"] = theirs
     return {
         "command": _command(),
         "machine": machine,
         "settings": settings,
         "ceiling_flops": ceilings,
+        "agreement": agreement,
         "rows": rows,
     }
 
@@ -216,6 +224,13 @@ def write_page(figures: dict[str, Any]) -> str:
         "earlier requests. GB: peak of the process, on a GPU of its allocator. Where the published "
         "shape is cut into chunks of labels, the pass that this adds is not counted."
     )
+    if figures["agreement"] is not None:
+        pictures = "drawn" if settings["data"] is None else f"`{Path(settings['data']).name}`"
+        caption += (
+            f" Our defense names the same label in {settings['dtype']} as in "
+            f"{settings['published_dtype']} for {figures['agreement']:.1%} of "
+            f"{settings['agreement']} pictures ({pictures})."
+        )
     made = f"Made by `{figures['command']}`."
     return (
         "\n\n".join([describe(figures["rows"]), caption, describe_stages(figures["rows"]), made])
@@ -248,7 +263,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--repeats", type=int, default=3)
     add("--min-ratio", type=float, nargs="+", metavar="RATIO", help="one a label count, or one")
+    add(
+        "--agreement",
+        type=int,
+        default=0,
+        metavar="N",
+        help="compare the labels of ours in both precisions on N pictures",
+    )
+    add("--data", help="data set of those pictures; else drawn ones")
     add("--json", type=Path, metavar="OUT", default=Path("runs/benchmarks/adaptation.json"))
+    add("--section", help="of docs/performance.md, to be written from this run")
     options = parser.parse_args(arguments)
     if options.min_ratio and len(options.min_ratio) not in (1, len(options.labels)):
         parser.error("--min-ratio takes one ratio, or one a label count")
@@ -276,6 +300,8 @@ def main() -> int:
     options.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
     page = write_page(figures)
     options.json.with_suffix(".md").write_text(page)
+    if options.section:
+        write_section(options.section, page, PAGE)
     print("\n" + page)
     short = fall_short(figures["rows"], options.labels, options.min_ratio or [0.0])
     print("\n".join(short), file=sys.stderr)

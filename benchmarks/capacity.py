@@ -24,11 +24,13 @@ from typing import Any
 
 from benchmarks.openloop import drive, poisson
 from benchmarks.replica import draw_requests, measure_bare, serve
+from benchmarks.sections import write_section
 from benchmarks.service import percentile, summarize
 from models.evaluation.table import tabulate
 from service.process import share_cores
 from service.settings import Settings
 
+PAGE = Path(__file__).parent.parent / "docs" / "capacity.md"
 CELL = 16  # replicas behind one gateway
 REQUESTS = 20_000  # simulated for each question
 LOADS = (10, 1_000, 100_000)  # requests a second
@@ -274,6 +276,7 @@ def main() -> int:
     add("--price", type=float, default=0.08, help="of a replica an hour, in any currency")
     add("--check", type=float, default=0.0, help="seconds of a real run of 1 and 2 replicas")
     add("--json", type=Path, metavar="OUT", default=Path("runs/benchmarks/capacity.json"))
+    add("--write", action="store_true", help="write docs/capacity.md from this run")
     options = parser.parse_args()
     share_cores()
     figures = measure(options)
@@ -281,6 +284,8 @@ def main() -> int:
     options.json.write_text(json.dumps(figures, indent=1) + "\n")
     page = write_page(figures)
     options.json.with_suffix(".md").write_text(page)
+    if options.write:
+        write_section("capacity", page, PAGE)
     print(page)
     return 0
 

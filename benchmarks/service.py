@@ -18,10 +18,12 @@ from typing import Any
 
 from benchmarks.openloop import Record, drive, poisson
 from benchmarks.replica import decode_ms, draw_requests, measure_bare, serve
+from benchmarks.sections import write_section
 from models.evaluation.table import tabulate
 from service.process import share_cores
 from service.settings import Settings
 
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 PICTURES = 32  # different ones
 
 
@@ -143,6 +145,7 @@ def main() -> int:
     add("--device", default="cpu")
     add("--seconds", type=float, default=20.0, help="of load at saturation; the others follow")
     add("--json", type=Path, metavar="OUT", default=Path("runs/benchmarks/service.json"))
+    add("--write", action="store_true", help="write docs/performance.md from this run")
     options = parser.parse_args()
     share_cores()
     figures = measure(options)
@@ -150,6 +153,8 @@ def main() -> int:
     options.json.write_text(json.dumps(figures, indent=1) + "\n")
     page = write_page(figures)
     options.json.with_suffix(".md").write_text(page)
+    if options.write:
+        write_section("service", page, PAGE)
     print(page)
     return 0
 

@@ -26,6 +26,7 @@ from models import tapt
 from models.bundle import DefenseBundle
 from models.checkpoint import EMBEDDED, OPENAI_MEAN, OPENAI_STD, Checkpoint, load_checkpoint
 from models.clip import PromptedCLIP
+from models.data import open_dataset
 from models.evaluation.command import describe_machine
 from models.guard import Guard, Picture
 from models.objective import Objective
@@ -318,6 +319,27 @@ class Bench:
         found = dict(stages.seconds)
         found["rest"] = seconds - sum(found.values())
         return Run(seconds, found.get(EXTRA, 0.0), found, scores)
+
+    def winners(self, case: Case, count: int, data: str | None) -> list[int]:
+        """The best label of each of `count` pictures by the defense, drawn ones or a data set's
+        with its own labels; with what a server reads out."""
+        guard, names = self._side.guard, draw_names(case.labels)
+        side = 2 * guard.checkpoint.clip.image_size
+        images = [draw_picture(number, side) for number in range(count)]
+        if data is not None:
+            found = open_dataset(data)
+            names, images = tuple(found.names), [e.pixels for e in found.examples(count, seed=0)]
+        winners = []
+        for number, image in enumerate(images):
+            picture = Picture(image, names, None, "all", number)
+            (finding,) = guard.classify(
+                [picture],
+                "tapt",
+                case.views,
+                lambda taken, rows: set(rows) if taken >= case.steps else set(),
+            )
+            winners.append(int(finding.verdict.probabilities.argmax()))
+        return winners
 
     def ceiling(self, dtype: str) -> float:
         """Floating-point operations a second of the best of some matrix products."""

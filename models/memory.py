@@ -16,7 +16,7 @@ from models.clip import PromptedCLIP
 GRAPH, PASS = 14, 14
 FEATURES = 10  # copies of a label's features at once: cached, joined, padded, pulled
 VIEWS = 3  # copies of a view's pixels: as made, stacked, normalized
-LABEL = 10  # tokens
+LABEL = 10  # tokens, as the batches are counted in
 CGROUP = Path("/sys/fs/cgroup")
 
 

@@ -1,12 +1,14 @@
 """The benchmarks measure what they say: both sides give one answer, and cutting changes none."""
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import adaptation, sides
+from benchmarks import adaptation, capacity, replica, service, sides
+from benchmarks.openloop import drive, poisson
 from benchmarks.sides import Bench, Case
 
 CASE = Case("embedded", "cpu", "fp32", labels=4, batch=2, views=20, steps=1)
@@ -71,3 +73,59 @@ def test_one_minimum_is_asked_for_each_label_count() -> None:
 
 def test_labels_are_all_different() -> None:
     assert len(set(sides.draw_names(1500))) == 1500
+
+
+def test_percentiles_are_values_that_were_seen() -> None:
+    values = [float(number) for number in range(1, 101)]
+    assert [service.percentile(values, share) for share in (0.5, 0.95, 0.99, 1)] == [
+        50,
+        95,
+        99,
+        100,
+    ]
+    assert service.percentile([3.0], 0.99) == 3.0
+
+
+def test_the_simulation_serves_one_at_a_time_as_a_queue_does() -> None:
+    """M/D/1 at half load: the mean wait is half a service time (Pollaczek and Khinchine)."""
+    one = capacity.Replica({1: 1.0}, max_batch=1, max_delay=0.0)
+    latencies = capacity.simulate(one, 1, poisson(0.5, 40_000, 1))
+    assert sum(latencies) / len(latencies) - 1 == pytest.approx(0.5, rel=0.1)
+
+
+def test_the_simulation_batches_as_the_scheduler_does() -> None:
+    one = capacity.Replica({1: 1.0, 4: 2.0}, max_batch=4, max_delay=0.5)
+    assert one.time(2) == pytest.approx(4 / 3)
+    assert one.time(8) == pytest.approx(4.0)  # beyond what was measured, in proportion
+    assert capacity.simulate(one, 1, [0.0]) == [1.5]  # waits for company in vain
+    assert capacity.simulate(one, 1, [0.0] * 4) == [2.0] * 4  # full at once
+    assert sorted(capacity.simulate(one, 2, [0.0, 0.0])) == [1.5, 1.5]  # each its own
+
+
+def test_a_plan_meets_its_target_with_no_replica_too_many() -> None:
+    one = capacity.Replica({1: 0.1, 8: 0.4}, max_batch=8, max_delay=0.005)
+    replicas, found = capacity.plan(one, 50, 0.5) or (0, 0.0)
+    assert found <= 0.5 < capacity.p99(one, replicas - 1, 50)
+    fleet, _ = capacity.plan(one, 5_000, 0.5) or (0, 0.0)
+    assert fleet % capacity.CELL == 0
+    assert fleet >= 5_000 / one.throughput
+    assert capacity.plan(one, 50, 0.05) is None
+
+
+def test_requests_are_whole_and_the_instant_worker_answers_them() -> None:
+    with replica.serve([], instant=True) as server:
+        before = server.cpu_seconds()
+        records = asyncio.run(drive(server.url, [0.0, 0.01, 0.02], replica.draw_requests(2)))
+        assert server.cpu_seconds() >= before
+    found = service.summarize(records)
+    assert (found["answered"], found["refused"], found["failed"]) == (3, 0, 0)
+    assert 0 < found["p50"] <= found["p99"]
+
+
+def test_pages_have_the_sections_that_the_commands_write() -> None:
+    pages = adaptation.PAGE.read_text(), capacity.PAGE.read_text()
+    makefile = (adaptation.PAGE.parent.parent / "Makefile").read_text()
+    for section in ("vit-b-32 fp32", "vit-b-32 bf16", "embedded", "gpu", "service"):
+        assert f"<!-- {section} -->" in pages[0]
+        assert section in makefile
+    assert "<!-- capacity -->" in pages[1]

@@ -12,6 +12,7 @@ from models import memory
 from models.checkpoint import load_checkpoint
 from models.memory import footprint, free_bytes
 from service.runner import Runner
+from service.scheduler import count_tokens
 from service.settings import Settings
 from service.work import Answer, Work
 from tests import tiny
@@ -76,8 +77,8 @@ def _measure(labels: int, requests: int, views: int) -> tuple[int, int]:
     ]
     resident = ready.info["memory"]["resident_bytes"]
     cost = footprint(clip, resident, Settings().selection_ratio, ready.image_tokens)
-    encoded = runner.guard.encoder.encode(batch[0].labels, bundle.template, "learned")
-    text = requests * labels * encoded.batch.ids.shape[1]
+    image = requests * views * ready.image_tokens
+    text = sum(count_tokens(work, ready, bundle.template) for work in batch) - image
     Path("/proc/self/clear_refs").write_text("5")
     settled: list[object] = []
     runner.run(batch, lambda id, result: settled.append(result), lambda id: False)
@@ -85,7 +86,7 @@ def _measure(labels: int, requests: int, views: int) -> tuple[int, int]:
     assert all(isinstance(result, Answer) for result in settled)
     status = Path("/proc/self/status").read_text()
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return cost.peak(requests * views * ready.image_tokens, text), 1024 * int(peak.split()[1])
+    return cost.peak(image, text), 1024 * int(peak.split()[1])
 
 
 @linux
