@@ -114,7 +114,10 @@ class Choices(BaseModel):
 class ClassifyRequest(Choices):
     """The JSON body of `POST /v1/classify`."""
 
-    image: str = Field(description="An image file as base64 or as a `data:` URI.")
+    image: str = Field(
+        description="An image file as base64 or as a `data:` URI; where the server allows it, its "
+        "`https:` URL."
+    )
 
 
 class AttackOptions(BaseModel):

@@ -60,7 +60,7 @@ _MEANINGS = {
     413: "The body is too long, or the image has too many pixels.",
     415: "Not an image of a known format.",
     422: "The request makes no sense: labels, template or a value.",
-    429: "The queue is full.",
+    429: "The queue is full, or this key asks for too much.",
     500: "A fault of the server.",
     503: "Loading, recovering or shutting down.",
     504: "The deadline passed.",

@@ -28,7 +28,7 @@ LIMITS = (
     "request_timeout_ms",
     "upload_timeout_ms",
 )
-POLICIES = ("allow_client_seed", "enable_attack_demo", "expose", "on_overload")
+POLICIES = ("allow_client_seed", "allow_image_urls", "expose", "on_overload")
 
 
 @router.get("/info", summary="Model, limits, defaults, versions", dependencies=[Depends(check_key)])
@@ -49,7 +49,10 @@ async def info(request: Request) -> dict[str, Any]:
         "defaults": {name: values[name] for name in DEFAULTS},
         "limits": {name: values[name] for name in LIMITS},
         "policies": {name: values[name] for name in POLICIES}
-        | {"keys": request.app.state.keys.needed},
+        | {
+            "keys": request.app.state.keys.needed,
+            "attack_demo": settings.enable_attack_demo and request.state.caller.may_see_diagnostics,
+        },
         "images": images,
     }
 
