@@ -170,44 +170,50 @@ CASES: dict[str, tuple[str, list[dict[str, str]], str, bool]] = {
     "one restart": ("TaptWorkerRestarts", restarts("0 1x30"), "12m", False),
     "a surge": (
         "TaptSuspectedAttackSurge",
-        suspected("0+5x300 1500+60x60", "0+100x360"),
-        "350m",
+        suspected("0+5x60 300+60x20", "0+100x80"),
+        "80m",
         True,
     ),
     "false positives": (
         "TaptSuspectedAttackSurge",
-        suspected("0+5x360", "0+100x360"),
-        "350m",
+        suspected("0+5x80", "0+100x80"),
+        "80m",
         False,
     ),
     "always that much": (
         "TaptSuspectedAttackSurge",
-        suspected("0+30x360", "0+100x360"),
-        "350m",
+        suspected("0+30x80", "0+100x80"),
+        "80m",
         False,
     ),
     "other pictures": (
         "TaptEntropyDrift",
-        entropy("0+100x600 60000+300x120", "0+100x720"),
-        "710m",
+        entropy("0+100x120 12000+300x80", "0+100x200"),
+        "200m",
         True,
     ),
-    "the same pictures": ("TaptEntropyDrift", entropy("0+100x720", "0+100x720"), "710m", False),
+    "the same pictures": ("TaptEntropyDrift", entropy("0+100x200", "0+100x200"), "200m", False),
 }
 
 
-def check(name: str) -> dict[str, Any]:
-    """A case as promtool takes it. It compares labels and annotations too, so that the fired
-    alert has to be looked up; a query of ALERTS says as much and no more."""
-    alert, given, when, fires = CASES[name]
-    expr = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}}) or vector(0)'
-    expected = [{"labels": "{}", "value": int(fires)}]
-    return {
-        "interval": "1m",
-        "name": name,
-        "input_series": given,
-        "promql_expr_test": [{"expr": expr, "eval_time": when, "exp_samples": expected}],
-    }
+def write_cases(names: list[str]) -> dict[str, Any]:
+    """Cases as one test of promtool's, a namespace each, so that they pass its slow set-up once.
+
+    Its own tests of alerts compare all annotations; a query of ALERTS asks no more than whether.
+    """
+    given, asked = [], []
+    for number, name in enumerate(names):
+        alert, inputs, when, fires = CASES[name]
+        own = f'namespace="{number}"'
+        given += [
+            {**each, "series": each["series"].replace('namespace="a"', own)} for each in inputs
+        ]
+        # What is absent has no namespace.
+        which = "" if name == "nothing scraped" else f",{own}"
+        expr = f'count(ALERTS{{alertname="{alert}",alertstate="firing"{which}}}) or vector(0)'
+        expected = [{"labels": "{}", "value": int(fires)}]
+        asked.append({"expr": expr, "eval_time": when, "exp_samples": expected})
+    return {"interval": "1m", "input_series": given, "promql_expr_test": asked}
 
 
 def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
@@ -216,15 +222,11 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
     assert {alert for alert, _, _, fires in CASES.values() if fires} == {
         alert["alert"] for alert in rules.alerts()
     }
+    alone = ["nothing scraped"]
+    tests = [write_cases([name for name in CASES if name not in alone]), write_cases(alone)]
     file = tmp_path / "cases.yml"
     file.write_text(
-        yaml.safe_dump(
-            {
-                "rule_files": [str(RULES)],
-                "evaluation_interval": "1m",
-                "tests": [check(name) for name in CASES],
-            }
-        )
+        yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests})
     )
     for command in (["check", "rules", str(RULES)], ["test", "rules", str(file)]):
         done = subprocess.run([PROMTOOL, *command], capture_output=True, text=True)
@@ -244,13 +246,12 @@ def bother(watched: Watched) -> None:
         {"labels": "dog"},  # too few
     ]
 
-    def ask(fields: dict[str, str]) -> int:
+    def ask(fields: dict[str, str]) -> None:
         url = f"{watched.service}/v1/classify"
-        return httpx.post(url, data=fields, files={"image": COFFEE}, timeout=60).status_code
+        httpx.post(url, data=fields, files={"image": COFFEE}, timeout=90)
 
     with ThreadPoolExecutor(len(asked)) as pool:
-        answers = set(pool.map(ask, asked))
-    assert answers <= {200, 422, 429}
+        list(pool.map(ask, asked))
 
 
 def finite(watched: Watched, expr: str, since: float) -> bool:
@@ -259,13 +260,14 @@ def finite(watched: Watched, expr: str, since: float) -> bool:
     return any(math.isfinite(float(value)) for one in found for _, value in one["values"])
 
 
+@pytest.mark.timeout(400)  # for a machine that has other things to do
 @pytest.mark.skipif(not PROMETHEUS, reason="prometheus is not installed, so no query was tried")
 def test_every_query_finds_data_while_the_service_is_used() -> None:
     alerts = " ".join(alert["expr"] for alert in rules.alerts())
     wanted = {**QUERIES, **{name: name for name in rules.recordings()}}
     wanted |= {name: name for name in SERIES.findall(alerts)}
     with watch("--max-queue-size", "2") as watched:
-        began, limit = time.time(), time.monotonic() + 120
+        began, limit = time.time(), time.monotonic() + 240
         while missing := {n for n, expr in wanted.items() if not finite(watched, expr, began)}:
             assert time.monotonic() < limit, f"no data: {sorted(missing)}"
             bother(watched)
