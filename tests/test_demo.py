@@ -62,7 +62,7 @@ def test_it_does_not_go_with_hidden_scores() -> None:
 
 def test_it_is_off_by_default(server: Server, photo: bytes) -> None:
     assert server.http.post("/demo/attack", json=body(photo)).status_code == 404
-    assert server.http.get("/info").json()["policies"]["enable_attack_demo"] is False
+    assert server.http.get("/info").json()["policies"]["attack_demo"] is False
 
 
 def test_it_takes_a_key_that_may_see_the_defense(start: START, photo: bytes) -> None:
@@ -76,6 +76,9 @@ def test_it_takes_a_key_that_may_see_the_defense(start: START, photo: bytes) -> 
         assert answered.status_code == status
         answered = server.http.post("/demo/attack", json=body(photo), headers=headers)
         assert (answered.status_code == 401) == (status == 401)
+        if key != "wrong":
+            policies = server.http.get("/info", headers=headers).json()["policies"]
+            assert policies["attack_demo"] is (key == "trusted")
 
 
 # What the routes answer.

@@ -37,7 +37,7 @@ export function expectAnswer(asked, info) {
   find("verdict").className = "verdict";
   const method = asked.defense?.method ?? info?.defaults.method;
   if (method) find("defended-by").textContent = method;
-  if (!info?.policies.enable_attack_demo) return;
+  if (!info?.policies.attack_demo) return;
   find("views-panel").hidden = false;
   const views = Math.min(asked.defense?.views ?? info.defaults.views, info.limits.max_views);
   showViews(Array.from({ length: ["plain", "apt", "ttc"].includes(method) ? 1 : views }, () => null));

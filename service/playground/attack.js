@@ -12,7 +12,7 @@ let control = null;
 // `parts`: info, choices(), picture(), labels(), encode(file), objection().
 export function setUpAttack(parts) {
   page = parts;
-  const on = page.info.policies.enable_attack_demo;
+  const on = page.info.policies.attack_demo;
   find("attack-off").hidden = on;
   find("attack-panel").hidden = !on;
   if (!on) return;

@@ -84,7 +84,7 @@ async function classify() {
     };
     const plain = { ...asked, defense: { method: "plain" } };
     showPlain(await send("v1/classify", plain));
-    showDefended(await send(info?.policies.enable_attack_demo ? "demo/classify" : "v1/classify", asked));
+    showDefended(await send(info?.policies.attack_demo ? "demo/classify" : "v1/classify", asked));
     say("");
   } catch (error) {
     if (running === control) report(error);
