@@ -4,11 +4,13 @@ A block's signature and outputs change between releases and have no place for pr
 and values that several rows share, or for reading one token alone.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values, [N, heads, tokens, head width] each."""
@@ -42,6 +44,13 @@ def run_block(
         rows = torch.arange(len(hidden), device=hidden.device)
         hidden, normed = hidden[rows, only].unsqueeze(1), normed[rows, only].unsqueeze(1)
     query = project(attention.q_proj, normed)
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    mixed = _attend(query, key, value, mask)
     hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
     return hidden + block.mlp(block.layer_norm2(hidden)), own
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    # On a CPU the fused kernel is slow backward where rows are short, in bf16 many times over.
+    plain = torch.is_grad_enabled() and query.device.type == "cpu"
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)

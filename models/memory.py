@@ -14,7 +14,7 @@ from models.clip import PromptedCLIP
 
 # Values held a token, in widths: by a layer until its backward pass, by a pass without gradient.
 GRAPH, PASS = 14, 14
-FEATURES = 10  # copies of a label's features at once: cached, joined, padded, pulled
+FEATURES = 7  # copies of a label's features at once: cached, joined, padded, pulled
 VIEWS = 3  # copies of a view's pixels: as made, stacked, normalized
 LABEL = 10  # tokens, as the batches are counted in
 CGROUP = Path("/sys/fs/cgroup")
