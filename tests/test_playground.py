@@ -232,6 +232,7 @@ def test_most_of_the_drawn_examples_get_their_label(service: Process, open_page:
     assert len(right) == 6
     assert sum(right) >= 4
     assert_fits(page)
+    expect(page.locator("label[for=camera]")).to_be_visible()
     assert_accessible(page)
     keep(page, "phone", full_page=True)
 

@@ -53,7 +53,7 @@ export function showDefended(answer) {
   const { defense, timings_ms: times } = answer;
   showBars(find("defended-bars"), answer.labels);
   find("defended-by").textContent = defense.method;
-  find("defended-time").textContent = `adapts, then answers: ${milliseconds(times.total)}`;
+  find("defended-time").textContent = `${defense.steps ? "adapts, then answers" : "answers without adapting"}: ${milliseconds(times.total)}`;
   say(plain.labels[0].label, answer.labels[0].label, defense);
   const known = (value, text) => (value === null ? "not shown by this server" : text(value));
   const facts = {

@@ -13,6 +13,7 @@ export const picture = () => current;
 // `onPick` hears of every new picture.
 export function setUpPicture(onPick) {
   const drop = find("drop");
+  find("camera").parentElement.hidden = navigator.maxTouchPoints === 0;
 
   const pick = (file, origin = null) => {
     if (!file) return;
