@@ -7,7 +7,7 @@ DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded picture robustness image image-local smoke lock audit sbom clean benchmark benchmark-gpu heavy
+.PHONY: serve test setup check format parity embedded picture robustness image image-local smoke lock audit sbom clean benchmark benchmark-gpu heavy load soak fuzz
 
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
@@ -126,6 +126,20 @@ benchmark-gpu: setup
 # The tests that take minutes each.
 heavy: setup
 	$(BIN)/python -m pytest -m heavy --timeout 1800
+
+# What is promised under load and of damaged files, see docs/reliability.md. SECONDS: for each load
+# or format; KNOBS: of the server, e.g. KNOBS="--workers 2".
+SECONDS ?= 60
+MINUTES ?= 30
+KNOBS ?=
+load: setup
+	$(BIN)/python -m benchmarks.load --seconds $(SECONDS) $(if $(KNOBS),-- $(KNOBS))
+
+soak: setup
+	$(BIN)/python -m benchmarks.load --soak $(MINUTES) $(if $(KNOBS),-- $(KNOBS))
+
+fuzz: setup
+	$(BIN)/python -m benchmarks.fuzz --seconds $(SECONDS)
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -23,6 +23,7 @@ from service.engine import Engine, Watch, look_away
 from service.errors import (
     BadRequest,
     ClientGone,
+    DeadlineExceeded,
     QueueFull,
     TooLarge,
     Unprocessable,
@@ -179,7 +180,11 @@ class Door:
     async def _aside(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of what takes too long for the event loop."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._decoders, partial(act, *args, **kwargs))
+        try:
+            async with asyncio.timeout(self._settings.request_timeout_ms / 1000):
+                return await loop.run_in_executor(self._decoders, partial(act, *args, **kwargs))
+        except TimeoutError:
+            raise DeadlineExceeded("The image was not decoded in time.") from None
 
 
 def _translated(parse: Parse, body: bytes, content_type: str) -> tuple[bytes | Link, Choices]:

@@ -229,6 +229,8 @@ class Engine:
         self._fleet.run(batch)
 
     def on_result(self, item: Item, result: Answer | Failure) -> None:
+        if not _makes_sense(item.work, result):
+            result = Failure("internal", "The worker's answer made no sense.")
         if isinstance(result, Answer):
             tally_answer(self._metrics, item.work, result)
             self._settle(item.work.id, result)
@@ -262,6 +264,16 @@ class Engine:
         self._metrics.queue_depth.set(len(self._slots))
         if self._draining and not self._slots and not self._requests:
             self._drained.set()
+
+
+def _makes_sense(work: Work, result: object) -> bool:
+    """Whether a result has the shape that it should have, whatever became of the worker."""
+    if not isinstance(result, Answer):
+        return isinstance(result, Failure)
+    return all(
+        len(scores) == len(work.labels) and all(-1e-3 < score < 1.001 for score in scores)
+        for scores in (result.scores, result.undefended_scores)
+    )
 
 
 def _jitter(seconds: float) -> float:

@@ -150,7 +150,7 @@ class Fleet:
                 # Popped once: a second result, or one that nobody waits for, finds nothing.
                 if item := worker.running.pop(id, None):
                     self._listener.on_result(item, result)
-            case Finished(counts=counts):
+            case Finished(counts=counts) if worker.busy:
                 seconds = (self._clock() - worker.began) / worker.size
                 self.seconds_per_request += SMOOTHING * (seconds - self.seconds_per_request)
                 tally_counts(self._metrics, counts)

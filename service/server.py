@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from service import logs
 from service.app import create_app
+from service.connections import hasty, raise_descriptor_limit
 from service.engine import Engine
 from service.settings import Settings
 from service.worker import Backend
@@ -42,6 +43,7 @@ def serve(settings: Settings, backend: Backend | None = None) -> int:
     Raises OSError when the address cannot be had. `backend` is for tests, as in `create_app`.
     """
     logs.configure(settings.log_format)
+    raise_descriptor_limit()
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.create_server((settings.host, settings.port), family=family)
     with listener:
@@ -51,6 +53,7 @@ def serve(settings: Settings, backend: Backend | None = None) -> int:
 async def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int:
     config = uvicorn.Config(
         app,
+        http=hasty(settings.upload_timeout_ms / 1000),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -75,11 +78,14 @@ async def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int
 
 async def _watch(server: _Server, engine: Engine, settings: Settings, url: str) -> None:
     """Tell when the model is loaded, then wait for the end and bring it about in order."""
-    with Console(stderr=True).status(escape(f"Loading {settings.model}")):
+    # On a terminal only: elsewhere nobody watches, and the disk below a log may be full.
+    waiting = Console(stderr=True).status(escape(f"Loading {settings.model}"))
+    with waiting if sys.stderr.isatty() else contextlib.nullcontext():
         while not (engine.ready or _over(server, engine)):
             await asyncio.sleep(TICK)
     if engine.ready:
-        print(f"listening on {url}", flush=True)
+        with contextlib.suppress(OSError):  # nobody may be left to read it
+            print(f"listening on {url}", flush=True)
     while not _over(server, engine):
         await asyncio.sleep(TICK)
     try:

@@ -2,8 +2,14 @@
 model for real processes."""
 
 import asyncio
+import contextlib
+import ctypes
+import math
+import os
+import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from service.errors import ModelError
 from service.settings import Settings
@@ -146,3 +152,46 @@ class FatalRunner(EchoRunner):
 class CrashingRunner(EchoRunner):
     def __init__(self, settings: Settings, index: int) -> None:
         raise SystemExit(3)
+
+
+class FaultyRunner(EchoRunner):
+    """Does what the first label says: dies, hangs with the interpreter held, or talks nonsense."""
+
+    def run(
+        self,
+        batch: list[Work],
+        settle: Callable[[str, Answer | Failure], None],
+        cancelled: Callable[[str], bool],
+    ) -> dict[str, int]:
+        time.sleep(0.1)  # so that company is waiting
+        for work in batch:
+            good = answer(work)
+            match work.labels[0]:
+                case "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "exit":
+                    os._exit(7)
+                case "hold":  # as a kernel that does not return, with the interpreter's lock held
+                    ctypes.PyDLL(None).sleep(60)
+                case "memory":
+                    raise MemoryError
+                case "noise":  # into every pipe there is, and so into that to the API process
+                    for descriptor in range(3, 64):
+                        with contextlib.suppress(OSError):
+                            os.write(descriptor, b"\0\0\0\x08garbage!")
+                case "NaN":
+                    settle(work.id, replace(good, scores=[math.nan] * len(work.labels)))
+                case "short":
+                    settle(work.id, replace(good, scores=[1.0]))
+                case "large":
+                    settle(work.id, replace(good, scores=[7.0] * len(work.labels)))
+                case "nothing":
+                    settle(work.id, None)  # type: ignore[arg-type]
+                case "twice":
+                    settle(work.id, good)
+                    settle(work.id, replace(good, scores=[0.0] * len(work.labels)))
+                case "forgotten":
+                    pass
+                case _:
+                    settle(work.id, good)
+        return {}

@@ -15,7 +15,7 @@ SERVICE_FLOORS = [
     {"door"},
     {"engine", "plan", "forms", "fetch"},
     {"fleet", "images"},
-    {"bookings", "scheduler", "worker", "tally", "traces"},
+    {"bookings", "connections", "scheduler", "worker", "tally", "traces"},
     {"process", "containers", "runner", "slots", "journal", "keys", "limits", "similarity"},
     {"demonstration"},
     {"errors", "logs", "metrics", "schemas", "settings", "work"},

@@ -1,0 +1,311 @@
+"""Faults of worker, server, clients and machine, injected for real, and seen as a client sees them.
+
+Those of a worker alone are in test_worker.py, those of the model in test_runner.py, those of the
+whole service with its model in test_service.py.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import Server
+from fake_server import Service
+from fake_worker import FakeWorker
+
+from benchmarks.openloop import drive, post, steady
+
+PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk"
+    "+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+PATIENCE = 120.0  # seconds, on a busy machine
+
+
+def body(label: str = "cat", **fields: Any) -> dict[str, Any]:
+    return {"image": PIXEL, "candidate_labels": [label, "dog"]} | fields
+
+
+def ready_again(service: Service) -> float:
+    """Seconds until it is ready, with liveness all the while."""
+    began = time.monotonic()
+    while service.http.get("/readyz").status_code != 200:
+        assert service.http.get("/livez").status_code == 200
+        assert time.monotonic() - began < PATIENCE
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def children(pid: int) -> list[int]:
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+    )
+    pairs = (line.split() for line in listed.stdout.splitlines())
+    return [int(child) for child, parent in pairs if parent == str(pid)]
+
+
+# The worker.
+
+
+@pytest.fixture(scope="module")
+def faulty() -> Any:
+    with Service("FaultyRunner", max_queue_delay_ms=100) as service:
+        yield service
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "error_type"),
+    [
+        ("kill", 503, "not_ready"),
+        ("exit", 503, "not_ready"),
+        ("hold", 503, "not_ready"),
+        ("noise", 503, "not_ready"),
+        ("memory", 500, "internal"),
+        ("NaN", 500, "internal"),
+        ("short", 500, "internal"),
+        ("large", 500, "internal"),
+        ("nothing", 500, "internal"),
+        ("forgotten", 500, "internal"),
+        ("twice", 200, None),
+    ],
+)
+def test_a_fault_of_the_worker_stays_with_its_request(
+    faulty: Service, fault: str, status: int, error_type: str | None
+) -> None:
+    """Whatever a request does to the worker, it alone pays; the others are answered, once each,
+    and the server is ready again."""
+    ready_again(faulty)
+
+    async def everybody() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=faulty.url, timeout=PATIENCE) as client:
+            asked = [client.post("/v1/classify", json=body(x)) for x in ("cat", fault, "cow")]
+            return await asyncio.gather(*asked)
+
+    first, poisoned, last = asyncio.run(everybody())
+    assert (poisoned.status_code, poisoned.json().get("error_type")) == (status, error_type)
+    if status == 503:
+        assert int(poisoned.headers["retry-after"]) >= 1
+    shared = fault == "memory"  # what the stand-in raises, the whole batch hears
+    for answer in (first, last):
+        assert answer.status_code in ({200, 500} if shared else {200}), answer.text
+    ready_again(faulty)
+    assert faulty.http.post("/v1/classify", json=body()).status_code == 200
+
+
+def test_a_stopped_worker_is_replaced_and_loses_nothing(faulty: Service) -> None:
+    ready_again(faulty)
+    (worker,) = (pid for pid in children(faulty.process.pid) if b"spawn_main" in _command(pid))
+    with ThreadPoolExecutor() as pool:
+        os.kill(worker, signal.SIGSTOP)
+        asked = [pool.submit(faulty.http.post, "/v1/classify", json=body()) for _ in range(4)]
+        assert [answer.result().status_code for answer in asked] == [200] * 4
+    assert not alive(worker)
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+# The server.
+
+
+def test_a_killed_server_leaves_no_worker_and_its_port_is_free_at_once() -> None:
+    with Service("EchoRunner") as service:
+        workers = children(service.process.pid)
+        service.signal(signal.SIGKILL)
+        service.process.wait(PATIENCE)
+        with pytest.raises(httpx.TransportError):
+            service.http.get("/livez")
+        with Service("EchoRunner", port=service.port) as again:
+            assert again.http.post("/v1/classify", json=body()).status_code == 200
+        eventually(lambda: not any(alive(pid) for pid in workers))
+
+
+def test_sigterm_under_load_answers_each_accepted_request_once_and_exits_cleanly() -> None:
+    with Service("slow", max_queue_size=16, drain_timeout_s=20) as service:
+        requests = [post("/v1/classify", json.dumps(body()).encode())]
+
+        async def load() -> list[Any]:
+            driving = asyncio.create_task(drive(service.url, steady(60, 2.0), requests))
+            await asyncio.sleep(1.0)
+            service.signal()
+            return await driving
+
+        records = asyncio.run(load())
+        assert service.process.wait(PATIENCE) == 0
+    statuses = [record.status for record in records]
+    assert set(statuses) <= {200, 429, 503, None}
+    assert statuses.count(200) > 5
+    for record in records:
+        # Without an answer are only those that came when nobody listened any more.
+        assert record.answers == (record.status is not None)
+        assert record.status is not None or record.scheduled > 1.0
+
+
+def test_a_second_signal_ends_it_now() -> None:
+    with Service("EchoRunner", drain_timeout_s=600) as service:
+        workers = children(service.process.pid)
+        with ThreadPoolExecutor() as pool:
+            hanging = pool.submit(service.http.post, "/v1/classify", json=body("hang"))
+            eventually(lambda: "tapt_batch_size_count 1.0" in service.http.get("/metrics").text)
+            service.signal()
+            eventually(lambda: service.http.get("/readyz").status_code == 503)
+            assert not hanging.done()
+            began = time.monotonic()
+            service.signal(signal.SIGINT)
+            service.process.wait(PATIENCE)
+            assert time.monotonic() - began < PATIENCE
+            with contextlib.suppress(httpx.TransportError):  # cut off, or told so
+                assert hanging.result().status_code >= 500
+        eventually(lambda: not any(alive(pid) for pid in workers))
+
+
+@pytest.mark.parametrize("full", ["standard error", "both"])
+def test_a_full_disk_under_the_log_harms_nobody(full: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with open("/dev/full", "w") as sink:
+        if full == "standard error":
+            service = Service("slow", stderr=sink)
+        else:
+            service = Service("slow", stderr=sink, limit="exec 2>/dev/full")
+        with service:
+            for _ in range(20):
+                assert service.http.post("/v1/classify", json=body()).status_code == 200
+                assert service.http.post("/v1/classify", content=b"{").status_code == 400
+            service.signal()
+            assert service.process.wait(PATIENCE) == 0
+
+
+def test_the_address_need_not_be_read_by_anybody(tmp_path: Path) -> None:
+    """Standard output may be full or closed; the server serves and drains all the same."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    script = Path(__file__).with_name("fake_server.py")
+    command = [sys.executable, str(script), "slow", f"--port={port}"]
+    with open("/dev/full", "w") as sink, subprocess.Popen(command, stdout=sink) as process:
+
+        def reachable() -> bool:
+            try:
+                return httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        eventually(reachable)
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/classify", json=body())
+        assert answer.status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+
+
+def test_steps_of_the_clock_change_nothing(
+    start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wall clock runs wild while requests wait, are adapted and answered."""
+    real, steps = time.time, iter(range(1, 10**9))
+    wild = lambda: real() + (-1) ** next(steps) * 86_400 * 365  # noqa: E731
+    monkeypatch.setattr("time.time", wild)
+    monkeypatch.setattr("time.time_ns", lambda: int(wild() * 1e9))
+    server = start(FakeWorker(seconds=lambda batch: 0.3), request_timeout_ms=20_000)
+    with ThreadPoolExecutor() as pool:
+        asked = [pool.submit(server.http.post, "/v1/classify", json=body()) for _ in range(8)]
+        answers = [future.result() for future in asked]
+    assert [answer.status_code for answer in answers] == [200] * 8
+    timings = [answer.json()["timings_ms"] for answer in answers]
+    assert all(0 <= value < 20_000 for timing in timings for value in timing.values())
+    assert server.http.get("/readyz").status_code == 200
+
+
+# Clients.
+
+
+@pytest.mark.parametrize("sent", [0, 1, 20])
+def test_slow_heads_are_not_waited_for(sent: int) -> None:
+    """A slow-loris: a connection that brings nothing, or a head a byte at a time."""
+    with (
+        Service("slow", upload_timeout_ms=500) as service,
+        socket.create_connection(("127.0.0.1", service.port), timeout=PATIENCE) as client,
+    ):
+        began = time.monotonic()
+        head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\n"
+        for at in range(sent):
+            client.sendall(head[at : at + 1])
+            time.sleep(0.01)
+        assert client.recv(1000) == b""
+        assert time.monotonic() - began > 0.4
+
+
+def test_a_slow_head_after_an_answer_is_not_waited_for_either() -> None:
+    with (
+        Service("slow", upload_timeout_ms=500) as service,
+        socket.create_connection(("127.0.0.1", service.port), timeout=PATIENCE) as client,
+    ):
+        client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        received = b""
+        while not received.endswith(b"}"):
+            received += client.recv(1000)
+        client.sendall(b"GET")
+        assert client.recv(1000) == b""
+
+
+def test_an_adaptation_longer_than_the_patience_for_heads_is_answered() -> None:
+    with Service("slow", upload_timeout_ms=300) as service, ThreadPoolExecutor() as pool:
+        asked = [pool.submit(service.http.post, "/v1/classify", json=body()) for _ in range(16)]
+        assert [answer.result().status_code for answer in asked] == [200] * 16
+
+
+def test_a_thousand_idle_connections_shut_nobody_out() -> None:
+    """Under the usual limit of descriptors, lowered here, which the server raises where it may."""
+    with Service("slow", limit="ulimit -Sn 256") as service:
+        idle = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(1000)]
+        try:
+            for _ in range(5):
+                assert httpx.post(f"{service.url}/v1/classify", json=body()).status_code == 200
+                assert httpx.get(f"{service.url}/readyz").status_code == 200
+        finally:
+            for client in idle:
+                client.close()
+
+
+def test_clients_that_leave_in_the_middle_leave_nothing_behind(
+    start: Callable[..., Server],
+) -> None:
+    """Mid-head, mid-upload, and while they wait; places and bytes are free again."""
+    worker = FakeWorker(seconds=lambda batch: 0.05)
+    server = start(worker, max_queue_size=4)
+    whole = post("/v1/classify", json.dumps(body()).encode())
+    for share in (0.1, 0.5, 0.9, 1.0):
+        for _ in range(10):
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(whole[: int(len(whole) * share)])
+    door, engine = server.app.state.door, server.app.state.engine
+    server.wait(lambda: door._arriving == 0 and engine.queue_depth == 0 and not engine._requests)
+    assert server.http.post("/v1/classify", json=body()).status_code == 200
