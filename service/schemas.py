@@ -50,7 +50,9 @@ def _check_template(template: str) -> str:
     return template
 
 
-Method = Literal["plain", "ensemble", "apt", "apt-ensemble", "tapt", "tpt", "rtpt", "ttc", "gate"]
+Method = Literal[
+    "plain", "ensemble", "apt", "apt-ensemble", "tapt", "tpt", "rtpt", "ttc", "gate", "thrift"
+]
 Label = Annotated[str, StringConstraints(strip_whitespace=True)]
 Labels = Annotated[
     list[Label],

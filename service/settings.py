@@ -14,7 +14,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "TAPT_"
 
-Method = Literal["plain", "ensemble", "apt", "apt-ensemble", "tapt", "tpt", "rtpt", "ttc", "gate"]
+Method = Literal[
+    "plain", "ensemble", "apt", "apt-ensemble", "tapt", "tpt", "rtpt", "ttc", "gate", "thrift"
+]
 
 
 Tier = Literal["fast", "standard", "deep"]

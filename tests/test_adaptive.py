@@ -16,7 +16,7 @@ from models.attacks.pgd import pgd
 from models.attacks.preflight import preflight
 from models.attacks.threats import encode, transfer
 from models.attacks.unrolled import unroll
-from models.defenses import DEFENSES, gate
+from models.defenses import DEFENSES, gate, thrift
 from models.encoder import join_encoded
 from models.evaluation.trial import as_shown
 from models.guard import Guard, Picture
@@ -87,6 +87,20 @@ def test_both_ways_past_the_gate_are_attacked(
     monkeypatch.setattr(gate, "THRESHOLD", threshold)
     found = attackable(guard, "gate").answer(pixels, [0, 1, 2]).exp()
     expected = answer(guard, images, "plain" if threshold < 0 else "tapt", 1, "all")
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_both_ways_of_thrift_are_attacked(
+    guard: Guard,
+    images: list[Any],
+    pixels: Tensor,
+    enough: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(thrift, "agree", lambda p: torch.full((len(p),), enough, dtype=torch.bool))
+    found = attackable(guard, "thrift").answer(pixels, [0, 1, 2]).exp()
+    expected = answer(guard, images, "thrift", 1, "all")
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 

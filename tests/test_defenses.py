@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
-from models.defenses import DEFENSES, gate, rtpt, ttc
+from models.defenses import DEFENSES, gate, rtpt, thrift, ttc
 from models.guard import Finding, Guard, Picture
 from models.objective import Objective
 from models.tapt import entropies, gradients
@@ -182,6 +182,33 @@ def test_the_gate_adapts_the_suspects_and_passes_the_rest(guard: Guard) -> None:
     adapted = classify(guard, pictures, "tapt", [2] * 8)
     expected = [p if free else a for free, p, a in zip(passed, plain, adapted, strict=True)]
     assert largest_gap(probabilities(gated), probabilities(expected)) < 1e-5
+
+
+def test_thrift_stops_where_a_few_views_agree(
+    guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = make_pictures(8)
+    adapted = classify(guard, pictures, "tapt", [2] * 8)
+    few = thrift.few_views(len(adapted[0].verdict.views))
+    at_first = torch.stack([f.verdict.views[:few, :2].mean(dim=0).max() for f in adapted])
+    monkeypatch.setattr(thrift, "CONFIDENCE", float(at_first.median()))
+    spared = classify(guard, pictures, "thrift", [2] * 8)
+    short = [len(finding.verdict.views) == few for finding in spared]
+    assert 0 < sum(short) < 8
+    for stopped, found, whole in zip(short, spared, adapted, strict=True):
+        expected = whole.verdict.views[:few].mean(dim=0) if stopped else whole.verdict.probabilities
+        assert found.verdict.steps == (0 if stopped else 2)
+        torch.testing.assert_close(found.verdict.probabilities, expected, atol=1e-5, rtol=0)
+
+
+def test_views_agree_when_they_name_one_label_with_confidence() -> None:
+    sure, split, faint = (
+        [[0.95, 0.05], [0.97, 0.03]],
+        [[0.99, 0.01], [0.01, 0.99]],
+        [[0.6, 0.4]] * 2,
+    )
+    found = thrift.agree(torch.tensor([sure, split, faint]))
+    assert found.tolist() == [True, False, False]
 
 
 def test_learned_prompts_without_a_bundle_are_refused(checkpoint: Checkpoint) -> None:

@@ -19,7 +19,7 @@ from models import tapt
 from models.attacks.attack import LEVELS
 from models.attacks.threats import encode
 from models.attacks.unrolled import unroll
-from models.defenses import DEFENSES, gate, rtpt, tpt, ttc
+from models.defenses import DEFENSES, gate, rtpt, thrift, tpt, ttc
 from models.encoder import EncodedLabels, join_encoded
 from models.guard import Guard, Picture
 from models.objective import Objective
@@ -29,7 +29,7 @@ from models.views import cut_views, round_levels
 Average = Callable[[Tensor, Tensor], Tensor]
 SINGLE = {"plain", "apt", "ttc"}  # they look at the picture alone
 STEADY = {"plain", "apt"}  # and draw nothing
-TUNED = {"tapt", "tpt", "rtpt", "gate"}  # they adapt prompts
+TUNED = {"tapt", "tpt", "rtpt", "gate", "thrift"}  # they adapt prompts
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class Defended:
                 return self._countered(views, seeds)
             case "gate":
                 return self._gated(views, seeds)
+            case "thrift":
+                return self._spared(views, seeds)
             case _:
                 raise ValueError(f"no way is known through the defense {self.method}")
 
@@ -170,6 +172,26 @@ class Defended:
             seen = views[row : row + 1, : 1 if way == "plain" else None]
             answers.append(replace(self, method=way)._read(seen, seeds[row : row + 1]))
         return torch.cat(answers)
+
+    def _spared(self, views: Tensor, seeds: list[int]) -> Tensor:
+        """Whether the few views suffice is held, as in `_gated`."""
+        few = thrift.few_views(views.shape[1])
+        with torch.no_grad():
+            sure = thrift.agree(self._averaged_views(views[:, :few])).tolist()
+        answers = []
+        for row, enough in enumerate(sure):
+            way, count = ("apt-ensemble", few) if enough else ("tapt", None)
+            seen = views[row : row + 1, :count]
+            answers.append(replace(self, method=way)._read(seen, seeds[row : row + 1]))
+        return torch.cat(answers)
+
+    def _averaged_views(self, views: Tensor) -> Tensor:
+        """Probabilities [B, V, C] of views at the learned prompts."""
+        labels = self._encode("thrift")
+        clip, (batch, text) = self.guard.checkpoint.clip, join_encoded([labels] * len(views))
+        visual = labels.prompts.expand(len(views)).vision
+        features = clip.encode_images(views, visual).features
+        return clip.class_logits(features, text, batch).softmax(dim=-1)
 
     def _steps(self) -> int:
         picture = Picture(np.zeros((1, 1, 3), np.uint8), self.names, None, self.readout, 0)

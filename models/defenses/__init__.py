@@ -1,6 +1,6 @@
 """Every defense by its name; all share the signature `defense.Defense`."""
 
-from models.defenses import apt, apt_ensemble, ensemble, gate, plain, rtpt, tapt, tpt, ttc
+from models.defenses import apt, apt_ensemble, ensemble, gate, plain, rtpt, tapt, thrift, tpt, ttc
 from models.defenses.defense import Method
 
 DEFENSES: dict[str, Method] = {
@@ -13,4 +13,5 @@ DEFENSES: dict[str, Method] = {
     "rtpt": Method(rtpt.defend, "words", adapts=True),
     "ttc": Method(ttc.defend, "none", adapts=True),
     "gate": Method(gate.defend, "learned", adapts=True),
+    "thrift": Method(thrift.defend, "learned", adapts=True),
 }

@@ -1,7 +1,7 @@
 """The plain view ensemble: the mean prediction of undefended CLIP over all views."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,8 +23,14 @@ def average(
     with torch.no_grad():
         features = clip.encode_images(views, visual).features
         logits = clip.class_logits(features, labels.features, labels.batch)
-        probabilities, entropy = logits.softmax(dim=-1), view_entropy(logits).tolist()
-    for row, count in enumerate(labels.batch.counts):
+    return conclude(logits, labels.batch.counts, start)
+
+
+def conclude(logits: Tensor, counts: Sequence[int], start: float) -> Iterator[Verdict]:
+    """The mean prediction from the views' logits [B, V, C] for so many labels a request; looking
+    began at `start`."""
+    probabilities, entropy = logits.softmax(dim=-1), view_entropy(logits).tolist()
+    for row, count in enumerate(counts):
         seen = probabilities[row, :, :count]
         yield Verdict(
             row=row,
