@@ -29,7 +29,7 @@ def test_answers_are_as_described(server: Server, mode: GenerationMode) -> None:
             continue  # nothing in them could be wrong
 
         @hypothesis.settings(
-            max_examples=60 if has_body else 3,
+            max_examples=40 if has_body else 3,
             deadline=None,
             database=None,
             phases=[Phase.explicit, Phase.generate],
