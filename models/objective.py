@@ -1,5 +1,6 @@
 """What an adaptation step minimizes, what its terms were, and its gradient at the prompts."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -30,7 +31,8 @@ class Objective:
     alignment's weight is divided by; its sum runs over the first L - 1 blocks. `of_mean` takes
     the entropy of the kept views' mean prediction, else the mean of their entropies (R-TPT).
     `adapts` says whose prompts move: both towers' as published, or one's; while those of the text
-    stay, the labels' features do, too, and a step costs no pass of the text tower.
+    stay, the labels' features do, too, and a step costs no pass of the text tower. `settled`: the
+    nats below which a step's change of the entropy ends a request's loop; 0 never does.
     """
 
     reference: TokenStatistics | None = None
@@ -42,6 +44,7 @@ class Objective:
     learning_rate: float = 5e-4
     weight_decay: float = 0.01
     adapts: Adapts = "all"
+    settled: float = 0.0
 
     def moving(self, prompts: DefensePrompts) -> frozenset[str]:
         """The names of the prompts that a step may change."""
@@ -55,6 +58,22 @@ class Losses:
     entropy: Tensor
     align_adv: Tensor
     align_clean: Tensor
+
+
+class Stillness:
+    """Which requests a step no longer moves: `rows`, of those watched last."""
+
+    def __init__(self, settled: float) -> None:
+        self.rows: set[int] = set()
+        self._settled, self._entropy = settled, dict[int, float]()
+
+    def watch(self, rows: list[int], terms: Losses) -> None:
+        """See the losses [n] of requests `rows` before a step."""
+        if self._settled:
+            before, now = self._entropy, dict(zip(rows, terms.entropy.tolist(), strict=True))
+            moved = {row: abs(now[row] - before.get(row, math.inf)) for row in rows}
+            self.rows = {row for row in rows if moved[row] < self._settled}
+            self._entropy = now
 
 
 def prompt_gradients(

@@ -2,9 +2,8 @@
 
 For one image: keep the most confident of its random views, then move this request's copy of the
 defensive prompts a few AdamW steps down the entropy of the kept views' mean prediction plus the
-distance of their token statistics from reference ones. Requests are a batch dimension of
-everything, losses are summed over requests and the optimizer is elementwise, so that a result
-does not depend on its company.
+distance of their token statistics from reference ones. Requests are a batch dimension, losses are
+summed over them and the optimizer is elementwise: a result does not depend on its company.
 """
 
 import math
@@ -17,7 +16,7 @@ from torch import Tensor
 from models import adamw
 from models.clip import PromptedCLIP
 from models.labels import LabelBatch
-from models.objective import Losses, Objective, prompt_gradients
+from models.objective import Losses, Objective, Stillness, prompt_gradients
 from models.prompts import DefensePrompts
 
 
@@ -130,8 +129,9 @@ def adapt(
             indices into the batch; returns those that leave now.
     """
     rows, steps, moments = list(range(len(views))), 0, adamw.begin(prompts.tensors)
+    still = Stillness(objective.settled)
     while rows:
-        gone = leaving(steps, rows)
+        gone = leaving(steps, rows) | still.rows
         if out := [place for place, row in enumerate(rows) if row in gone]:
             yield Departure([rows[place] for place in out], prompts.select(out), steps)
             stay = [place for place, row in enumerate(rows) if row not in gone]
@@ -141,7 +141,8 @@ def adapt(
         if rows:
             if steps and "text" in objective.moving(prompts):
                 text = clip.encode_labels(labels, prompts.text)
-            _, found = gradients(clip, views, labels, text, prompts, objective)
+            terms, found = gradients(clip, views, labels, text, prompts, objective)
+            still.watch(rows, terms)
             steps += 1
             rate, decay = objective.learning_rate, objective.weight_decay
             moved, moments = adamw.advance(prompts.tensors, found, moments, steps, rate, decay)

@@ -64,6 +64,7 @@ class Runner:
             gamma=settings.gamma,
             adapts=settings.adapts,
             learning_rate=settings.learning_rate,
+            settled=settings.early_stop,
         )
         self.guard = Guard(
             checkpoint, bundle, objective, settings.selection_ratio, settings.hypothesis_template

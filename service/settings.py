@@ -88,6 +88,11 @@ class Settings(BaseSettings):
     adapts: Literal["all", "vision", "text"] = Field(
         "all", description="Whose prompts a step moves; without the text's it costs far less."
     )
+    early_stop: float = Field(
+        0.0,
+        ge=0,
+        description="A request whose entropy a step moved by less, in nats, takes no more; 0: off.",
+    )
     readout: Literal["single", "kept", "all", "weighted"] = Field(
         "all", description="Views that the prediction is read from after the adaptation."
     )

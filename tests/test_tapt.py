@@ -145,6 +145,22 @@ def test_the_starting_point_is_the_learned_prompts(checkpoint: Checkpoint) -> No
     torch.testing.assert_close(finding.verdict.probabilities, expected, atol=1e-6, rtol=0)
 
 
+def test_a_request_that_no_longer_moves_takes_no_further_step(checkpoint: Checkpoint) -> None:
+    guard, pictures = make_guard(checkpoint), make_pictures(4)
+    full = classify(guard, pictures, [4] * 4)
+    settled = replace(guard.objective, settled=0.1)
+    early = Guard(checkpoint, guard.bundle, settled, selection_ratio=0.3)
+    together = classify(early, pictures, [4] * 4)
+    taken = [finding.verdict.steps for finding in together]
+    assert min(taken) >= 2  # a change needs two losses
+    assert [f.verdict.steps for f in full] == [4] * 4
+    assert taken == [classify(early, [p], [4])[0].verdict.steps for p in pictures]
+    assert len(set(taken)) > 1, taken
+    exact = probabilities(classify(guard, pictures, taken))
+    for one, other in zip(probabilities(together), exact, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
 def test_chunks_are_exact(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     guard, pictures = make_guard(checkpoint), make_pictures(6)
     whole = probabilities(classify(guard, pictures, [2] * 6))
