@@ -104,7 +104,7 @@ sbom: setup
 	    --mc-type application --output-reproducible --output-file $(SBOM)
 
 # What the hardware allows, into docs/performance.md and docs/capacity.md. The machine should have
-# nothing else to do; on two cores it takes about an hour.
+# nothing else to do; on two cores it takes about forty minutes.
 MEASURE := $(BIN)/python -m benchmarks.
 FIGURES_IN ?= runs/benchmarks
 benchmark: setup

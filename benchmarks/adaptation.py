@@ -10,7 +10,6 @@ both alike. Writes JSON and, beside it, a table in Markdown; fails where a ratio
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,6 +24,7 @@ from service.process import share_cores
 
 SIDES = ("published", "ours")
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+CHUNK = 100  # labels whose graph the published shape holds at once, where all would not fit
 PUBLISHED_TEXT_BYTES = 38.5e6  # of the published shape's graph, a label at 77 tokens in fp32
 
 
@@ -150,11 +150,15 @@ def _compare(
 
 
 def _chunk(options: argparse.Namespace, labels: int) -> int:
-    """Labels a chunk of the published shape; 0 where all fit into half of the memory."""
+    """Labels a chunk of the published shape; 0 where all fit into the memory."""
+    import torch
+
+    from models.memory import free_bytes
+
     if options.device == "cuda" or options.size == "embedded":
         return 0
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return 100 if labels * PUBLISHED_TEXT_BYTES > available * 0.6 else 0
+    needed = labels * PUBLISHED_TEXT_BYTES
+    return CHUNK if needed > 0.6 * free_bytes(torch.device("cpu")) else 0
 
 
 def describe(rows: list[dict[str, Any]]) -> str:
@@ -229,7 +233,7 @@ def write_page(figures: dict[str, Any]) -> str:
         caption += (
             f" Our defense names the same label in {settings['dtype']} as in "
             f"{settings['published_dtype']} for {figures['agreement']:.1%} of "
-            f"{settings['agreement']} pictures ({pictures})."
+            f"{settings['agreement']} pictures ({pictures}, at most 16 views)."
         )
     made = f"Made by `{figures['command']}`."
     return (
@@ -278,6 +282,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--min-ratio takes one ratio, or one a label count")
     if options.views < 10:
         parser.error("the published shape keeps a tenth of the views, and of fewer than 10 none")
+    if options.agreement and options.device == "cuda":
+        parser.error("--agreement needs both precisions, and on a GPU both sides have one")
     return options
 
 
