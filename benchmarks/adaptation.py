@@ -127,6 +127,7 @@ def _compare(
         "chunk": case.chunk,
         "ratio": median(ratios),
         "ratios": ratios,
+        "cpu_ratio": median(_processor(p) / (_processor(o) / case.batch) for p, o in pairs),
         "largest_score_difference": max(apart),
     }
     for name, dtype in zip(SIDES, (theirs, case.dtype), strict=True):
@@ -149,6 +150,11 @@ def _compare(
     return row
 
 
+def _processor(run: Any) -> float:
+    """Processor seconds without the pass that chunks add; they hold on a busy machine as well."""
+    return float(run.cpu_seconds * (1 - run.extra / run.seconds))
+
+
 def _chunk(options: argparse.Namespace, labels: int) -> int:
     """Labels a chunk of the published shape; 0 where all fit into the memory."""
     import torch
@@ -156,6 +162,8 @@ def _chunk(options: argparse.Namespace, labels: int) -> int:
     from models.memory import free_bytes
 
     if options.device == "cuda" or options.size == "embedded":
+        return 0
+    if labels <= CHUNK:
         return 0
     needed = labels * PUBLISHED_TEXT_BYTES
     return CHUNK if needed > 0.6 * free_bytes(torch.device("cpu")) else 0
@@ -169,6 +177,7 @@ def describe(rows: list[dict[str, Any]]) -> str:
         "published s",
         "ours s",
         "ratio",
+        "ratio of processor time",
         "images/s",
         "published GB",
         "ours GB",
@@ -188,6 +197,7 @@ def describe(rows: list[dict[str, Any]]) -> str:
                 f"{theirs['seconds'] - theirs['extra_seconds']:.2f}{note}",
                 f"{ours['seconds']:.2f}",
                 f"{row['ratio']:.1f} ({spread})",
+                f"{row['cpu_ratio']:.1f}",
                 f"{ours['images_per_second']:.2f}",
                 f"{theirs['peak_bytes'] / 1e9:.1f}",
                 f"{ours['peak_bytes'] / 1e9:.1f}",

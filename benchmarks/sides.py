@@ -269,7 +269,13 @@ class Published:
             return lambda *_: f"{what}: {'forward' if torch.is_grad_enabled() else 'readout'}"
 
         stages.watch(published, "see", kind("image"))
-        stages.watch(published, "read", kind("text"))
+        whole = kind("text")
+
+        def read(model: Any, ids: Tensor, prompts: Any) -> str:
+            cut = len(ids) < self._case.labels and not torch.is_grad_enabled()
+            return EXTRA if cut else whole()
+
+        stages.watch(published, "read", read)
         stages.watch(published, "skim", lambda *_: EXTRA)
 
 
@@ -279,10 +285,12 @@ SIDES: dict[str, Callable[[Case], Ours | Published]] = {"ours": Ours, "published
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of a side: its seconds, of which `extra` are what cutting into chunks adds, and
-    the seconds by stage; `rest` is what lies between the stages, the backward pass included."""
+    """One run of a side: its seconds and those of the processor, of which `extra` seconds are what
+    cutting into chunks adds, and the seconds by stage; `rest` is what lies between the stages, the
+    backward pass included. On a GPU the stages are those of a second run."""
 
     seconds: float
+    cpu_seconds: float
     extra: float
     stages: dict[str, float]
     scores: list[list[float]]
@@ -312,19 +320,19 @@ class Bench:
 
     def run(self) -> Run:
         stages, seconds = Stages(self._device), 0.0
-        start = stages.now()
+        start, cpu = stages.now(), time.process_time()
         if self._device.type == "cuda":  # where each stage's end is waited for: a run of its own
             self._side.run()
             seconds, start = stages.now() - start, stages.now()
         self._side.stages(stages)
         scores = self._side.run()
-        whole = stages.now() - start
+        whole, cpu = stages.now() - start, time.process_time() - cpu
         stages.end()
         if self._device.type != "cuda":
             seconds = whole
         found = dict(stages.seconds)
         found["rest"] = whole - sum(found.values())
-        return Run(seconds, found.get(EXTRA, 0.0), found, scores)
+        return Run(seconds, cpu, found.get(EXTRA, 0.0), found, scores)
 
     def winners(self, case: Case, count: int, data: str | None) -> list[int]:
         """The best label of each of `count` pictures by the defense, drawn ones or a data set's
