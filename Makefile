@@ -7,7 +7,7 @@ DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded picture robustness image image-local smoke lock audit sbom clean benchmark benchmark-gpu heavy load soak fuzz
+.PHONY: serve test setup check format parity embedded bundle picture robustness static image image-local smoke lock audit sbom clean benchmark benchmark-gpu heavy load soak fuzz
 
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
@@ -70,6 +70,18 @@ robustness: setup
 	$(BIN)/tapt-serve evaluate --data $(DATA)/tiny_imagenet_val.parquet --limit $(LIMIT) \
 	    --defenses $(DEFENSES) --threats $(THREATS) --attacks $(ATTACKS) --eps $(EPS) \
 	    $(EVALUATE) --json $(TABLE)
+
+# Whether learned prompts defend without views or adaptation, and that random ones do not, into
+# docs/robustness.md: make static DATA=DIR
+STATIC = $(BIN)/tapt-serve evaluate --data $(DATA)/tiny_imagenet_val.parquet --defenses plain,apt \
+    --threats clean,transfer,static --attacks pgd --eps 1/255,2/255 --limit 1000 --views 1 --batch 20
+static: setup
+	$(STATIC) --json runs/static/learned.json
+	$(BIN)/tapt-serve calibrate --data $(DATA)/tiny_imagenet_train_0of4.parquet --steps 0 \
+	    --design vli --depth 6 --tokens 16 --shots 1 --images 200 --out runs/static/random
+	$(STATIC) --bundle runs/static/random --json runs/static/random.json
+	$(BIN)/python -m benchmarks.readme --table runs/static/learned.json --into static
+	$(BIN)/python -m benchmarks.readme --table runs/static/random.json --into static-random
 
 # The service's image by a Docker engine, or by buildah as root where there is none; smoke builds it
 # by whichever is there, starts it read-only and offline, and classifies: make smoke [TARGET=cuda]

@@ -1,7 +1,8 @@
-"""Write the README's answer and its table.
+"""Write the README's answer, its table, and tables of docs/robustness.md.
 
 python -m benchmarks.readme --image coffee.png       # starts the service and asks it with curl
 python -m benchmarks.readme --table OUT.json         # of `tapt-serve evaluate --json OUT.json`
+python -m benchmarks.readme --table OUT.json --into NAME    # a block of docs/robustness.md
 """
 
 import argparse
@@ -14,7 +15,8 @@ from typing import Any
 
 from models.evaluation.table import tabulate
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README, ROBUSTNESS = ROOT / "README.md", ROOT / "docs" / "robustness.md"
 LABELS = ["espresso", "dog", "school bus", "lemon"]
 
 
@@ -73,6 +75,23 @@ def tell(figures: dict[str, Any]) -> str:
     return f"{table}\n\n{caption}\n\n{made}"
 
 
+def compare(figures: dict[str, Any]) -> str:
+    """How far each row lies from undefended CLIP under the attack made on itself."""
+    lines = []
+    for row in figures["rows"]:
+        far = row["difference_from"].get("plain under its own attack")
+        if far and row["defense"] != "plain":
+            under = (
+                "clean" if row["threat"] == "clean" else f"{row['threat']} {row['epsilon']:g}/255"
+            )
+            value, low, high = (100 * each for each in (far["value"], *far["interval"]))
+            lines.append(
+                (f"`{row['defense']}`", under, f"{value:+.1f} ({low:+.1f} to {high:+.1f})")
+            )
+    heads = ("defense", "under", "points above undefended CLIP under its own attack, paired 95%")
+    return tabulate(heads, lines)
+
+
 def _percent(row: dict[str, Any]) -> str:
     low, high = row["interval"]
     return f"{100 * row['accuracy']:.0f} ({100 * low:.0f} to {100 * high:.0f})"
@@ -92,25 +111,30 @@ def _round(value: Any) -> Any:
     return [_round(one) for one in value] if isinstance(value, list) else value
 
 
-def fill(text: str, block: str, content: str) -> str:
+def write(page: Path, block: str, content: str) -> None:
     """Replace what stands between the marks of a block."""
+    text = page.read_text()
     pattern = rf"(<!-- {block} -->\n).*?(<!-- /{block} -->)"
     if not re.search(pattern, text, re.DOTALL):
-        raise SystemExit(f"README.md has no marks for {block}")
-    return re.sub(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
+        raise SystemExit(f"{page.name} has no marks for {block}")
+    filled = re.sub(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
+    page.write_text(filled)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--image", type=Path, help="a photograph of a cup of coffee")
     parser.add_argument("--table", type=Path, help="figures of `tapt-serve evaluate`")
+    parser.add_argument("--into", help="a block of docs/robustness.md instead of the README's")
     options = parser.parse_args()
-    text = README.read_text()
     if options.image:
-        text = fill(text, "answer", ask(options.image))
+        write(README, "answer", ask(options.image))
     if options.table:
-        text = fill(text, "table", tell(json.loads(options.table.read_text())))
-    README.write_text(text)
+        figures = json.loads(options.table.read_text())
+        if options.into:
+            write(ROBUSTNESS, options.into, f"{tell(figures)}\n\n{compare(figures)}")
+        else:
+            write(README, "table", tell(figures))
 
 
 if __name__ == "__main__":
