@@ -5,9 +5,14 @@ refused again. A turn is no reservation: who comes earlier, or is new, is let in
 room.
 """
 
-LONGEST = 600.0
+LONGEST = 900.0
 """Seconds that nobody is told to exceed. Behind more refused requests than this holds, a turn is no
 longer sure."""
+
+
+SPACING = 1.25
+"""Turns lie further apart than a request takes on average: that time varies, and grows where
+batches are no longer full."""
 
 
 class Bookings:
@@ -18,8 +23,8 @@ class Bookings:
 
     def book(self, now: float, wait: float, pace: float) -> float:
         """Seconds after `now` at which to return: when the queue has drained, in `wait` seconds,
-        and every turn given before has had its `pace` seconds."""
-        seconds = min(max(wait, self._last + pace - now), LONGEST)
+        and every turn given before has had somewhat more than its `pace` seconds."""
+        seconds = min(max(wait, self._last + SPACING * pace - now), LONGEST)
         self._last = now + seconds
         return seconds
 

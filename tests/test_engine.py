@@ -299,7 +299,7 @@ async def test_nobody_is_told_to_wait_for_ever_nor_after_the_crowd_is_gone():
         first = [house.asking(), house.asking(), house.asking()]
         await asyncio.sleep(0.1)
         waits = []
-        for _ in range(700):
+        for _ in range(800):
             with pytest.raises(QueueFull) as refusal:
                 house.engine.reserve(1)
             waits.append(refusal.value.retry_after)
