@@ -28,7 +28,7 @@ from typing import Self
 import httpx
 from PIL import Image
 
-from benchmarks.readme import fill
+from benchmarks.sections import write_section
 from models.evaluation.table import tabulate
 
 CONFIGURATION = Path(__file__).parent.parent / "docker" / "gateway"
@@ -227,7 +227,7 @@ def main() -> None:
     )
     print(text)
     if options.write:
-        options.write.write_text(fill(options.write.read_text(), "gateway", text))
+        write_section("gateway", text, options.write)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.sections import write_section
 from models.evaluation.table import tabulate
 
 ROOT = Path(__file__).parent.parent
@@ -111,16 +112,6 @@ def _round(value: Any) -> Any:
     return [_round(one) for one in value] if isinstance(value, list) else value
 
 
-def write(page: Path, block: str, content: str) -> None:
-    """Replace what stands between the marks of a block."""
-    text = page.read_text()
-    pattern = rf"(<!-- {block} -->\n).*?(<!-- /{block} -->)"
-    if not re.search(pattern, text, re.DOTALL):
-        raise SystemExit(f"{page.name} has no marks for {block}")
-    filled = re.sub(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
-    page.write_text(filled)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--image", type=Path, help="a photograph of a cup of coffee")
@@ -128,13 +119,13 @@ def main() -> None:
     parser.add_argument("--into", help="a block of docs/robustness.md instead of the README's")
     options = parser.parse_args()
     if options.image:
-        write(README, "answer", ask(options.image))
+        write_section("answer", ask(options.image), README)
     if options.table:
         figures = json.loads(options.table.read_text())
         if options.into:
-            write(ROBUSTNESS, options.into, f"{tell(figures)}\n\n{compare(figures)}")
+            write_section(options.into, f"{tell(figures)}\n\n{compare(figures)}", ROBUSTNESS)
         else:
-            write(README, "table", tell(figures))
+            write_section("table", tell(figures), README)
 
 
 if __name__ == "__main__":

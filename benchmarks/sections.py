@@ -1,4 +1,4 @@
-"""The parts of docs/reliability.md that commands write, each between a pair of comments."""
+"""The parts of pages that commands write, each between a pair of comments."""
 
 import os
 import platform
