@@ -6,7 +6,8 @@ python -m benchmarks.load ... -- --workers 2    # knobs of the server after the 
 
 Open loop, on a server of its own. Every request has one answer; the accepted ones' 99th percentile
 stays below queue / capacity + one batch; of those who wait as long as Retry-After says, and come
-when nobody else does, 95% are let in; memory does not grow. The exit status is 1 where one of these is broken.
+when nobody else does, 95% are let in; memory does not grow. The exit status is 1 where one of
+these is broken.
 """
 
 import argparse
