@@ -68,7 +68,7 @@ def main() -> int:
     if options.kind == "slow":
         return serve(settings, fake_worker.FakeWorker(seconds=lambda batch: 0.05 * len(batch)))
     runner = f"fake_worker:{options.kind}"
-    return serve(settings, WorkerProcess(settings, 0, runner=runner, silence=3.0, backoff=0.05))
+    return serve(settings, WorkerProcess(settings, 0, runner=runner, silence=3.0, backoff=0.005))
 
 
 if __name__ == "__main__":
