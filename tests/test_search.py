@@ -1,6 +1,8 @@
 """The search for a default is bounded, and its configurations are what they say."""
 
-from benchmarks.search import MOST, configurations, tell
+import pytest
+
+from benchmarks.search import DOCS, MOST, configurations, tell
 from models.evaluation.command import parser
 
 
@@ -20,3 +22,10 @@ def test_the_table_names_its_threats_and_leaves_gaps_open() -> None:
     assert "| configuration | clean | transfer 2/255 | ms |" in text
     assert "| a | 50.0 (40.0 to 60.0) | 25.0 (40.0 to 60.0) | 7 |" in text
     assert "| b | 50.0 (40.0 to 60.0) |  | 7 |" in text
+
+
+@pytest.mark.parametrize("part", ["search", "static", "static-random"])
+def test_the_page_has_a_place_for_what_hours_of_measuring_write(part: str) -> None:
+    page = (DOCS / "robustness.md").read_text()
+    assert f"<!-- {part} -->\n" in page
+    assert f"<!-- /{part} -->" in page

@@ -176,8 +176,6 @@ def describe(
             "`photographs.parquet` (cut to a square, 64 pixels). One photograph each is a check "
             "for nonsense, not a measurement.",
             table_of_rankings(model, tokenizer, data / "photographs.parquet", size),
-            "The text tower's targets: published features that WordNet foretells when their names "
-            "are left out, a tenth at a time (1,378 names, 512 dimensions).",
             table_of_foretelling(data, wordnet),
             "Made by `python -m models.training.report --data DIR`.",
         )
