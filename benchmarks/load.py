@@ -5,7 +5,7 @@ python -m benchmarks.load --soak 30             # minutes at 0.8x: the slope of 
 python -m benchmarks.load ... -- --workers 2    # knobs of the server after the dashes
 
 Open loop, on a server of its own. Every request has one answer; the accepted ones' 99th percentile
-stays below queue / capacity + one batch; of those who wait as long as Retry-After says, and come
+stays below queue / throughput + one batch; of those who wait as long as Retry-After says, and come
 when nobody else does, 95% are let in; memory does not grow. The exit status is 1 where one of
 these is broken.
 """
@@ -59,6 +59,11 @@ class Phase:
     def latencies(self) -> list[float]:
         """Seconds, of the accepted ones."""
         return [r.latency for r in self.records if r.status == 200] or [0.0]
+
+    @property
+    def throughput(self) -> float:
+        """Answers a second, from the first arrival to the last answer."""
+        return self.count(200) / max(r.ended for r in self.records)
 
     @property
     def let_in(self) -> float | None:
@@ -158,22 +163,31 @@ def tell_slope(name: str, hours: np.ndarray, mib: np.ndarray) -> tuple[str, list
     return f"- {name}: {told}", [f"the memory of the {name} grows"] if grows else []
 
 
-def tell_load(phases: list[Phase], capacity: float, bound: float) -> tuple[list[str], list[str]]:
-    """The table's lines, and the promises that were broken."""
+def tell_load(
+    phases: list[Phase], capacity: float, queue: int, batch: int
+) -> tuple[list[str], list[str]]:
+    """The table's lines, and the promises that were broken.
+
+    Where the queue overflows, the pace is what was measured there: client and server share the
+    machine, and refusing takes time too. Below that the pace is the clients', not the server's.
+    """
     lines = [
-        "| load | sent | 200 | 429 | else | no answer, or two | p50 s | p99 s "
-        "| came back | let in |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| load | sent | 200 | 429 | else | no answer, or two | answers/s "
+        "| p50 s | p99 s | p99 below | came back | let in |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     broken = []
     for phase in phases:
         p50, p99 = np.percentile(phase.latencies, [50, 99])
+        pace = phase.throughput if phase.count(429) else capacity
+        bound = (queue + batch) / pace
         odd = sum(record.answers != 1 for record in [*phase.records, *phase.retries])
         others = len(phase.records) - phase.count(200, 429)
         share = "" if phase.let_in is None else f"{phase.let_in:.0%}"
         lines.append(
             f"| {phase.factor:g}x | {len(phase.records)} | {phase.count(200)} | {phase.count(429)} "
-            f"| {others} | {odd} | {p50:.2f} | {p99:.2f} | {len(phase.retries)} | {share} |"
+            f"| {others} | {odd} | {phase.throughput:.2f} | {p50:.2f} | {p99:.2f} | {bound:.2f} "
+            f"| {len(phase.retries)} | {share} |"
         )
         name = f"at {phase.factor:g}x"
         if not phase.single:
@@ -209,8 +223,7 @@ async def run(service: Service, options: argparse.Namespace, command: str) -> in
     limits = service.info["limits"]
     request = photograph()
     capacity = await measure_capacity(service, request, min(options.seconds, 30.0))
-    batch = limits["max_batch_size"] / capacity
-    bound = limits["max_queue_size"] / capacity + batch
+    queue, batch = limits["max_queue_size"], limits["max_batch_size"]
     facts = f"Capacity: {capacity:.2f} requests a second, closed loop. {machine()}"
     if options.soak:
         phase, samples = await soak(service, request, capacity, options.soak * 60)
@@ -229,8 +242,12 @@ async def run(service: Service, options: argparse.Namespace, command: str) -> in
             await load(service, request, capacity, factor, options.seconds)
             for factor in options.loads
         ]
-        lines, broken = tell_load(phases, capacity, bound)
-        lines += ["", f"p99 must stay below queue / capacity + one batch = {bound:.2f} s."]
+        lines, broken = tell_load(phases, capacity, queue, batch)
+        lines += [
+            "",
+            f"p99 must stay below (queue of {queue} + one batch of {batch}) / throughput: the "
+            "measured one where requests were refused, else the capacity.",
+        ]
     verdict = "Broken: " + "; ".join(broken) + "." if broken else "Every promise above held."
     lines += ["", f"{verdict} {facts} Written by `{command}`."]
     print("\n".join(lines))

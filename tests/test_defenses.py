@@ -224,3 +224,4 @@ def test_the_service_offers_the_table() -> None:
     asked = get_args(get_args(schemas.DefenseOptions.model_fields["method"].annotation)[0])
     assert offered == asked == tuple(DEFENSES)
     assert {name for name, method in DEFENSES.items() if not method.adapts} == plan.STILL
+    assert ttc.PUBLISHED.steps == plan.COUNTERATTACK_STEPS

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from PIL import Image
 from models.attacks import ATTACKS
 from models.checkpoint import Checkpoint
 from models.data import DataError
+from models.defenses import ttc
 from models.evaluation import command, trial
 from models.evaluation.detection import detect, write_detection
 from models.evaluation.hub import open_anywhere
@@ -293,6 +295,17 @@ def test_paired_difference_against_known_values() -> None:
     assert math.isclose(back.low, -found.high)
     with pytest.raises(ValueError, match="same pictures"):
         difference(first, second[:-1])
+
+
+def test_a_counterattack_takes_its_own_steps(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many the prompts take: its steps move pixels."""
+    taken = []
+    step = ttc._step
+    monkeypatch.setattr(ttc, "_step", lambda *given: taken.append(1) or step(*given))
+    monkeypatch.setattr(ttc, "PUBLISHED", replace(ttc.PUBLISHED, tau=1e9))  # nobody is spared
+    protocol = trial.Protocol(["ttc"], [], [], [], trial.Budget(0), steps=5)
+    trial.answers(guard, NAMES, [tiny.draw_image(0)], "ttc", protocol, [0])
+    assert len(taken) == 2
 
 
 def test_the_attacked_pixels_are_the_models_own(guard: Guard) -> None:

@@ -20,13 +20,14 @@ from models.tapt import view_entropy
 
 @dataclass(frozen=True, slots=True)
 class Counterattack:
-    """How pixels move, of [0, 1]: up to `eps` in steps of `stride`, where noise moves the features
-    by less than the share `tau`; a later step weighs e^beta times the one before."""
+    """How pixels move, of [0, 1]: up to `eps` in `steps` of `stride`, where noise moves the
+    features by less than the share `tau`; a later step weighs e^beta times the one before."""
 
     eps: float = 4 / 255
     stride: float = 1 / 255
     tau: float = 0.2
     beta: float = 2.0
+    steps: int = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,7 +196,7 @@ def check(
             tuple(names),
             defense,
             protocol.views,
-            protocol.steps,
+            protocol.steps_of(defense),
             protocol.readout,
             protocol.seed,
         )
@@ -293,7 +293,7 @@ def parser() -> argparse.ArgumentParser:
     model("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model")
     model("--template", default=DEFAULT_TEMPLATE, help="without learned prompts")
     model("--views", type=int, default=16, help="of a picture")
-    model("--steps", type=int, default=1, help="of adaptation")
+    model("--steps", type=int, default=1, help="of adapting prompts")
     model("--readout", default="all", choices=READOUTS, help="views the answer is read from")
     model("--learning-rate", type=float, default=5e-4, help="of adaptation")
     model("--entropy", default="of-mean", choices=["of-mean", "mean-of"], help="over kept views")

@@ -22,6 +22,7 @@ from models.attacks.adaptive import Defended, ways
 from models.attacks.attack import LEVELS, Budget, Model
 from models.attacks.threats import static, transfer
 from models.data import DataError, Dataset
+from models.defenses.ttc import PUBLISHED
 from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
 from models.guard import Guard, Picture
 from models.views import make_views
@@ -45,7 +46,8 @@ class Protocol:
     """What is measured, and how.
 
     `epsilons` are in levels of 1/255; `budget` is what every attack may spend, but for its
-    epsilon; `views`, `steps` and `readout` are the defense's; `batch` pictures go together.
+    epsilon; `views`, `steps` of prompts and `readout` are the defense's; `batch` pictures go
+    together.
     """
 
     defenses: Sequence[str]
@@ -58,6 +60,10 @@ class Protocol:
     readout: str = "all"
     seed: int = 0
     batch: int = 8
+
+    def steps_of(self, defense: str) -> int:
+        """Those of a counterattack move pixels, not prompts, and stay as published."""
+        return PUBLISHED.steps if defense == "ttc" else self.steps
 
     @property
     def cells(self) -> list[Cell]:
@@ -173,7 +179,7 @@ class Trial:
                     self._names,
                     defense,
                     protocol.views,
-                    protocol.steps,
+                    protocol.steps_of(defense),
                     protocol.readout,
                     seed,
                 )
@@ -259,7 +265,7 @@ def answers(
         Picture(image, names, None, protocol.readout, seed)
         for image, seed in zip(images, seeds, strict=True)
     ]
-    steps = protocol.steps if guard.adaptable(pictures[0], defense) else 0
+    steps = protocol.steps_of(defense) if guard.adaptable(pictures[0], defense) else 0
 
     def leaving(taken: int, rows: list[int]) -> set[int]:
         return set(rows) if taken >= steps else set()
