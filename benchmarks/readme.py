@@ -18,6 +18,11 @@ from models.evaluation.table import tabulate
 
 ROOT = Path(__file__).parent.parent
 README, ROBUSTNESS = ROOT / "README.md", ROOT / "docs" / "robustness.md"
+KNOWN = {  # to the attacker
+    "transfer": "`transfer` is made on undefended CLIP",
+    "static": "`static` on CLIP with the learned prompts, neither knowing that the defense adapts",
+    "adaptive": "`adaptive` through the whole defense, known but for the seed of its views",
+}
 LABELS = ["espresso", "dog", "school bus", "lemon"]
 
 
@@ -58,9 +63,9 @@ def tell(figures: dict[str, Any]) -> str:
     caption = (
         f"Top-1 accuracy in % with 95% intervals, the same {data['n']} images of `{data['name']}` "
         f"and {data['classes']} labels in every row; robust means right clean and right attacked. "
-        f"Attacks: {', '.join(attacks) or 'none'} with {attack['steps']} steps; `transfer` is made "
-        "on undefended CLIP, `static` on CLIP with the learned prompts, and neither attacker knows "
-        f"that the defense adapts. {defense['views']} views, {defense['steps']} step. "
+        f"Attacks: {', '.join(attacks) or 'none'} with {attack['steps']} steps; "
+        f"{', '.join(KNOWN[t] for t in dict.fromkeys(t for t, _ in columns) if t in KNOWN)}. "
+        f"{defense['views']} views, {defense['steps']} step. "
         f"Machine: {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}."
     )
     names = {
@@ -93,6 +98,25 @@ def compare(figures: dict[str, Any]) -> str:
     return tabulate(heads, lines)
 
 
+def detect(figures: dict[str, Any]) -> str:
+    """How well the suspicion score tells attacked pictures from clean ones, where it was noted."""
+    lines = []
+    for row in figures["rows"]:
+        if found := row.get("suspicion"):
+            rates = found["true_positive_rate_at"].values()
+            caught = [f"{100 * rate['value']:.0f}" for rate in rates]
+            under = f"{row['threat']} {row['epsilon']:g}/255"
+            lines.append((f"`{row['defense']}`", under, f"{found['auroc']:.2f}", *caught))
+    heads = (
+        "defense",
+        "under",
+        "AUROC",
+        "found in %, 1% of clean ones too",
+        "5% of clean ones too",
+    )
+    return tabulate(heads, lines) if lines else ""
+
+
 def _percent(row: dict[str, Any]) -> str:
     low, high = row["interval"]
     return f"{100 * row['accuracy']:.0f} ({100 * low:.0f} to {100 * high:.0f})"
@@ -123,7 +147,8 @@ def main() -> None:
     if options.table:
         figures = json.loads(options.table.read_text())
         if options.into:
-            write_section(options.into, f"{tell(figures)}\n\n{compare(figures)}", ROBUSTNESS)
+            parts = tell(figures), compare(figures), detect(figures)
+            write_section(options.into, "\n\n".join(filter(None, parts)), ROBUSTNESS)
         else:
             write_section("table", tell(figures), README)
 

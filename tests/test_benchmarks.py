@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import adaptation, capacity, replica, service, sides
+from benchmarks import adaptation, capacity, replica, reset, service, sides
 from benchmarks.openloop import drive, poisson
 from benchmarks.sides import Bench, Case
+from models.prompts import DefensePrompts
 
 CASE = Case("embedded", "cpu", "fp32", labels=4, batch=2, views=20, steps=1)
 
@@ -130,3 +132,11 @@ def test_pages_have_the_sections_that_the_commands_write() -> None:
         assert f"<!-- {section} -->" in pages[0]
         assert section in makefile
     assert "<!-- capacity -->" in pages[1]
+
+
+def test_the_reset_mistake_forgets_all_but_the_first_layer() -> None:
+    learned = DefensePrompts("v", {"vision": torch.ones(1, 3, 2, 4)})
+    forgot = reset.forget_deep(learned).tensors["vision"]
+    assert bool((forgot[:, 0] == 1).all())
+    assert forgot.shape == (1, 3, 2, 4)
+    assert float(forgot[:, 1:].abs().max()) < 0.2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.search import DOCS, MOST, configurations, tell
+from benchmarks.search import BASELINE, DOCS, MOST, configurations, tell
 from models.evaluation.command import parser
 
 
@@ -15,16 +15,20 @@ def test_configurations_are_bounded_distinct_and_understood() -> None:
         parser().parse_args(["--data", "D", "--json", "J", *configuration.flags.split()])
 
 
-def test_the_table_names_its_threats_and_leaves_gaps_open() -> None:
+def test_the_table_names_its_threats_pairs_with_the_baseline_and_leaves_gaps_open() -> None:
     row = {"threat": "clean", "accuracy": 0.5, "interval": [0.4, 0.6], "ms_a_picture": 7.2}
-    hurt = {**row, "threat": "transfer", "accuracy": 0.25}
-    text = tell({"caption": "Of what.", "rows": {"a": [row, hurt], "b": [row]}})
-    assert "| configuration | clean | transfer 2/255 | ms |" in text
-    assert "| a | 50.0 (40.0 to 60.0) | 25.0 (40.0 to 60.0) | 7 |" in text
-    assert "| b | 50.0 (40.0 to 60.0) |  | 7 |" in text
+    clean = {**row, "pictures": "1" * 50 + "0" * 50}
+    hurt = {**clean, "threat": "transfer", "accuracy": 0.25, "pictures": "1" * 25 + "0" * 75}
+    better = {**clean, "pictures": "1" * 60 + "0" * 40}
+    text = tell({"caption": "Of what.", "rows": {BASELINE: [clean, hurt], "b": [better]}})
+    assert "| configuration | clean | transfer 2/255 | clean, beyond the first |" in text
+    assert f"| {BASELINE} | 50.0 (40.0 to 60.0) | 25.0 (40.0 to 60.0) | +0.0 (" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| b |"))
+    assert "|  | +10.0 (" in line
+    assert line.endswith(" |  | 7 |")
 
 
-@pytest.mark.parametrize("part", ["search", "static", "static-random"])
+@pytest.mark.parametrize("part", ["robustness", "search", "static", "static-random", "reset"])
 def test_the_page_has_a_place_for_what_hours_of_measuring_write(part: str) -> None:
     page = (DOCS / "robustness.md").read_text()
     assert f"<!-- {part} -->\n" in page
