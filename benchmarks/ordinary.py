@@ -89,7 +89,7 @@ def send(stream: Iterator[Pixels], limit: int) -> dict[str, Any]:
         sent += 1
         now[0] += WINDOW / (2 * RECENT)
         try:
-            similarity.check("key", similarity.fingerprint(image))
+            similarity.check("key", similarity.fingerprint(image, image.tobytes()))
         except RateLimited:
             refused += 1
 
@@ -108,7 +108,7 @@ def clock() -> dict[str, float]:
     source = np.random.default_rng(0)
     for _ in range(RECENT):
         image = source.integers(0, 256, (16, 16, 3)).astype(np.uint8)
-        similarity.check("key", similarity.fingerprint(image))
+        similarity.check("key", similarity.fingerprint(image, b""))
 
     def median(act: Callable[[], object]) -> float:
         spent = []
@@ -121,10 +121,12 @@ def clock() -> dict[str, float]:
     found = {}
     for side in (64, 224, 512):
         image = source.integers(0, 256, (side, side, 3)).astype(np.uint8)
-        found[f"fingerprint_{side}"] = median(lambda image=image: similarity.fingerprint(image))
+        found[f"fingerprint_{side}"] = median(
+            lambda image=image: similarity.fingerprint(image, b"")
+        )
     prints = iter(
         [
-            similarity.fingerprint(source.integers(0, 256, (16, 16, 3)).astype(np.uint8))
+            similarity.fingerprint(source.integers(0, 256, (16, 16, 3)).astype(np.uint8), b"")
             for _ in range(200)
         ]
     )

@@ -71,6 +71,17 @@ class Outcome:
     total_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What a body holds, and the instants between which its image was decoded."""
+
+    work: Work
+    print: Fingerprint
+    top_k: int | None
+    decoding: float
+    decoded: float
+
+
 class Door:
     """Lets requests in, one `classify` each."""
 
@@ -134,40 +145,43 @@ class Door:
         self, request: Request, parse: Parse, amend: Amend, watch: Watch, body: bytes, began: float
     ) -> Outcome:
         with self._engine.reserve(len(body)) as slot:
-            kind = request.headers.get("content-type", "")
-            source, choices = await self._aside(_translated, parse, body, kind)
-            if isinstance(source, bytes):
-                prepare = partial(self._prepare, request, amend, source, choices, slot)
-                return await self._answer(request, prepare, slot, watch, choices.top_k, began)
+            # Parsed and decoded in one visit to the pool: each costs more than a usual parse.
+            opened = await self._aside(self._open, request, parse, amend, body, slot)
+            if isinstance(opened, _Opened):
+                return await self._answer(request, opened, slot, watch, began)
         # An image on its way from elsewhere holds no place, as an upload holds none.
-        file = await self.links.fetch(source)
+        link, choices = opened
+        file = await self.links.fetch(link)
         with self._engine.reserve(len(file)) as slot:
-            prepare = partial(self._prepare, request, amend, file, choices, slot)
-            return await self._answer(request, prepare, slot, watch, choices.top_k, began)
+            found = await self._aside(self._prepare, request, amend, file, choices, slot)
+            return await self._answer(request, found, slot, watch, began)
 
     async def _answer(
-        self,
-        request: Request,
-        prepare: Callable[[], tuple[Work, Fingerprint]],
-        slot: Slot,
-        watch: Watch,
-        top_k: int | None,
-        began: float,
+        self, request: Request, opened: _Opened, slot: Slot, watch: Watch, began: float
     ) -> Outcome:
-        decoding = time.monotonic()
-        work, print = await self._aside(prepare)
-        decoded = time.monotonic()
-        self._metrics.decode_seconds.observe(decoded - decoding)
-        self._similarity.check(request.state.caller.id, print)
+        work, decode_seconds = opened.work, opened.decoded - opened.decoding
+        self._metrics.decode_seconds.observe(decode_seconds)
+        self._similarity.check(request.state.caller.id, opened.print)
         answer = await self._engine.submit(slot, work, watch)
-        record(work, answer, decoding, decoded, slot.waited)
+        record(work, answer, opened.decoding, opened.decoded, slot.waited)
         total = time.monotonic() - began
         model = self._engine.info["model"]["name"]
-        return Outcome(work, answer, model, top_k, slot.waited, decoded - decoding, total)
+        return Outcome(work, answer, model, opened.top_k, slot.waited, decode_seconds, total)
+
+    def _open(
+        self, request: Request, parse: Parse, amend: Amend, body: bytes, slot: Slot
+    ) -> _Opened | tuple[Link, Choices]:
+        """The work in a body, or what to fetch first."""
+        kind = request.headers.get("content-type", "")
+        source, choices = _translated(parse, body, kind)
+        if isinstance(source, bytes):
+            return self._prepare(request, amend, source, choices, slot)
+        return source, choices
 
     def _prepare(
         self, request: Request, amend: Amend, file: bytes, choices: Choices, slot: Slot
-    ) -> tuple[Work, Fingerprint]:
+    ) -> _Opened:
+        decoding = time.monotonic()
         work = plan(request.state.request_id, file, choices, self._settings, slot.since)
         request.state.log |= {
             "labels": len(work.labels),
@@ -175,7 +189,8 @@ class Door:
             "steps": work.steps,
             "views": work.views,
         }
-        return amend(work), self._similarity.fingerprint(work.image)
+        print = self._similarity.fingerprint(work.image, file)
+        return _Opened(amend(work), print, choices.top_k, decoding, time.monotonic())
 
     async def _aside(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of what takes too long for the event loop."""
