@@ -107,6 +107,15 @@ def p99(replica: Replica, replicas: int, rate: float) -> float:
     return percentile(simulate(replica, replicas, poisson(rate, REQUESTS / rate, 0)), 0.99)
 
 
+def half_load(replica: Replica) -> tuple[float, float]:
+    """The p99 of one replica at half of what it answers, in times a single request: with its
+    batches, and of requests that go one by one in a constant time (the queue M/D/1), which is what
+    is left where batches gain nothing."""
+    single = replica.time(1)
+    batched = p99(replica, 1, replica.throughput / 2) / single
+    return batched, p99(Replica({1: 1.0}, max_batch=1, max_delay=0.0), 1, 0.5)
+
+
 def plan(replica: Replica, rate: float, target: float) -> tuple[int, float] | None:
     """The fewest replicas whose p99 is within the target, and that p99; beyond one gateway whole
     cells. None where one request alone takes longer."""
@@ -205,6 +214,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "price": options.price,
         "service_seconds": seconds,
         "throughput": replica.throughput,
+        "half_load": half_load(replica),
         "rows": rows,
         "check": check(options.check, settings) if options.check else [],
     }
@@ -235,7 +245,13 @@ def write_page(figures: dict[str, Any]) -> str:
         f"{machine['cores']} cores, torch {machine['torch']}. The price of a replica, "
         f"{figures['price']:g} an hour, is an assumption and the flag `--price`."
     )
-    parts = [tabulate(heads, rows), text]
+    batched, constant = figures["half_load"]
+    half = (
+        "At half of what it answers, by the same simulation, one replica's p99 is "
+        f"{batched:.1f} times a single request; where batches gain nothing and requests go one by "
+        f"one, {constant:.1f} times, which is the Poisson arrivals' own doing."
+    )
+    parts = [tabulate(heads, rows), text, half]
     if figures["check"]:
         checked = [
             (

@@ -134,6 +134,15 @@ def test_pages_have_the_sections_that_the_commands_write() -> None:
     assert "<!-- capacity -->" in pages[1]
 
 
+def test_at_half_load_batches_that_gain_nothing_do_not_help_the_tail() -> None:
+    gainless = capacity.Replica({1: 1.0, 16: 16.0}, max_batch=16, max_delay=0.0)
+    batched, constant = capacity.half_load(gainless)
+    assert constant == pytest.approx(4.3, abs=0.2)  # M/D/1 at 0.5, by its known tail
+    assert batched > constant
+    gaining = capacity.Replica({1: 1.0, 16: 2.0}, max_batch=16, max_delay=0.0)
+    assert capacity.half_load(gaining)[0] < constant
+
+
 def test_the_reset_mistake_forgets_all_but_the_first_layer() -> None:
     learned = DefensePrompts("v", {"vision": torch.ones(1, 3, 2, 4)})
     forgot = reset.forget_deep(learned).tensors["vision"]
