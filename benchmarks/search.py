@@ -1,11 +1,11 @@
 """Search for TAPT's default among recorded configurations, on training photographs.
 
     python -m benchmarks.search --data DIR/tiny_imagenet_train_3of4.parquet \\
-        --bundle views=runs/bundles/views [--threats clean,transfer,adaptive] [--only NAME ...]
+        --bundle single=DIR [--threats clean,transfer] [--only NAME ...] [--jobs 2]
 
 Every configuration is one `tapt-serve evaluate` on the same pictures; it goes on after a kill and
-adds to what is there. The bundle beside the model is called `own`; a configuration whose bundle is
-not given is named and left out. Writes docs/figures/search.json and the part of docs/robustness.md
+adds to what is there. The bundle beside the model is called `own`, one learned through single
+views as published `single`; a configuration whose bundle is not given is named and left out. Writes docs/figures/search.json and the part of docs/robustness.md
 between the marks `search`. What wins here is measured on validation pictures once, elsewhere.
 """
 
@@ -40,33 +40,40 @@ class Configuration:
 
 
 def configurations() -> Iterator[Configuration]:
-    """At most `MOST`: the baselines, then one change at a time from the paper's step, then those
-    that the leads of single changes suggest together."""
+    """At most `MOST`: the baselines, at equal cost too; prompts learned as published; then one
+    change at a time from the published step on the model's own prompts."""
     yield Configuration(BASELINE, "ensemble", "own")
-    for bundle in ("own", "views"):
+    yield Configuration("mean over 64 views, no prompts", "ensemble", "own", "--views 64")
+    published = "--learning-rate 5e-4"
+    for bundle in ("single", "own"):
         yield Configuration(f"{bundle}: no step", "apt-ensemble", bundle)
-        step = "--learning-rate 5e-4"
-        yield Configuration(f"{bundle}: published step", "tapt", bundle, step)
-        yield Configuration(f"{bundle}: single view", "tapt", bundle, f"{step} --readout single")
-        for adapts in ("vision", "text"):
-            flags = f"--adapts {adapts} --learning-rate 5e-3"
-            yield Configuration(f"{bundle}: {adapts} alone, 5e-3", "tapt", bundle, flags)
-        vision = "--adapts vision --learning-rate"
-        yield Configuration(f"{bundle}: vision alone, 2e-2", "tapt", bundle, f"{vision} 2e-2")
-        for name, flags in {
-            "entropy alone": "--alignment-weight 0",
-            "alignment tenfold": "--alignment-weight 1000",
-            "clean statistics alone": "--gamma 0",
-            "half of the views kept": "--selection-ratio 0.5",
-            "all views kept": "--selection-ratio 1",
-            "all views, mean of entropies": "--selection-ratio 1 --entropy mean-of",
-            "all views, entropy alone": "--selection-ratio 1 --alignment-weight 0",
-            "two steps": "--steps 2",
-            "kept views read": "--selection-ratio 0.5 --readout kept",
-            "views read by reliability": "--readout weighted",
-        }.items():
-            every = f"{vision} 5e-3 {flags}"
-            yield Configuration(f"{bundle}: vision alone, 5e-3, {name}", "tapt", bundle, every)
+        yield Configuration(f"{bundle}: published step", "tapt", bundle, published)
+        name = f"{bundle}: published step, single view"
+        yield Configuration(name, "tapt", bundle, f"{published} --readout single")
+        name, flags = "vision alone, 5e-3", "--adapts vision --learning-rate 5e-3"
+        yield Configuration(f"{bundle}: {name}", "tapt", bundle, flags)
+    for rate in ("5e-4", "2e-3", "1e-2", "2e-2"):
+        flags = f"--adapts vision --learning-rate {rate}"
+        yield Configuration(f"own: vision alone, {rate}", "tapt", "own", flags)
+    flags = "--adapts text --learning-rate 5e-3"
+    yield Configuration("own: text alone, 5e-3", "tapt", "own", flags)
+    for name, flags in {
+        "single view": "--readout single",
+        "entropy alone": "--alignment-weight 0",
+        "alignment tenfold": "--alignment-weight 1000",
+        "clean statistics alone": "--gamma 0",
+        "half of the views kept": "--selection-ratio 0.5",
+        "all views kept": "--selection-ratio 1",
+        "all views, mean of entropies": "--selection-ratio 1 --entropy mean-of",
+        "all views, entropy alone": "--selection-ratio 1 --alignment-weight 0",
+        "all views, alignment tenfold": "--selection-ratio 1 --alignment-weight 1000",
+        "two steps": "--steps 2",
+        "half kept and read": "--selection-ratio 0.5 --readout kept",
+        "views read by reliability": "--readout weighted",
+        "64 views": "--views 64",
+    }.items():
+        every = f"--adapts vision --learning-rate 5e-3 {flags}"
+        yield Configuration(f"own: vision alone, 5e-3, {name}", "tapt", "own", every)
 
 
 def measure(
