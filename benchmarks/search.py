@@ -5,8 +5,9 @@
 
 Every configuration is one `tapt-serve evaluate` on the same pictures; it goes on after a kill and
 adds to what is there. The bundle beside the model is called `own`, one learned through single
-views as published `single`; a configuration whose bundle is not given is named and left out. Writes docs/figures/search.json and the part of docs/robustness.md
-between the marks `search`. What wins here is measured on validation pictures once, elsewhere.
+views as published `single`; a configuration whose bundle is not given is named and left out. Writes
+docs/figures/search.json and the part of docs/robustness.md between the marks `search`. What wins
+here is measured on validation pictures once, elsewhere.
 """
 
 import argparse
