@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from rich.progress import Progress
 
 from models.attacks.pgd import ascend
 from models.bundle import DefenseBundle, load_bundle
 from models.checkpoint import Checkpoint
+from models.data import open_dataset
 from models.training import calibrate
 from tests import tiny
 
@@ -126,6 +128,21 @@ def test_unlabelled_pictures_take_statistics_for_known_prompts(
     assert new.statistics is not None
     assert old.statistics is not None
     assert not torch.equal(new.statistics.clean_mean, old.statistics.clean_mean)
+
+
+@pytest.mark.parametrize(("shots", "learned", "again"), [(4, 12, 0), (6, 18, 6), (0, 0, 0)])
+def test_the_threshold_is_set_on_pictures_that_taught_nothing(
+    checkpoint: Checkpoint, folder: Path, shots: int, learned: int, again: int
+) -> None:
+    """As far as there are others; how many are not is said."""
+    with Progress(disable=True) as bar:
+        taught, others, twice = calibrate.gather(
+            checkpoint, open_dataset(folder), shots, 12, 0, bar
+        )
+    assert (len(taught), len(others), twice) == (learned, 12, again)
+    assert all(taught.labels.count(label) == shots for label in range(3))
+    known = {view.numpy().tobytes() for view in taught.pixels}
+    assert sum(view.numpy().tobytes() in known for view in others.pixels) == again
 
 
 def test_unlabelled_pictures_cannot_teach(

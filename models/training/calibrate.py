@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -40,32 +40,55 @@ SAVE_EVERY = 50  # steps
 CPU = torch.device("cpu")
 
 
-def gather(
-    checkpoint: Checkpoint, data: Dataset, most: int, shots: int | None, seed: int, bar: Bar
-) -> tuple[Tensor, Tensor]:
-    """View 0 of pictures, uint8 [N, 3, S, S], and their labels [N], -1 where there is none.
+@dataclass(slots=True)
+class Pictures:
+    """View 0 of pictures, uint8 [3, S, S] each, and their labels, -1 where there is none."""
 
-    In an order drawn by `seed`; at most `most`, and at most `shots` a class.
+    pixels: list[Tensor] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def add(self, view: Tensor, label: int) -> None:
+        self.pixels.append(view)
+        self.labels.append(label)
+
+    def stack(self) -> tuple[Tensor, Tensor]:
+        """uint8 [N, 3, S, S] and [N]."""
+        return torch.stack(self.pixels), torch.tensor(self.labels)
+
+
+def gather(
+    checkpoint: Checkpoint, data: Dataset, shots: int, images: int, seed: int, bar: Bar
+) -> tuple[Pictures, Pictures, int]:
+    """Pictures to learn from, `shots` a class, and at most `images` others for statistics and
+    threshold, in an order drawn by `seed`; and how many of the others are learned from as well,
+    which happens where the data has no more.
 
     Raises:
         DataError: there is no picture.
     """
-    pixels, labels, seen = [], [], Counter[int]()
-    task = bar.add_task("reading pictures", total=most)
-    for example in data.examples(most if shots is None else None, seed):
-        if shots is not None and seen[example.label] >= shots:
+    learned, others, seen = Pictures(), Pictures(), Counter[int]()
+    most = shots * len(data.names)
+    task = bar.add_task("reading pictures", total=most + images)
+    for example in data.examples(images if most == 0 else None, seed):
+        pile = learned if seen[example.label] < shots else others
+        if pile is others and len(others) == images:
             continue
         seen[example.label] += 1
         view = make_views(example.pixels, 1, 0, checkpoint.preprocessing, CPU)[0]
-        pixels.append((view * 255).round().byte())
-        labels.append(example.label)
+        pile.add((view * 255).round().byte(), example.label)
         bar.advance(task)
-        if len(pixels) == most:
+        if len(learned) == most and len(others) == images:
             break
-    if not pixels:
+    again = min(images - len(others), len(learned))
+    for place in range(again):
+        others.add(learned.pixels[place], learned.labels[place])
+    if not others:
         raise DataError("there are no pictures to calibrate with")
-    bar.update(task, total=len(pixels))
-    return torch.stack(pixels), torch.tensor(labels)
+    bar.update(task, total=len(learned) + len(others) - again)
+    return learned, others, again
 
 
 def learn(
@@ -161,22 +184,23 @@ def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
     if not names:
         raise DataError(f"{options.data} has no labels; name some with --labels")
     tuning = Tuning(**{name: getattr(options, name) for name in asdict(Tuning())})
+    if not (options.prompts or data.names):
+        raise DataError(f"{options.data} has no labels to learn from; see --prompts")
+    shots = 0 if options.prompts else options.shots
+    taught, others, again = gather(checkpoint, data, shots, options.images, tuning.seed, bar)
     if options.prompts:
         old = load_bundle(options.prompts, checkpoint.clip, checkpoint.sha256)
         prompts, template, layers = old.prompts, old.template, old.layers
         made: dict[str, Any] = {"prompts_from": old.describe()}
     else:
-        if not data.names:
-            raise DataError(f"{options.data} has no labels to learn from; see --prompts")
-        most = options.shots * len(names)
-        pixels, targets = gather(checkpoint, data, most, options.shots, tuning.seed, bar)
+        pixels, targets = taught.stack()
         partial = options.out.with_name(options.out.name + ".partial")
         prompts = learn(checkpoint, names, pixels, targets, tuning, partial, bar)
         template = DEFAULT_TEMPLATE
         shape = prompts.vision if prompts.vision is not None else prompts.text
         layers = 0 if shape is None else shape.shape[1]
         made = {"tuning": asdict(tuning), "shots": options.shots, "pictures": len(pixels)}
-    pixels, targets = gather(checkpoint, data, options.images, None, tuning.seed + 1, bar)
+    pixels, targets = others.stack()
     statistics = take_statistics(checkpoint, names, pixels, targets, prompts, tuning, bar)
     bundle = DefenseBundle(
         prompts=prompts,
@@ -189,6 +213,7 @@ def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
             "data": options.data.name,
             "classes": len(names),
             "statistics_pictures": len(pixels),
+            "statistics_pictures_learned_from": again,
             "threshold_views": options.threshold_views,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
