@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 README, ROBUSTNESS = ROOT / "README.md", ROOT / "docs" / "robustness.md"
 KNOWN = {  # to the attacker
     "transfer": "`transfer` is made on undefended CLIP",
-    "static": "`static` on CLIP with the learned prompts, neither knowing that the defense adapts",
+    "static": "`static` on CLIP with the learned prompts, neither knowing of views or adaptation",
     "adaptive": "`adaptive` through the whole defense, known but for the seed of its views",
 }
 LABELS = ["espresso", "dog", "school bus", "lemon"]
@@ -58,26 +58,21 @@ def tell(figures: dict[str, Any]) -> str:
     table = tabulate(("defense", *heads, "ms an image"), lines)
     settings, machine, data = figures["settings"], figures["machine"], figures["data"]
     attack, defense = settings["attack"], settings["defense"]
-    attacks = dict.fromkeys(name for row in rows for name in row["broken_first_by"])
-    attacks.pop("clean", None)
+    spent = [f"{attack['steps']} steps", f"{attack['restarts']} restarts"]
+    if "square" in figures["attacks"]:
+        spent.append(f"{attack['queries']} queries of Square")
+    if any(row["threat"] == "adaptive" for row in rows):
+        spent.append(f"gradients over {attack['draws']} draws of views where a defense draws any")
     caption = (
         f"Top-1 accuracy in % with 95% intervals, the same {data['n']} images of `{data['name']}` "
         f"and {data['classes']} labels in every row; robust means right clean and right attacked. "
-        f"Attacks: {', '.join(attacks) or 'none'} with {attack['steps']} steps; "
+        f"Attacks: {', '.join(figures['attacks'])} with {', '.join(spent)}; "
         f"{', '.join(KNOWN[t] for t in dict.fromkeys(t for t, _ in columns) if t in KNOWN)}. "
-        f"{defense['views']} views, {defense['steps']} step. "
+        f"{defense['views']} views, {defense['steps']} step. Milliseconds are of batches of "
+        f"{figures['batch']}. "
         f"Machine: {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}."
     )
-    names = {
-        key: ",".join(dict.fromkeys(row[key] for row in rows)) for key in ("defense", "threat")
-    }
-    epsilons = dict.fromkeys(f"{row['epsilon']:g}/255" for row in rows if row["epsilon"])
-    command = (
-        f"tapt-serve evaluate --data {data['name']} --limit {data['n']} "
-        f"--defenses {names['defense']} --threats {names['threat']} "
-        f"--attacks {','.join(attacks)} --eps {','.join(epsilons)} --json OUT"
-    )
-    made = f"Made by `{command}` and `python -m benchmarks.readme --table OUT`."
+    made = f"Made by `{figures['command']}` and `python -m benchmarks.readme --table OUT`."
     return f"{table}\n\n{caption}\n\n{made}"
 
 

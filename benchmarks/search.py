@@ -11,6 +11,7 @@ here is measured on validation pictures once, elsewhere.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -45,6 +46,7 @@ def configurations() -> Iterator[Configuration]:
     change at a time from the published step on the model's own prompts."""
     yield Configuration(BASELINE, "ensemble", "own")
     yield Configuration("mean over 64 views, no prompts", "ensemble", "own", "--views 64")
+    yield Configuration("own: no step, 64 views", "apt-ensemble", "own", "--views 64")
     published = "--learning-rate 5e-4"
     for bundle in ("single", "own"):
         yield Configuration(f"{bundle}: no step", "apt-ensemble", bundle)
@@ -79,8 +81,8 @@ def configurations() -> Iterator[Configuration]:
 
 def measure(
     configuration: Configuration, bundle: Path, options: argparse.Namespace
-) -> list[dict[str, Any]] | None:
-    """The rows of one configuration; None where the run was stopped or refused. It runs in a
+) -> dict[str, Any] | None:
+    """The figures of one configuration; None where the run was stopped or refused. It runs in a
     process of its own with its share of the threads: small batches gain little from a second."""
     stem = configuration.name.replace(" ", "-").replace(",", "").replace(":", "")
     out = options.out / f"{stem}.json"
@@ -94,8 +96,22 @@ def measure(
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
     if subprocess.run(run, env=environment, stdout=subprocess.DEVNULL).returncode:
         return None
-    rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
-    return rows
+    figures: dict[str, Any] = json.loads(out.read_text())
+    return figures
+
+
+def describe_run(figures: dict[str, Any]) -> dict[str, Any]:
+    """What the rows of a table have in common: rows of other pictures, weights, attacks or code
+    cannot be compared."""
+    settings = figures["settings"]
+    pictures = hashlib.sha256("".join(figures["pictures"]).encode()).hexdigest()[:16]
+    return {
+        "data": figures["data"],
+        "pictures": pictures,
+        "checkpoint": settings["checkpoint_sha256"],
+        "attack": settings["attack"],
+        "code": settings["code_sha256"],
+    }
 
 
 def tell(known: dict[str, Any]) -> str:
@@ -115,7 +131,14 @@ def tell(known: dict[str, Any]) -> str:
     heads = [threat if threat == "clean" else f"{threat} 2/255" for threat in threats]
     differences = [f"{threat}, beyond the first" for threat in threats]
     table = tabulate(("configuration", *heads, *differences, "ms"), lines)
-    return f"{known['caption']}\n\n{table}"
+    data, attack = known["run"]["data"], known["run"]["attack"]
+    caption = (
+        f"Accuracy in % with 95% intervals on {data['n']} training photographs of "
+        f"`{data['name']}`, PGD of {attack['steps']} steps, 16 views unless said; paired "
+        "differences in points. Configurations are chosen here and reported elsewhere. "
+        "Milliseconds were taken while others ran and tell an order of size."
+    )
+    return f"{caption}\n\n{table}"
 
 
 def _points(row: dict[str, Any], base: dict[str, Any]) -> str:
@@ -153,17 +176,16 @@ def main() -> None:
             if c.bundle in bundles
         }
         for done in as_completed(running):
-            name, rows = running[done], done.result()
-            if rows is None:
+            name, figures = running[done], done.result()
+            if figures is None:
                 pool.shutdown(cancel_futures=True)
                 raise SystemExit(f"{name} was not measured")
+            run = describe_run(figures)
+            if known.setdefault("run", run) != run:
+                pool.shutdown(cancel_futures=True)
+                raise SystemExit(f"{path} holds figures of another run; remove it to begin anew")
             print(name, flush=True)
-            known["rows"][name] = rows
-            known["caption"] = (
-                f"Accuracy in % with 95% intervals on {rows[0]['n']} training photographs of "
-                f"`{options.data.name}`, PGD of {options.attack_steps} steps, 16 views unless "
-                "said; configurations are chosen here and reported elsewhere."
-            )
+            known["rows"][name] = figures["rows"]
             path.write_text(json.dumps(known, indent=1) + "\n")
     order = [c.name for c in configurations()]
     known["rows"] = {name: known["rows"][name] for name in order if name in known["rows"]}

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from models.clip import PromptedCLIP
 from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics
 
-FORMAT = 1
+FORMAT = 2
 JSON, TENSORS = "bundle.json", "bundle.safetensors"
 
 
@@ -30,8 +31,9 @@ class DefenseBundle:
     """What is learned beforehand and shared by all requests.
 
     `template` is the text behind the prompt slots that the prompts were learned with; `layers`
-    the L of the alignment; `suspicion` the threshold above which an answer counts as suspected,
-    at `false_positive_rate` on clean images; `provenance` how it was made, JSON types only.
+    the L of the alignment; `suspicion` the thresholds above which an answer counts as suspected,
+    by the prompts that its views were read with (`learned` or `none`), at `false_positive_rate` on
+    clean images; `provenance` how it was made, JSON types only.
     """
 
     prompts: DefensePrompts
@@ -39,7 +41,7 @@ class DefenseBundle:
     template: str
     layers: int
     checkpoint_sha256: str
-    suspicion: float | None = None
+    suspicion: Mapping[str, float] = field(default_factory=dict)
     false_positive_rate: float | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -61,7 +63,7 @@ class DefenseBundle:
             "statistics": self.statistics is not None,
             "checkpoint_sha256": self.checkpoint_sha256,
             "prompts_sha256": self.prompts_sha256,
-            "suspicion": self.suspicion,
+            "suspicion": dict(self.suspicion),
             "false_positive_rate": self.false_positive_rate,
             "provenance": self.provenance,
         }
@@ -117,11 +119,11 @@ def load_bundle(directory: Path, clip: PromptedCLIP, checkpoint_sha256: str) -> 
             meta["template"],
             meta["layers"],
             meta["checkpoint_sha256"],
-            meta["suspicion"],
+            {str(name): float(value) for name, value in meta["suspicion"].items()},
             meta["false_positive_rate"],
             meta["provenance"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{directory} is not a complete defense bundle: {error}") from error
     if meta.get("prompts_sha256") != bundle.prompts_sha256:
         raise ModelError(

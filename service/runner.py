@@ -13,6 +13,7 @@ import transformers
 import models.checkpoint
 from models.bundle import DefenseBundle, load_bundle
 from models.checkpoint import Checkpoint, load_checkpoint
+from models.defenses import DEFENSES
 from models.defenses.defense import Verdict
 from models.demonstration import besiege, redraw
 from models.guard import Finding, Guard, Picture
@@ -157,7 +158,10 @@ class Runner:
             raise FloatingPointError("a score is not finite")
         agreeing = verdict.views.argmax(dim=-1) == verdict.probabilities.argmax()
         bundle = self.guard.bundle
-        threshold = None if bundle is None else bundle.suspicion
+        # A threshold holds for views that are read as those were that set it; one view has none.
+        prompting, threshold = DEFENSES[work.method].prompting, None
+        if bundle is not None and len(verdict.views) > 1:
+            threshold = bundle.suspicion.get(prompting)
         return Answer(
             scores=scores,
             undefended_scores=finding.undefended.tolist(),
@@ -169,7 +173,7 @@ class Runner:
             entropy_after=verdict.entropy_after,
             agreement=float(agreeing.float().mean()),
             suspicion=finding.doubt,
-            suspected=threshold is not None and finding.doubt > threshold,
+            suspected=None if threshold is None else finding.doubt > threshold,
             truncated=truncated,
             labels_truncated=finding.labels_truncated,
             adapt_seconds=finding.seconds,

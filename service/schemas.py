@@ -211,7 +211,9 @@ class DefenseReport(BaseModel):
     entropy_after: float | None
     agreement: float | None = Field(description="Share of the views that agree with the answer.")
     suspicion: float | None = Field(description="Grows with the signs of an attack.")
-    suspected: bool | None = Field(description="Whether suspicion passed the bundle's threshold.")
+    suspected: bool | None = Field(
+        description="Whether suspicion passed the bundle's threshold; null without one."
+    )
     undefended_label: str | None = Field(description="What plain CLIP would have answered.")
 
 

@@ -25,7 +25,7 @@ def tally_answer(metrics: Metrics, work: Work, answer: Answer) -> None:
     metrics.entropy_before.observe(answer.entropy_before)
     metrics.entropy_after.observe(answer.entropy_after)
     metrics.view_agreement.observe(answer.agreement)
-    metrics.suspected_adversarial.inc(answer.suspected)
+    metrics.suspected_adversarial.inc(bool(answer.suspected))
     metrics.label_changed.inc(_first(answer.scores) != _first(answer.undefended_scores))
     if answer.truncated:
         metrics.truncated.labels(answer.truncated).inc()

@@ -72,5 +72,5 @@ def record(
         readout=work.readout,
         agreement=answer.agreement,
         suspicion=answer.suspicion,
-        suspected=answer.suspected,
+        suspected=bool(answer.suspected),
     )

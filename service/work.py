@@ -89,7 +89,7 @@ class Answer:
     entropy_after: float
     agreement: float
     suspicion: float
-    suspected: bool
+    suspected: bool | None
     truncated: Truncation | None
     labels_truncated: int
     adapt_seconds: float

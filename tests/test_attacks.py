@@ -150,6 +150,45 @@ def test_draws_average_gradients_of_a_random_model(net: Net, pixels: Tensor) -> 
     assert spread(16) < 0.2 * spread(1)
 
 
+class Noisy:
+    """The net on the mean of four noisy copies; draws can be held or not."""
+
+    def __init__(self, net: Net, holds: bool) -> None:
+        self.net, self.source = net, torch.Generator().manual_seed(2)
+        if holds:
+            self.hold = lambda images, draws: self.with_noise(self.draw(draws, images))
+
+    def draw(self, draws: int, images: int) -> Tensor:
+        return torch.randn(4 * draws, images, 3, 8, 8, generator=self.source) / 100
+
+    def with_noise(self, noise: Tensor) -> Model:
+        return lambda pixels: torch.stack([self.net(pixels + each) for each in noise]).mean(0)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return self.with_noise(self.draw(1, len(pixels)))(pixels)
+
+
+def test_a_search_by_scores_compares_them_under_the_same_draws(
+    net: Net, pixels: Tensor, labels: Tensor
+) -> None:
+    """Else one lucky draw stands for good, and a random defense looks strong."""
+    left = {}
+    for holds in (True, False):
+        attacked = square(
+            Noisy(net, holds), pixels, labels, replace(BUDGET, queries=200), seeds(pixels)
+        )
+        left[holds] = rate(net, attacked, labels)
+    assert left[True] < left[False] - 0.1
+
+
+def test_the_targeted_loss_pulls_between_two_classes() -> None:
+    logits = torch.tensor([[2.0, -1.0]], requires_grad=True)
+    loss = aim(torch.tensor([1]))(logits, torch.tensor([0]))
+    loss.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [[-1.0, 1.0]]
+
+
 def test_a_backward_approximation_sees_through_a_mask(
     net: Net, pixels: Tensor, labels: Tensor
 ) -> None:

@@ -75,8 +75,8 @@ def test_a_bundle_is_made_and_its_loss_falls(
     assert bundle.prompts.design == design
     assert bundle.statistics is not None
     assert not torch.equal(bundle.statistics.clean_mean, bundle.statistics.adv_mean)
-    assert bundle.suspicion is not None
-    assert 0 < bundle.suspicion < 1
+    assert bundle.suspicion.keys() == {"learned", "none"}
+    assert all(0 < threshold < 1 for threshold in bundle.suspicion.values())
     assert bundle.provenance["tuning"]["epsilon"] == pytest.approx(2 / 255)
     assert not out.with_name("bundle.partial").exists()
 

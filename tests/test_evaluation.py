@@ -189,6 +189,38 @@ def test_only_right_clean_and_right_attacked_counts(tmp_path: Path) -> None:
     assert len(Journal(tmp_path / "out.jsonl", "another")) == 0
 
 
+def test_who_knows_more_can_do_what_others_can(tmp_path: Path) -> None:
+    """And a larger epsilon holds the smaller; `static` alone stays as it is published."""
+    journal = Journal(tmp_path / "out.jsonl", "key")
+    cells = [
+        Cell("tapt", threat, epsilon)
+        for threat in ("transfer", "static", "adaptive")
+        for epsilon in (1, 2)
+    ]
+    for picture, broken in (("a", cells[0]), ("b", cells[3]), ("c", None)):
+        journal.add([Outcome(picture, Cell("tapt", CLEAN, 0), CLEAN, True, 0.0, 1.0, 0.0)])
+        for cell in cells:
+            journal.add([Outcome(picture, cell, "pgd", cell != broken, 0.0, 1.0, 1.0)])
+    right = {cell: [journal.right(picture, cell) for picture in "abc"] for cell in cells}
+    assert right[cells[0]] == right[cells[1]] == [False, True, True]  # transfer
+    assert right[cells[2]] == [True, True, True]  # static at 1
+    assert right[cells[3]] == [True, False, True]
+    assert right[cells[4]] == [False, True, True]  # adaptive at 1
+    assert right[cells[5]] == [False, False, True]
+    rows = {row.cell: row for row in tally(cells, ["a", "b", "c"], journal)}
+    assert rows[cells[5]].broken == {"pgd (transfer 1/255)": 1, "pgd (static 2/255)": 1}
+
+
+def test_each_attacked_picture_is_suspected_once(tmp_path: Path) -> None:
+    journal, cell = Journal(tmp_path / "out.jsonl", "key"), Cell("tapt", "adaptive", 2)
+    for picture, right in (("a", True), ("b", False)):
+        journal.add([Outcome(picture, Cell("tapt", CLEAN, 0), CLEAN, True, 0.2, 1.0, 0.0)])
+        journal.add([Outcome(picture, cell, "pgd", right, 0.9, 1.0, 1.0)])
+    journal.add([Outcome("a", cell, "square", True, 0.1, 1.0, 1.0)])  # it stood to the last
+    (found,) = detect([cell], ["a", "b"], journal)
+    assert (found.attacked, found.auroc) == (2, 0.5)
+
+
 def test_pictures_that_are_decided_are_left_alone(
     directory: Path, folder: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

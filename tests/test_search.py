@@ -15,12 +15,15 @@ def test_configurations_are_bounded_distinct_and_understood() -> None:
         parser().parse_args(["--data", "D", "--json", "J", *configuration.flags.split()])
 
 
+RUN = {"data": {"n": 100, "name": "x.parquet"}, "attack": {"steps": 10}}
+
+
 def test_the_table_names_its_threats_pairs_with_the_baseline_and_leaves_gaps_open() -> None:
     row = {"threat": "clean", "accuracy": 0.5, "interval": [0.4, 0.6], "ms_a_picture": 7.2}
     clean = {**row, "pictures": "1" * 50 + "0" * 50}
     hurt = {**clean, "threat": "transfer", "accuracy": 0.25, "pictures": "1" * 25 + "0" * 75}
     better = {**clean, "pictures": "1" * 60 + "0" * 40}
-    text = tell({"caption": "Of what.", "rows": {BASELINE: [clean, hurt], "b": [better]}})
+    text = tell({"run": RUN, "rows": {BASELINE: [clean, hurt], "b": [better]}})
     assert "| configuration | clean | transfer 2/255 | clean, beyond the first |" in text
     assert f"| {BASELINE} | 50.0 (40.0 to 60.0) | 25.0 (40.0 to 60.0) | +0.0 (" in text
     (line,) = (line for line in text.splitlines() if line.startswith("| b |"))

@@ -100,7 +100,7 @@ def make_bundle(checkpoint: Checkpoint, design: str = "vli", seed: int = 1) -> D
         template="a photo of a {}.",
         layers=depth,
         checkpoint_sha256=checkpoint.sha256,
-        suspicion=0.5,
+        suspicion={"learned": 0.5, "none": 0.5},
         false_positive_rate=0.05,
         provenance={"made": "at random, for a test"},
     )

@@ -6,6 +6,7 @@ step (BPDA), or unroll the adaptation. The attacker knows all but the seed of th
 his own at every call.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import tapt
-from models.attacks.attack import LEVELS
+from models.attacks.attack import LEVELS, Model
 from models.attacks.threats import encode
 from models.attacks.unrolled import unroll
 from models.defenses import DEFENSES, gate, rtpt, thrift, tpt, ttc
@@ -57,6 +58,18 @@ class Defended:
     def __call__(self, pixels: Tensor) -> Tensor:
         return self.answer(pixels, self.source.integers(2**48, size=len(pixels)).tolist())
 
+    def hold(self, images: int, draws: int) -> Model:
+        """The mean prediction over draws of views that stay the same from call to call."""
+        if not self.random:
+            return self
+        seeds = self.source.integers(2**48, size=(draws, images)).tolist()
+
+        def held(pixels: Tensor) -> Tensor:
+            answers = torch.stack([self.answer(pixels, each) for each in seeds])
+            return answers.logsumexp(dim=0) - math.log(draws)
+
+        return held
+
     def answer(self, pixels: Tensor, seeds: list[int]) -> Tensor:
         """Log probabilities with views of these seeds."""
         preprocessing = self.guard.checkpoint.preprocessing
@@ -69,8 +82,8 @@ class Defended:
             ]
         )
         # Fused attention has no second derivative.
-        math = sdpa_kernel(SDPBackend.MATH) if self.unrolled else nullcontext()
-        with math:
+        plain = sdpa_kernel(SDPBackend.MATH) if self.unrolled else nullcontext()
+        with plain:
             return self._read(views, seeds)
 
     def _read(self, views: Tensor, seeds: list[int]) -> Tensor:

@@ -93,13 +93,16 @@ def checkpoints(steps: int) -> set[int]:
 def aim(target: Tensor) -> Loss:
     """The targeted difference of logits ratio (equation 7) for target classes [N].
 
-    With fewer than four classes the smallest logit stands in for those that are missing.
+    With three classes the smallest logit stands in for the one that is missing; between two the
+    ratio would be constant, and the difference itself is taken.
     """
 
     def ratio(logits: Tensor, labels: Tensor) -> Tensor:
         ordered = logits.sort(dim=1, descending=True).values
         last = logits.shape[1] - 1
         spread = ordered[:, 0] - 0.5 * (ordered[:, min(2, last)] + ordered[:, min(3, last)])
+        if logits.shape[1] < 3:
+            spread = torch.ones_like(spread)
         wanted = logits.gather(1, torch.stack([labels, target], dim=1))
         return (wanted[:, 1] - wanted[:, 0]) / (spread + 1e-12)
 

@@ -9,7 +9,7 @@ lends it another's (BPDA, same paper).
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,14 @@ LEVELS = 255  # of a channel in an 8-bit picture
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@runtime_checkable
+class Random(Protocol):
+    """A random model that can be asked again with the same draws."""
+
+    def hold(self, images: int, draws: int) -> Model:
+        """The mean prediction over `draws` draws for each of so many images, drawn now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +67,9 @@ class Slope:
 
     @property
     def score(self) -> Tensor:
-        """[N]: orders results of an attack; a wrong answer is above every right one."""
-        return self.loss.nan_to_num() + self.wrong * 1e6
+        """[N] in fp64: orders results of an attack; a wrong answer is above every right one, and
+        among wrong ones the loss still counts."""
+        return self.loss.double().nan_to_num() + self.wrong * 1e6
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -97,11 +106,18 @@ def look(model: Model, pixels: Tensor, labels: Tensor, loss: Loss, draws: int) -
     return Slope(losses, mean.argmax(dim=1) != labels, torch.zeros_like(pixels))
 
 
+def hold(model: Model, images: int, draws: int) -> Model:
+    """The model with its draws held where it has any and can hold them, else as it is. A search
+    that compares scores is blind where each comes with draws of its own."""
+    return model.hold(images, draws) if isinstance(model, Random) else model
+
+
 def strongest(
     model: Model, pixels: Tensor, labels: Tensor, budget: Budget, candidates: Iterable[Tensor]
 ) -> Tensor:
     """Of some attacked pixels the ones that hurt most once they are 8-bit pictures."""
-    best, most = pixels, torch.full((len(pixels),), -torch.inf, device=pixels.device)
+    most = torch.full((len(pixels),), -torch.inf, dtype=torch.float64, device=pixels.device)
+    best = pixels
     for candidate in candidates:
         attacked = quantize(candidate, pixels, budget.epsilon)
         score = look(model, attacked, labels, cross_entropy, budget.draws).score

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.attacks.attack import Budget, Model, look, margin, pick, strongest
+from models.attacks.attack import Budget, Model, hold, look, margin, pick, strongest
 
 SHARE = 0.8  # of the picture that the first square covers
+REDRAW = 50  # queries; a random model's draws are held so long, and others must not be forgotten
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000, as published
 
 
@@ -38,16 +39,26 @@ def search(
     budget: Budget,
     sources: Sequence[np.random.Generator],
 ) -> Tensor:
-    """One run: vertical stripes first, then ever smaller squares."""
-    size = pixels.shape[-1]
+    """One run: vertical stripes first, then ever smaller squares.
+
+    A random model is asked with held draws, which change now and then; what has been reached is
+    then looked at again, at the price of a query.
+    """
+    size, asked = pixels.shape[-1], hold(model, len(pixels), budget.draws)
+    # One that cannot hold its draws is averaged over calls.
+    draws = budget.draws if asked is model else 1
 
     def signs(*shape: int) -> Tensor:
         drawn = [source.choice([-1.0, 1.0], shape) for source in sources]
         return torch.from_numpy(np.stack(drawn)).to(pixels)
 
     best = (pixels + budget.epsilon * signs(3, 1, size)).clamp(0, 1)
-    most = look(model, best, labels, margin, budget.draws).loss
+    most = look(asked, best, labels, margin, draws).loss
     for query in range(1, budget.queries):
+        if asked is not model and query % REDRAW == 0:
+            asked = hold(model, len(pixels), budget.draws)
+            most = look(asked, best, labels, margin, draws).loss
+            continue
         side = side_of(query, budget.queries, size)
         colors = signs(3, 1, 1)
         inside = torch.zeros_like(pixels, dtype=torch.bool)
@@ -55,7 +66,7 @@ def search(
             top, left = source.integers(0, size - side + 1, 2)
             inside[row, :, top : top + side, left : left + side] = True
         tried = torch.where(inside, (pixels + budget.epsilon * colors).clamp(0, 1), best)
-        found = look(model, tried, labels, margin, budget.draws).loss
+        found = look(asked, tried, labels, margin, draws).loss
         best, most = pick(found > most, tried, best), torch.maximum(found, most)
     return best
 

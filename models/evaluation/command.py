@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -49,8 +50,8 @@ PACKAGES = ("tapt-serve", "torch", "transformers", "numpy", "pyautoattack")
 CHECKED = Budget(0, steps=10, queries=60)  # what a preflight may spend on a picture
 
 
-def evaluate(options: argparse.Namespace) -> int:
-    """The whole way from the command's options to the files.
+def evaluate(options: argparse.Namespace, command: str) -> int:
+    """The whole way from the command's options to the files; `command` goes into them.
 
     Raises:
         ModelError, DataError, MissingExtra, ValueError: checkpoint, bundle, pictures, packages or
@@ -90,6 +91,9 @@ def evaluate(options: argparse.Namespace) -> int:
         "data": {"name": Path(options.data).name, "classes": len(names), "n": len(subjects)},
         "checkpoint": guard.checkpoint.name,
         "settings": settings,
+        "command": command,
+        "attacks": protocol.attacks,
+        "batch": protocol.batch,
         "machine": describe_machine(guard),
         "warnings": warnings,
         "pictures": pictures,
@@ -159,6 +163,8 @@ def describe_settings(guard: Guard, names: Sequence[str], protocol: Protocol) ->
     checkpoint, objective = guard.checkpoint, guard.objective
     return {
         "version": _version("tapt-serve"),
+        "code_sha256": _hash_code(),
+        "device": checkpoint.clip.device.type,
         "checkpoint_sha256": checkpoint.sha256,
         "bundle": guard.bundle and _describe_bundle(guard.bundle),
         "dtype": str(checkpoint.clip.dtype),
@@ -183,7 +189,8 @@ def describe_settings(guard: Guard, names: Sequence[str], protocol: Protocol) ->
 def check(
     guard: Guard, names: Sequence[str], protocol: Protocol, subjects: Sequence[Subject]
 ) -> list[str]:
-    """What the preflight says of attacking each defense adaptively at the largest epsilon."""
+    """What the preflight says of attacking each defense adaptively at the largest epsilon, every
+    way."""
     if "adaptive" not in protocol.threats or not subjects:
         return []
     budget = replace(CHECKED, epsilon=max(protocol.epsilons) / LEVELS, draws=protocol.budget.draws)
@@ -200,12 +207,12 @@ def check(
             protocol.readout,
             protocol.seed,
         )
-        model = next(iter(targets.values()))
-        spent = budget if model.random else replace(budget, draws=1)
         clean: Tensor = pixels.to(device).float() / LEVELS
-        for sentence in preflight(model, clean, labels, spent, range(len(subjects))):
-            found.append(f"{defense}: {sentence}")
-            print(found[-1], file=sys.stderr)
+        for way, model in targets.items():
+            spent = budget if model.random else replace(budget, draws=1)
+            for sentence in preflight(model, clean, labels, spent, range(len(subjects))):
+                found.append(f"{defense}, {way}: {sentence}")
+                print(found[-1], file=sys.stderr)
     return found
 
 
@@ -257,6 +264,25 @@ def _describe_bundle(bundle: DefenseBundle) -> dict[str, Any]:
     for name, value in sorted(bundle.statistics.tensors().items() if bundle.statistics else []):
         digest.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
     return {**bundle.describe(), "statistics_sha256": digest.hexdigest()}
+
+
+def _tell_command(arguments: Sequence[str], out: Path) -> str:
+    """The command as a page may show it, without the paths of the machine it ran on."""
+    shown = [
+        "OUT" if part == str(out) else Path(part).name if Path(part).exists() else part
+        for part in arguments
+    ]
+    return shlex.join(["tapt-serve", "evaluate", *shown])
+
+
+def _hash_code() -> str:
+    """Of the code that outcomes come from, so that none is taken over from an attack or a defense
+    that has changed since; what trains has no part in them."""
+    digest, root = hashlib.sha256(), Path(__file__).parent.parent
+    for file in sorted(root.rglob("*.py")):
+        if "training" not in file.relative_to(root).parts:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _version(package: str) -> str | None:
@@ -311,9 +337,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    options = parser().parse_args(arguments)
     try:
-        return evaluate(options)
+        return evaluate(options, _tell_command(arguments, options.json))
     except (ModelError, DataError, MissingExtra, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

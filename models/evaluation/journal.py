@@ -9,7 +9,7 @@ from pathlib import Path
 CLEAN = "clean"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Cell:
     """What a row of the table is about; `epsilon` is in levels of 1/255, 0 for `clean`."""
 
@@ -41,6 +41,7 @@ class Journal:
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
         self._known: dict[tuple[str, Cell], dict[str, Outcome]] = {}
+        self._cells: set[Cell] = set()
         if path.exists():
             self._read()
 
@@ -64,12 +65,28 @@ class Journal:
         return self._known.get((picture, cell), {})
 
     def right(self, picture: str, cell: Cell) -> bool:
-        """Whether a picture counts: right clean, and right under every attack tried."""
-        clean = self.seen(picture, Cell(cell.defense, CLEAN, 0))
-        outcomes = [*clean.values(), *self.seen(picture, cell).values()]
-        return all(outcome.right for outcome in outcomes)
+        """Whether a picture counts: right clean, and right under every attack tried that the
+        cell's attacker could have made."""
+        return all(outcome.right for outcome in self.weighing(picture, cell))
+
+    def weighing(self, picture: str, cell: Cell) -> list[Outcome]:
+        """What decides on a picture in a cell, its own outcomes last.
+
+        A ball holds the smaller ones, and who knows the whole defense can attack as one who does
+        not. `static` is kept as it is published: the attack on the learned prompts alone.
+        """
+        cells = [
+            other
+            for other in self._cells
+            if other.defense == cell.defense
+            and other.epsilon <= cell.epsilon
+            and (other.threat in (CLEAN, cell.threat) or cell.threat == "adaptive")
+        ]
+        cells.sort(key=lambda other: (other == cell, other.threat == cell.threat, other))
+        return [outcome for other in cells for outcome in self.seen(picture, other).values()]
 
     def _keep(self, outcome: Outcome) -> None:
+        self._cells.add(outcome.cell)
         self._known.setdefault((outcome.picture, outcome.cell), {})[outcome.attack] = outcome
 
     def _read(self) -> None:

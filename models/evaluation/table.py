@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from models.evaluation.journal import CLEAN, Cell, Journal
+from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
 from models.evaluation.scores import Interval, difference, wilson
 
 TITLES = {
@@ -21,9 +21,10 @@ TITLES = {
 class Row:
     """A cell's figures over the pictures.
 
-    `right` says for each picture whether it counts: right clean and under every attack. `broken`
-    counts the pictures that an attack was the first to break, `ms` and `attack_ms` are a
-    picture's means. `versus` are paired differences of accuracy from other rows.
+    `right` says for each picture whether it counts: right clean and under every attack that the
+    cell's attacker could have made. `broken` counts the pictures that an attack was the first to
+    break, `ms` and `attack_ms` are a picture's means. `versus` are paired differences
+    of accuracy from other rows.
     """
 
     cell: Cell
@@ -72,16 +73,25 @@ def tally(cells: Sequence[Cell], names: Sequence[str], journal: Journal) -> list
 
 def _row(cell: Cell, names: Sequence[str], journal: Journal) -> Row:
     right = tuple(journal.right(name, cell) for name in names)
-    outcomes = [list(journal.seen(name, cell).values()) for name in names]
-    flat = [outcome for each in outcomes for outcome in each]
+    flat = [outcome for name in names for outcome in journal.seen(name, cell).values()]
+    first = [next((o for o in journal.weighing(name, cell) if not o.right), None) for name in names]
     return Row(
         cell,
         right,
         wilson(sum(right), len(right)),
-        Counter(outcome.attack for outcome in flat if not outcome.right),
+        Counter(
+            _label(o, cell) for o in first if o and (o.attack != CLEAN or cell.threat == CLEAN)
+        ),
         mean(outcome.ms for outcome in flat) if flat else 0.0,
         sum(outcome.attack_ms for outcome in flat) / len(names),
     )
+
+
+def _label(outcome: Outcome, cell: Cell) -> str:
+    """An attack's name in a cell, which may be one of another threat or a smaller epsilon."""
+    if outcome.cell == cell:
+        return outcome.attack
+    return f"{outcome.attack} ({head(outcome.cell.threat, outcome.cell.epsilon)})"
 
 
 def write_markdown(rows: Sequence[Row]) -> str:

@@ -27,6 +27,9 @@ from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
 from models.guard import Guard, Picture
 from models.views import make_views
 
+# Shared attacks that are made on just the model that such a defense is.
+ATTACKED_THEMSELVES = {("plain", "transfer"), ("apt", "static")}
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -185,7 +188,7 @@ class Trial:
                 )
                 for way, model in targets.items():
                     first = way == next(iter(targets))
-                    if not first and attack not in ("pgd", "apgd"):
+                    if not first and attack == "square":
                         continue  # without gradients all ways are one
                     label = attack if first else f"{attack} {way}"
                     if self._open(subject, cell, label):
@@ -282,12 +285,12 @@ def suspect(protocol: Protocol, subjects: Sequence[Subject], journal: Journal) -
     if protocol.attacks[-1:] != ["square"] or len(protocol.attacks) == 1:
         return
     for cell in protocol.cells:
-        if cell.threat == "adaptive":
+        if cell.threat == "adaptive" or (cell.defense, cell.threat) in ATTACKED_THEMSELVES:
             tried = [journal.seen(subject.name, cell) for subject in subjects]
             last = [outcomes["square"].right for outcomes in tried if "square" in outcomes]
             if (broken := last.count(False)) > max(1, 0.05 * len(last)):
                 yield (
-                    f"{cell.defense} at {cell.epsilon:g}/255: Square breaks {broken} of the "
-                    f"{len(last)} pictures that gradient attacks leave right, so its gradients "
-                    "look masked; more --eot, --restarts or --attack-steps may say."
+                    f"{cell.defense}, {cell.threat} {cell.epsilon:g}/255: Square breaks {broken} "
+                    f"of the {len(last)} pictures that gradient attacks leave right, so its "
+                    "gradients look masked; more --eot, --restarts or --attack-steps may say."
                 )

@@ -152,7 +152,7 @@ def take_statistics(
     return TokenStatistics(*clean, *token_moments(clip, batches(True), prompts))
 
 
-def set_threshold(
+def set_thresholds(
     checkpoint: Checkpoint,
     bundle: DefenseBundle,
     names: list[str],
@@ -160,16 +160,19 @@ def set_threshold(
     views: int,
     rate: float,
     bar: Bar,
-) -> float:
-    """The suspicion that a share `rate` of these clean pictures passes."""
+) -> dict[str, float]:
+    """The suspicion that a share `rate` of these clean pictures passes, by the prompts that their
+    views are read with."""
     guard = Guard(checkpoint, bundle)
-    task = bar.add_task("setting the threshold", total=len(pixels))
-    doubts: list[float] = []
+    task = bar.add_task("setting the thresholds", total=len(pixels))
+    doubts: dict[str, list[float]] = {"learned": [], "none": []}
     for number, picture in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
         asked = Picture(picture, tuple(names), None, "single", number)
-        doubts += [f.doubt for f in guard.classify([asked], "tapt", views, lambda _, r: set(r))]
+        for name, method in (("learned", "tapt"), ("none", "ensemble")):
+            (found,) = guard.classify([asked], method, views, lambda _, rows: set(rows))
+            doubts[name].append(found.doubt)
         bar.advance(task)
-    return float(torch.tensor(doubts).quantile(1 - rate))
+    return {name: float(torch.tensor(seen).quantile(1 - rate)) for name, seen in doubts.items()}
 
 
 def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
@@ -191,7 +194,15 @@ def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
     if options.prompts:
         old = load_bundle(options.prompts, checkpoint.clip, checkpoint.sha256)
         prompts, template, layers = old.prompts, old.template, old.layers
-        made: dict[str, Any] = {"prompts_from": old.describe()}
+        # Statistics of the attack that the prompts were learned against.
+        taught_by = old.provenance.get("tuning", asdict(tuning))
+        tuning = replace(tuning, **{n: taught_by[n] for n in ("epsilon", "attack_steps")})
+        made: dict[str, Any] = {
+            "prompts_from": old.describe(),
+            "epsilon": tuning.epsilon,
+            "attack_steps": tuning.attack_steps,
+            "seed": tuning.seed,
+        }
     else:
         pixels, targets = taught.stack()
         partial = options.out.with_name(options.out.name + ".partial")
@@ -220,8 +231,9 @@ def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
         },
     )
     rate = options.false_positive_rate
-    threshold = set_threshold(checkpoint, bundle, names, pixels, options.threshold_views, rate, bar)
-    return replace(bundle, suspicion=threshold, false_positive_rate=rate)
+    views = options.threshold_views
+    thresholds = set_thresholds(checkpoint, bundle, names, pixels, views, rate, bar)
+    return replace(bundle, suspicion=thresholds, false_positive_rate=rate)
 
 
 def _tokenize(checkpoint: Checkpoint, names: list[str], slots: int) -> LabelBatch:
