@@ -3,7 +3,7 @@
 
 import { readFile } from "node:fs/promises";
 
-const URL = process.env.TAPT_URL ?? "http://127.0.0.1:8000";
+const URL = process.env.CLASSIFY_URL ?? "http://127.0.0.1:8000";
 const ATTEMPTS = 5;
 
 // The answer of POST /v1/classify; a busy server is waited for.
@@ -12,7 +12,7 @@ async function classify(image, labels, defense = {}) {
   form.append("image", new Blob([image]));
   form.append("labels", JSON.stringify(labels));
   form.append("defense", JSON.stringify(defense));
-  const key = process.env.TAPT_KEY;
+  const key = process.env.CLASSIFY_KEY;
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   for (let attempt = 1; ; attempt += 1) {
     const answer = await fetch(`${URL}/v1/classify`, { method: "POST", headers, body: form });

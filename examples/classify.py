@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-URL = os.environ.get("TAPT_URL", "http://127.0.0.1:8000")
+URL = os.environ.get("CLASSIFY_URL", "http://127.0.0.1:8000")
 ATTEMPTS = 5
 
 
@@ -27,7 +27,7 @@ def classify(image: Path, labels: list[str], **defense: Any) -> dict[str, Any]:
     request = urllib.request.Request(
         f"{URL}/v1/classify", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    if key := os.environ.get("TAPT_KEY"):
+    if key := os.environ.get("CLASSIFY_KEY"):
         request.add_header("Authorization", f"Bearer {key}")
     for attempt in range(1, ATTEMPTS + 1):
         try:

@@ -12,6 +12,6 @@ done
 
 # A busy server says when to come back (Retry-After), and --retry listens.
 exec curl --silent --show-error --fail-with-body --retry 5 \
-    ${TAPT_KEY:+--header "Authorization: Bearer $TAPT_KEY"} \
+    ${CLASSIFY_KEY:+--header "Authorization: Bearer $CLASSIFY_KEY"} \
     --form "image=@\"$image\"" "$@" \
-    "${TAPT_URL:-http://127.0.0.1:8000}/v1/classify"
+    "${CLASSIFY_URL:-http://127.0.0.1:8000}/v1/classify"

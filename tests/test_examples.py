@@ -27,7 +27,7 @@ def run(kind: str, server: Server, *arguments: str, key: str = "") -> subprocess
     for needed in (command, *(["curl"] if kind == "sh" else [])):
         if shutil.which(needed) is None:
             pytest.skip(f"{needed} is not installed, so examples/classify.{kind} was not run")
-    environment = {**os.environ, "TAPT_URL": server.url, "TAPT_KEY": key}
+    environment = {**os.environ, "CLASSIFY_URL": server.url, "CLASSIFY_KEY": key}
     return subprocess.run(
         [command, str(EXAMPLES / f"classify.{kind}"), *arguments],
         capture_output=True,
