@@ -130,9 +130,12 @@ def suspected(part: str, whole: str) -> list[dict[str, str]]:
     ]
 
 
-def refused(reason: str, values: str) -> list[dict[str, str]]:
+def refused(
+    reason: str, values: str, ok: str = "0+100x90", failed: str = "0+0x90"
+) -> list[dict[str, str]]:
     return [
-        *requests("0+100x60", "0+0x60"),
+        *requests(ok, failed),
+        series('tapt_requests_total{namespace="a",route="/v1/classify",code="429"}', values),
         series(f'tapt_rejected_total{{namespace="a",reason="{reason}"}}', values),
     ]
 
@@ -162,6 +165,19 @@ CASES: dict[str, tuple[str, list[dict[str, str]], str, bool]] = {
         False,
     ),
     "none has failed ever": ("TaptErrorBudgetBurns", requests("0+9x90", "_x90"), "80m", False),
+    "no room for a tenth": ("TaptErrorBudgetBurns", refused("queue_full", "0+12x90"), "80m", True),
+    "one key is over its limit": (
+        "TaptErrorBudgetBurns",
+        refused("key_rate", "0+90x90"),
+        "80m",
+        False,
+    ),
+    "a tenth fails beside it": (
+        "TaptErrorBudgetBurns",
+        refused("key_rate", "0+90x90", "0+90x90", "0+10x90"),
+        "80m",
+        True,
+    ),
     "slow": ("TaptSlow", times("0+95x60", "0+100x60"), "40m", True),
     "fast": ("TaptSlow", times("0+100x60", "0+100x60"), "40m", False),
     "the queue is full": ("TaptRejecting", refused("queue_full", "0+10x60"), "30m", True),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from k8s.monitoring.queries import Scope
-from k8s.monitoring.rules import CLASSIFICATIONS, TARGET_SECONDS
+from k8s.monitoring.rules import CLASSIFICATIONS, TARGET_SECONDS, failed_share
 
 HERE = Scope("$__rate_interval", 'namespace=~"$namespace"')
 
@@ -55,19 +55,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Errors",
-            "Share of classifications that the service failed: 429 and 5xx.",
+            "Share of classifications that the service failed: 5xx, and 429 for want of room. What "
+            "holds a key to its own limits is not counted.",
             "percentunit",
-            (
-                Query(
-                    HERE.share(
-                        "tapt_requests_total",
-                        "tapt_requests_total",
-                        f'{CLASSIFICATIONS},code=~"429|5.."',
-                        CLASSIFICATIONS,
-                    ),
-                    "failed",
-                ),
-            ),
+            (Query(failed_share(HERE), "failed"),),
             width=6,
         ),
         Panel(

@@ -1,7 +1,7 @@
 """Recording rules and alerts, the same for Prometheus' own files and for its operator.
 
-The objectives: 99.5% of the classifications are answered (neither 429 nor 5xx), and 99% of them
-within `TARGET_SECONDS`, which must be a bucket of `tapt_request_seconds`.
+The objectives: 99.5% of the classifications are answered (neither 5xx nor, for want of room, 429),
+and 99% of them within `TARGET_SECONDS`, which must be a bucket of `tapt_request_seconds`.
 """
 
 from typing import Any
@@ -14,8 +14,9 @@ FALSE_POSITIVES = 0.05  # of the suspicion's threshold, as `tapt-serve calibrate
 RUNBOOK = "docs/runbook.md"
 
 CLASSIFICATIONS = 'route=~"/v1/classify|/"'
-FAILED = f'{CLASSIFICATIONS},code=~"429|5.."'
-REFUSED = 'reason=~"queue_full|uploads|not_ready|draining"'  # the service's doing, not the client's
+FAILED = f'{CLASSIFICATIONS},code=~"5.."'
+FULL = 'reason=~"queue_full|uploads|fetches"'  # what of the 429s is the service's doing
+REFUSED = 'reason=~"queue_full|uploads|fetches|not_ready|draining"'  # no client's own doing
 
 PODS = ("namespace", "pod")
 
@@ -25,14 +26,26 @@ def within(window: str) -> Scope:
     return Scope(window, by=("namespace",))
 
 
+def failed_share(scope: Scope) -> str:
+    """Of the classifications that no key's own limit refused, those that the service failed: a
+    key that floods neither spends the budget nor hides what fails for the others."""
+    none = f"0 * {scope.rate('tapt_requests_total', where=CLASSIFICATIONS)}"
+
+    def count(metric: str, where: str) -> str:
+        return f"({scope.rate(metric, where=where)} or {none})"
+
+    failed = count("tapt_requests_total", FAILED)
+    full = count("tapt_rejected_total", FULL)
+    rest = count("tapt_requests_total", f'{CLASSIFICATIONS},code!="429"')
+    return f"({failed} + {full}) / ({rest} + {full})"
+
+
 def recordings() -> dict[str, str]:
     """Recorded series and their expressions."""
     rules = {}
     for window in ("5m", "1h", "6h"):
         here = within(window)
-        rules[f"tapt:requests:failed_share{window}"] = here.share(
-            "tapt_requests_total", "tapt_requests_total", FAILED, CLASSIFICATIONS
-        )
+        rules[f"tapt:requests:failed_share{window}"] = failed_share(here)
         slow = here.rate("tapt_request_seconds_bucket", where=f'le="{TARGET_SECONDS}"')
         rules[f"tapt:requests:slow_share{window}"] = (
             f"1 - {slow} / {here.rate('tapt_request_seconds_count')}"
@@ -91,7 +104,8 @@ def alerts() -> list[dict[str, Any]]:
             "2m",
             "critical",
             "Classifications fail fast enough to spend a month's error budget in two days.",
-            "{{ $value | humanizePercentage }} of the classifications end with 429 or 5xx.",
+            "{{ $value | humanizePercentage }} of the classifications end with 5xx or, for want of "
+            "room, with 429.",
         ),
         alert(
             "TaptSlow",
