@@ -163,6 +163,8 @@ class Door:
         self._metrics.decode_seconds.observe(decode_seconds)
         self._similarity.check(request.state.caller.id, opened.print)
         answer = await self._engine.submit(slot, work, watch)
+        # Beside the key's id: whether a surge is one caller's can be seen nowhere else.
+        request.state.log["suspected"] = answer.suspected
         record(work, answer, opened.decoding, opened.decoded, slot.waited)
         total = time.monotonic() - began
         model = self._engine.info["model"]["name"]

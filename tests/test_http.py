@@ -18,6 +18,7 @@ from fake_worker import FakeWorker, answer
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.keys import entry
 from service.schemas import Classification, DefenseOptions
 from service.settings import Settings
 from service.work import Answer, Failure, Work
@@ -704,6 +705,30 @@ def test_log_lines_hold_no_text_of_a_user(
     assert record.fields["status"] == 200  # type: ignore[attr-defined]
     assert "zebrafinch" not in str(record.__dict__)
     assert "sesame" not in str(record.__dict__)
+
+
+def test_the_log_names_whose_answers_were_suspected(
+    start: START, photo: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    def doubt(work: Work) -> Answer:
+        return replaced(answer(work), suspected=work.labels[0] == "attacked")
+
+    server = start(FakeWorker(doubt), api_keys="sesame", expose="label")
+
+    def lines() -> list[dict[str, Any]]:
+        return [record.fields for record in caplog.records if record.name == "tapt.request"]  # type: ignore[attr-defined]
+
+    with caplog.at_level("INFO", logger="tapt"):
+        for labels in (["attacked", "b"], ["a", "b"], ["a"]):
+            server.http.post(
+                "/v1/classify",
+                json=as_json(photo, candidate_labels=labels),
+                headers={"Authorization": "Bearer sesame"},
+            )
+        server.wait(lambda: len(lines()) == 3)
+    assert [line.get("suspected") for line in lines()] == [True, False, None]
+    listed = entry("sesame").removeprefix("sha256:")
+    assert {line["key"] for line in lines()} == {listed[:8]}  # as the runbook says
 
 
 def test_schemas_and_settings_know_the_same_words() -> None:
