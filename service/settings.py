@@ -7,7 +7,7 @@ Order of precedence: command line flag, environment variable (prefix `TAPT_`), d
 import os
 from collections.abc import Mapping
 from ipaddress import ip_address
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args, get_origin
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -257,8 +257,16 @@ def table() -> str:
     for name, field in Settings.model_fields.items():
         flag = "--" + name.replace("_", "-")
         default = "" if field.default in ("", ()) else f"`{_shown(field.default)}`"
-        lines.append(f"| `{PREFIX}{name.upper()}` | `{flag}` | {default} | {field.description} |")
+        meaning = f"{field.description}{_choices(field.annotation)}"
+        lines.append(f"| `{PREFIX}{name.upper()}` | `{flag}` | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
+
+
+def _choices(annotation: object) -> str:
+    """A sentence with the words that a knob takes, empty where they are not a closed set."""
+    words = get_args(annotation) if get_origin(annotation) is Literal else ()
+    # A single one is named by its description.
+    return f" One of {', '.join(f'`{word}`' for word in words)}." if len(words) > 1 else ""
 
 
 def _shown(default: object) -> str:

@@ -14,6 +14,12 @@ def test_the_documented_table_equals_the_code() -> None:
     assert DOCUMENT.read_text() == table()  # python -m service.settings
 
 
+def test_the_table_names_the_words_that_a_knob_takes() -> None:
+    lines = {line.split("`")[1]: line for line in table().splitlines() if line.startswith("| `")}
+    assert lines["TAPT_EXPOSE"].endswith("One of `full`, `rounded`, `label`. |")
+    assert "One of" not in lines["TAPT_HOST"]
+
+
 def test_every_knob_is_described() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
@@ -31,6 +37,8 @@ def test_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.allow_client_seed
     assert settings.api_keys == ("alpha", "beta")
     assert "alpha" not in repr(settings)
+    monkeypatch.setenv("TAPT_API_KEYS", ",")  # how compose.yaml is told that there are none
+    assert Settings().api_keys == ()
 
 
 @pytest.mark.parametrize("name", ["compile"])
