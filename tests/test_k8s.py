@@ -383,6 +383,17 @@ def test_the_route_waits_for_the_service_and_retries_only_what_helps(
     for path in routed:
         whole = "/playground/page.js" if path == "/playground" else path
         assert server.http.get(whole).status_code != 404, path
+    # And so is what the pages load.
+    folders = tuple(
+        f"{match['path']['value']}/"
+        for rule in rules
+        for match in rule["matches"]
+        if match["path"]["type"] == "PathPrefix"
+    )
+    for page in ("/", "/docs"):
+        loaded = re.findall(r'(?:src|href)="([\w.-]+/[^"]+)"', server.http.get(page).text)
+        assert loaded
+        assert all(f"/{one}".startswith(folders) for one in loaded), loaded
     classify = next(rule for rule in rules if rule["matches"][0]["path"]["value"] == "/v1/classify")
     assert {match["path"]["value"] for match in classify["matches"]} == {"/v1/classify", "/"}
     assert classify["retry"]["codes"] == [503]
@@ -410,6 +421,17 @@ def test_nothing_goes_in_or_out_unless_named(rendered: dict[str, list[Resource]]
     # Egress is open only where the init step has something to fetch.
     assert "hub" in policies["gpu-hpa"]
     assert "hub" not in policies["cpu-hpa"]
+
+
+def test_what_every_cluster_names_otherwise_is_marked() -> None:
+    """deploy.md tells its reader to look for `yours`."""
+    foreign = re.compile(
+        r"example\.com|monitoring\.svc|metadata\.name: (gateway|monitoring)|namespace: gateway"
+    )
+    lines = [line for file in K8S.rglob("*.yaml") for line in file.read_text().splitlines()]
+    found = [line for line in lines if foreign.search(line)]
+    assert len(found) >= 7
+    assert all("# yours" in line for line in found), found
 
 
 # The init step.
