@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 target=${1:-cpu}
-image=localhost/tapt-serve:$target
+image=tapt-serve:$target # the name that `make image` and compose use
 
 for engine in docker podman; do
     "$engine" info >/dev/null 2>&1 || continue
@@ -29,5 +29,5 @@ done
 
 echo "no container engine answers; building with buildah" >&2
 docker/local.sh build "$target"
-docker/local.sh run "$image" docker/ask.py
-docker/local.sh size "$image"
+docker/local.sh run "localhost/$image" docker/ask.py
+docker/local.sh size "localhost/$image"

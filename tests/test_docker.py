@@ -97,6 +97,7 @@ def test_compose_names_knobs_files_and_replicas_that_exist() -> None:
         ours = {name: "" for name in one["environment"] if name.startswith(PREFIX)}
         assert ours
         assert not unknown_variables(ours)
+        assert {"path": "knobs.env", "required": False} in one["env_file"]
         assert one["read_only"]
         assert one["cap_drop"] == ["ALL"]
         assert int(one["stop_grace_period"].rstrip("s")) > Settings().drain_timeout_s + 5
@@ -115,6 +116,23 @@ def test_compose_names_knobs_files_and_replicas_that_exist() -> None:
             source = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", volume).split(":")[0]
             if source.startswith(".") and source not in made_later:
                 assert (DOCKER / source).exists(), source
+
+
+def test_compose_never_opens_the_service_by_an_oversight() -> None:
+    for name, one in compose()["services"].items():
+        if name.startswith("service-"):
+            assert one["environment"]["TAPT_API_KEYS"].startswith("${TAPT_API_KEYS:?")
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {"docker/.env", "docker/knobs.env"} <= set(ignored)
+
+
+def test_the_page_names_what_compose_runs_and_asks_for() -> None:
+    told = (ROOT / "docs/deploy.md").read_text()
+    for one in compose()["services"].values():
+        image = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", one["image"])
+        assert image in told, image
+    for name in re.findall(r"\$\{(\w+)", (DOCKER / "compose.yaml").read_text()):
+        assert f"`{name}`" in told or f"{name}=" in told, name
 
 
 def test_grafana_finds_the_dashboard_that_is_provisioned() -> None:
