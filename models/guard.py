@@ -159,6 +159,13 @@ class Guard:
         moving = (self.objective if own else Objective()).moving(prompts)
         return prompting == "none" or any(prompts.tensors[name].numel() for name in moving)
 
+    def threshold(self, method: str, views: int) -> float | None:
+        """The suspicion above which an answer counts as suspected; None where the bundle has none
+        for views that are read in this way. One view has no doubts."""
+        if self.bundle is None or views == 1:
+            return None
+        return self.bundle.suspicion.get(DEFENSES[method].prompting)
+
     def _prompting(self, method: str) -> Prompting:
         prompting = DEFENSES[method].prompting
         return "words" if self.bundle is None and prompting == "learned" else prompting

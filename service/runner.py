@@ -13,7 +13,6 @@ import transformers
 import models.checkpoint
 from models.bundle import DefenseBundle, load_bundle
 from models.checkpoint import Checkpoint, load_checkpoint
-from models.defenses import DEFENSES
 from models.defenses.defense import Verdict
 from models.demonstration import besiege, redraw
 from models.guard import Finding, Guard, Picture
@@ -157,11 +156,7 @@ class Runner:
         if not np.isfinite(scores).all():
             raise FloatingPointError("a score is not finite")
         agreeing = verdict.views.argmax(dim=-1) == verdict.probabilities.argmax()
-        bundle = self.guard.bundle
-        # A threshold holds for views that are read as those were that set it; one view has none.
-        prompting, threshold = DEFENSES[work.method].prompting, None
-        if bundle is not None and len(verdict.views) > 1:
-            threshold = bundle.suspicion.get(prompting)
+        threshold = self.guard.threshold(work.method, len(verdict.views))
         return Answer(
             scores=scores,
             undefended_scores=finding.undefended.tolist(),

@@ -1,6 +1,7 @@
 """A bundle is whole and belongs to its checkpoint and prompts, or is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from models.bundle import load_bundle
 from models.checkpoint import Checkpoint, ModelError
+from models.guard import Guard
 from tests import tiny
 
 
@@ -66,3 +68,12 @@ def test_shapes_of_another_model_are_refused(checkpoint: Checkpoint, tmp_path: P
     tiny.make_bundle(other).save(tmp_path / "bundle")
     with pytest.raises(ModelError, match="do not fit"):
         load_bundle(tmp_path / "bundle", checkpoint.clip, other.sha256)
+
+
+def test_a_threshold_is_for_views_read_as_those_that_set_it(checkpoint: Checkpoint) -> None:
+    bundle = replace(tiny.make_bundle(checkpoint), suspicion={"learned": 0.4, "none": 0.2})
+    guard = Guard(checkpoint, bundle)
+    thresholds = [guard.threshold(method, 16) for method in ("tapt", "ensemble", "rtpt")]
+    assert thresholds == [0.4, 0.2, None]
+    assert guard.threshold("tapt", 1) is None
+    assert Guard(checkpoint, None).threshold("ensemble", 16) is None
