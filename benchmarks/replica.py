@@ -120,7 +120,7 @@ def measure_bare(settings: Settings, sizes: Sequence[int], seconds: float) -> di
 
 
 def _measure_bare(settings: Settings, sizes: list[int], seconds: float) -> dict[str, Any]:
-    from models.evaluation.command import describe_machine
+    from models.evaluation.provenance import describe_machine
     from service.runner import Runner
 
     runner = Runner(settings, 0)

@@ -27,7 +27,7 @@ from models.bundle import DefenseBundle
 from models.checkpoint import EMBEDDED, OPENAI_MEAN, OPENAI_STD, Checkpoint, load_checkpoint
 from models.clip import PromptedCLIP
 from models.data import open_dataset
-from models.evaluation.command import describe_machine
+from models.evaluation.provenance import describe_machine
 from models.guard import Guard, Picture
 from models.objective import Objective
 from models.prompts import DefensePrompts

@@ -12,14 +12,10 @@ epsilon may be added then, and pictures too.
 import argparse
 import hashlib
 import json
-import os
-import platform
-import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from fractions import Fraction
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +29,20 @@ from models.attacks.attack import LEVELS, Budget
 from models.attacks.autoattack import MissingExtra, require
 from models.attacks.preflight import preflight
 from models.attacks.threats import THREATS
-from models.bundle import DefenseBundle, load_bundle
+from models.bundle import load_bundle
 from models.checkpoint import ModelError, load_checkpoint
 from models.data import DataError
 from models.defenses import DEFENSES
 from models.evaluation.detection import Detection, detect, write_detection
 from models.evaluation.hub import open_anywhere
 from models.evaluation.journal import CLEAN, Journal
+from models.evaluation.provenance import describe_machine, describe_settings, tell_command
 from models.evaluation.table import Row, draw, tally, write_markdown
 from models.evaluation.trial import Protocol, Subject, Trial, as_shown, gather, suspect
 from models.guard import DEFAULT_TEMPLATE, Guard
 from models.objective import ADAPTS, Objective
 from models.readout import READOUTS
 
-PACKAGES = ("tapt-serve", "torch", "transformers", "numpy", "pyautoattack")
 CHECKED = Budget(0, steps=10, queries=60)  # what a preflight may spend on a picture
 
 
@@ -158,34 +154,6 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
     )
 
 
-def describe_settings(guard: Guard, names: Sequence[str], protocol: Protocol) -> dict[str, Any]:
-    """All that an outcome hangs on, but for the picture, the row and the attack."""
-    checkpoint, objective = guard.checkpoint, guard.objective
-    return {
-        "version": _version("tapt-serve"),
-        "code_sha256": _hash_code(),
-        "device": checkpoint.clip.device.type,
-        "checkpoint_sha256": checkpoint.sha256,
-        "bundle": guard.bundle and _describe_bundle(guard.bundle),
-        "dtype": str(checkpoint.clip.dtype),
-        "labels": list(names),
-        "template": guard.template,
-        "defense": {
-            "views": protocol.views,
-            "steps": protocol.steps,
-            "readout": protocol.readout,
-            "selection_ratio": guard.selection_ratio,
-            "learning_rate": objective.learning_rate,
-            "alignment_weight": objective.alignment_weight,
-            "gamma": objective.gamma,
-            "adapts": objective.adapts,
-            "entropy_of_mean": objective.of_mean,
-        },
-        "attack": {k: v for k, v in asdict(protocol.budget).items() if k != "epsilon"},
-        "seed": protocol.seed,
-    }
-
-
 def check(
     guard: Guard, names: Sequence[str], protocol: Protocol, subjects: Sequence[Subject]
 ) -> list[str]:
@@ -240,58 +208,6 @@ def write(
         print("no plot: it needs matplotlib, pip install 'tapt-serve[train]'", file=sys.stderr)
 
 
-def describe_machine(guard: Guard) -> dict[str, Any]:
-    """What the times were measured on, and with which versions."""
-    cpu = platform.processor() or platform.machine()
-    listed = Path("/proc/cpuinfo")
-    if listed.exists():
-        lines = [line for line in listed.read_text().splitlines() if line.startswith("model name")]
-        cpu = lines[0].partition(":")[2].strip() if lines else cpu
-    device = guard.checkpoint.clip.device
-    return {
-        "device": str(device),
-        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
-    }
-
-
-def _describe_bundle(bundle: DefenseBundle) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for name, value in sorted(bundle.statistics.tensors().items() if bundle.statistics else []):
-        digest.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
-    return {**bundle.describe(), "statistics_sha256": digest.hexdigest()}
-
-
-def _tell_command(arguments: Sequence[str], out: Path) -> str:
-    """The command as a page may show it, without the paths of the machine it ran on."""
-    shown = [
-        "OUT" if part == str(out) else Path(part).name if Path(part).exists() else part
-        for part in arguments
-    ]
-    return shlex.join(["tapt-serve", "evaluate", *shown])
-
-
-def _hash_code() -> str:
-    """Of the code that outcomes come from, so that none is taken over from an attack or a defense
-    that has changed since; what trains has no part in them."""
-    digest, root = hashlib.sha256(), Path(__file__).parent.parent
-    for file in sorted(root.rglob("*.py")):
-        if "training" not in file.relative_to(root).parts:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = argparse.ArgumentParser(
@@ -340,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     options = parser().parse_args(arguments)
     try:
-        return evaluate(options, _tell_command(arguments, options.json))
+        return evaluate(options, tell_command(arguments, options.json))
     except (ModelError, DataError, MissingExtra, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

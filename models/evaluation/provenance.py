@@ -1,0 +1,99 @@
+"""What a figure must name: everything that an outcome hangs on, the machine, and the command."""
+
+import hashlib
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.bundle import DefenseBundle
+from models.evaluation.trial import Protocol
+from models.guard import Guard
+
+PACKAGES = ("tapt-serve", "torch", "transformers", "numpy", "pyautoattack")
+
+
+def describe_settings(guard: Guard, names: Sequence[str], protocol: Protocol) -> dict[str, Any]:
+    """All that an outcome hangs on, but for the picture, the row and the attack."""
+    checkpoint, objective = guard.checkpoint, guard.objective
+    return {
+        "version": _version("tapt-serve"),
+        "code_sha256": _hash_code(),
+        "device": checkpoint.clip.device.type,
+        "checkpoint_sha256": checkpoint.sha256,
+        "bundle": guard.bundle and _describe_bundle(guard.bundle),
+        "dtype": str(checkpoint.clip.dtype),
+        "labels": list(names),
+        "template": guard.template,
+        "defense": {
+            "views": protocol.views,
+            "steps": protocol.steps,
+            "readout": protocol.readout,
+            "selection_ratio": guard.selection_ratio,
+            "learning_rate": objective.learning_rate,
+            "alignment_weight": objective.alignment_weight,
+            "gamma": objective.gamma,
+            "adapts": objective.adapts,
+            "entropy_of_mean": objective.of_mean,
+        },
+        "attack": {k: v for k, v in asdict(protocol.budget).items() if k != "epsilon"},
+        "seed": protocol.seed,
+    }
+
+
+def describe_machine(guard: Guard) -> dict[str, Any]:
+    """What the times were measured on, and with which versions."""
+    cpu = platform.processor() or platform.machine()
+    listed = Path("/proc/cpuinfo")
+    if listed.exists():
+        lines = [line for line in listed.read_text().splitlines() if line.startswith("model name")]
+        cpu = lines[0].partition(":")[2].strip() if lines else cpu
+    device = guard.checkpoint.clip.device
+    return {
+        "device": str(device),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+    }
+
+
+def tell_command(arguments: Sequence[str], out: Path) -> str:
+    """The command as a page may show it, without the paths of the machine it ran on."""
+    shown = [
+        "OUT" if part == str(out) else Path(part).name if Path(part).exists() else part
+        for part in arguments
+    ]
+    return shlex.join(["tapt-serve", "evaluate", *shown])
+
+
+def _describe_bundle(bundle: DefenseBundle) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for name, value in sorted(bundle.statistics.tensors().items() if bundle.statistics else []):
+        digest.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
+    return {**bundle.describe(), "statistics_sha256": digest.hexdigest()}
+
+
+def _hash_code() -> str:
+    """Of the code that outcomes come from, so that none is taken over from an attack or a defense
+    that has changed since; what trains has no part in them."""
+    digest, root = hashlib.sha256(), Path(__file__).parent.parent
+    for file in sorted(root.rglob("*.py")):
+        if "training" not in file.relative_to(root).parts:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
