@@ -50,9 +50,9 @@ embedded: setup
 # DATA=DIR
 LEARN = GOMP_SPINCOUNT=1000 $(BIN)/tapt-serve calibrate --model embedded \
     --data $(DATA)/tiny_imagenet_train_0of4.parquet --design vli --depth 6 --tokens 16 \
-    --epsilon 2/255 --rate 2e-2
+    --epsilon 2/255
 bundle: setup
-	$(LEARN) --shots 100 --steps 300 --views 8 --batch 32 --out models/embedded/bundle
+	$(LEARN) --shots 100 --steps 250 --rate 1e-2 --views 8 --batch 32 --out models/embedded/bundle
 
 # The README's picture, taken of the page by its own test (Debian's chromium).
 picture: setup
@@ -78,7 +78,7 @@ robustness: setup
 STATIC = $(BIN)/tapt-serve evaluate --data $(DATA)/tiny_imagenet_val.parquet --defenses plain,apt \
     --threats clean,transfer,static --attacks pgd --eps 1/255,2/255 --limit 1000 --views 1 --batch 20
 static: setup
-	$(LEARN) --shots 100 --steps 300 --clean-share 0.25 --out runs/static/published
+	$(LEARN) --shots 100 --steps 300 --rate 2e-2 --clean-share 0.25 --out runs/static/published
 	$(STATIC) --bundle runs/static/published --json runs/static/learned.json
 	$(LEARN) --shots 1 --steps 0 --images 200 --out runs/static/random
 	$(STATIC) --bundle runs/static/random --json runs/static/random.json

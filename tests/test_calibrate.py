@@ -12,6 +12,7 @@ from models.bundle import DefenseBundle, load_bundle
 from models.checkpoint import Checkpoint
 from models.data import open_dataset
 from models.training import calibrate
+from models.training.prompt_tuning import Tuning
 from tests import tiny
 
 NAMES = ("cat", "dog", "lemon")
@@ -79,6 +80,20 @@ def test_a_bundle_is_made_and_its_loss_falls(
     assert all(0 < threshold < 1 for threshold in bundle.suspicion.values())
     assert bundle.provenance["tuning"]["epsilon"] == pytest.approx(2 / 255)
     assert not out.with_name("bundle.partial").exists()
+
+
+def test_the_text_prompts_of_vli_start_where_they_change_nothing(checkpoint: Checkpoint) -> None:
+    clip, depth = checkpoint.clip, checkpoint.clip.text_layers
+    template, words = calibrate._begin_text(checkpoint, "vli")
+    assert template == "{}."
+    prompts = calibrate.begin(clip, Tuning(depth=depth), words).prompts
+    assert prompts.text is not None
+    slots = words.shape[1] - 1
+    assert prompts.text.shape == (1, depth, slots, clip.text_width)
+    names = list(NAMES)
+    texts = calibrate._tokenize(checkpoint, names, template, slots)
+    plain = calibrate._tokenize(checkpoint, names, calibrate.DEFAULT_TEMPLATE, 0)
+    torch.testing.assert_close(clip.encode_labels(texts, prompts.text), clip.encode_labels(plain))
 
 
 def test_a_run_cut_short_ends_as_one_in_a_piece(

@@ -93,6 +93,8 @@ def gather(
 
 def learn(
     checkpoint: Checkpoint,
+    texts: LabelBatch,
+    words: Tensor,
     names: list[str],
     pixels: Tensor,
     targets: Tensor,
@@ -100,10 +102,14 @@ def learn(
     partial: Path,
     bar: Bar,
 ) -> DefensePrompts:
-    """Learn prompts, going on from the files in `partial` and leaving them there as it goes."""
+    """Learn prompts, going on from the files in `partial` and leaving them there as it goes.
+
+    `texts` are the names in their template behind the prompts' slots, `words` as in `begin`.
+    """
     settings = {**asdict(tuning), "names": names, "checkpoint": checkpoint.sha256}
     settings["pictures"] = len(pixels)
-    progress = _resume(partial, settings, checkpoint) or begin(checkpoint.clip, tuning)
+    clip = checkpoint.clip
+    progress = _resume(partial, settings, checkpoint) or begin(clip, tuning, words)
     task = bar.add_task("learning prompts", total=tuning.steps, completed=progress.step)
 
     def report(progress: Progress) -> None:
@@ -112,14 +118,13 @@ def learn(
         if progress.step % SAVE_EVERY == 0:
             _save(partial, settings, progress)
 
-    labels = _tokenize(checkpoint, names, 0 if tuning.design == "v" else tuning.tokens)
     prepared = checkpoint.preprocessing
-    return tune(checkpoint.clip, labels, pixels, targets, prepared, tuning, progress, report)
+    return tune(clip, texts, pixels, targets, prepared, tuning, progress, report)
 
 
 def take_statistics(
     checkpoint: Checkpoint,
-    names: list[str],
+    texts: LabelBatch,
     pixels: Tensor,
     targets: Tensor,
     prompts: DefensePrompts,
@@ -131,8 +136,7 @@ def take_statistics(
     Pictures without a label are attacked away from what the prompted model says of them.
     """
     clip = checkpoint.clip
-    slots = 0 if prompts.text is None else prompts.text.shape[2]
-    text = clip.encode_labels(_tokenize(checkpoint, names, slots), prompts.text)
+    text = clip.encode_labels(texts, prompts.text)
     task = bar.add_task("taking statistics", total=2 * len(pixels))
 
     def batches(attacked: bool) -> Iterator[Tensor]:
@@ -206,13 +210,17 @@ def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
     else:
         pixels, targets = taught.stack()
         partial = options.out.with_name(options.out.name + ".partial")
-        prompts = learn(checkpoint, names, pixels, targets, tuning, partial, bar)
-        template = DEFAULT_TEMPLATE
+        template, words = _begin_text(checkpoint, tuning.design)
+        slots = {"v": 0, "vli": words.shape[1] - 1}.get(tuning.design, tuning.tokens)
+        texts = _tokenize(checkpoint, names, template, slots)
+        prompts = learn(checkpoint, texts, words, names, pixels, targets, tuning, partial, bar)
         shape = prompts.vision if prompts.vision is not None else prompts.text
         layers = 0 if shape is None else shape.shape[1]
         made = {"tuning": asdict(tuning), "shots": options.shots, "pictures": len(pixels)}
     pixels, targets = others.stack()
-    statistics = take_statistics(checkpoint, names, pixels, targets, prompts, tuning, bar)
+    slots = 0 if prompts.text is None else prompts.text.shape[2]
+    texts = _tokenize(checkpoint, names, template, slots)
+    statistics = take_statistics(checkpoint, texts, pixels, targets, prompts, tuning, bar)
     bundle = DefenseBundle(
         prompts=prompts,
         statistics=statistics,
@@ -236,9 +244,18 @@ def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
     return replace(bundle, suspicion=thresholds, false_positive_rate=rate)
 
 
-def _tokenize(checkpoint: Checkpoint, names: list[str], slots: int) -> LabelBatch:
+def _begin_text(checkpoint: Checkpoint, design: str) -> tuple[str, Tensor]:
+    """The template behind the prompts, and the tokens [1, 1 + n] of the words that VLI's prompts
+    begin as and stand for, the start token included."""
+    lead, _, rest = DEFAULT_TEMPLATE.partition("{}")
+    ids = checkpoint.tokenizer(lead.strip())["input_ids"][:-1]
+    words = torch.tensor([ids], device=checkpoint.clip.device)
+    return ("{}" + rest if design == "vli" else DEFAULT_TEMPLATE), words
+
+
+def _tokenize(checkpoint: Checkpoint, names: list[str], template: str, slots: int) -> LabelBatch:
     clip = checkpoint.clip
-    texts = [DEFAULT_TEMPLATE.replace("{}", name) for name in names]
+    texts = [template.replace("{}", name) for name in names]
     end = clip.model.config.text_config.eos_token_id
     return tokenize(checkpoint.tokenizer, end, texts, clip.context_length, slots).to(clip.device)
 

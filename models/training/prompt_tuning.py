@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models import adamw
 from models.attacks.pgd import ascend
+from models.blocks import run_block
 from models.clip import PromptedCLIP
 from models.labels import LabelBatch
 from models.objective import prompt_gradients
@@ -30,8 +31,9 @@ class Tuning:
     """How prompts are learned.
 
     `epsilon` is in [0, 1] pixels; `depth` and `tokens` count a tower's prompted layers and its
-    prompts a layer; `views` 1 takes the loss through the single view, as published, and more
-    through the mean prediction over that many, which is what serving reads.
+    prompts a layer, for VLI the visual ones alone; `views` 1 takes the loss through the single
+    view, as published, and more through the mean prediction over that many, which is what serving
+    reads.
     """
 
     design: str = "vli"
@@ -59,8 +61,33 @@ class Progress:
     losses: list[float] = field(default_factory=list)
 
 
-def begin(clip: PromptedCLIP, tuning: Tuning) -> Progress:
-    """Fresh random prompts for a checkpoint; the depth is cut to the layers that a tower has."""
+@torch.no_grad()
+def read_words(clip: PromptedCLIP, ids: Tensor, depth: int) -> Tensor:
+    """What words are at the start of each of the first `depth` text blocks, [1, depth, n, width].
+
+    `ids` [1, 1 + n] are the start token and the words. As prompts in front of a label these change
+    nothing: under the causal mask the words see nothing of the label.
+    """
+    text, length = clip.model.text_model, ids.shape[1]
+    embedded = text.embeddings.token_embedding(ids)
+    hidden = embedded + text.embeddings.position_embedding.weight[:length]
+    causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+    states = [embedded]
+    for block in text.encoder.layers[: depth - 1]:
+        hidden, _ = run_block(block, hidden, causal)
+        states.append(hidden)
+    return torch.stack([state[:, 1:] for state in states], dim=1).float()
+
+
+def begin(clip: PromptedCLIP, tuning: Tuning, words: Tensor) -> Progress:
+    """Prompts to learn from, for a checkpoint; the depth is cut to the layers that a tower has.
+
+    Visual prompts and those of VLJ start at random, near nothing. VLI's text prompts start as the
+    template's leading words, which change nothing: random ones cost more than is learned back.
+
+    Args:
+        words: [1, 1 + n] token ids, the start token included.
+    """
     source = torch.Generator().manual_seed(tuning.seed)
 
     def draw(*shape: int) -> Tensor:
@@ -71,9 +98,10 @@ def begin(clip: PromptedCLIP, tuning: Tuning) -> Progress:
     tensors: dict[str, Tensor] = {}
     if tuning.design in ("v", "vli"):
         tensors["vision"] = draw(deep, tuning.tokens, clip.vision_width)
-    if tuning.design in ("vli", "vlj"):
-        tensors["text"] = draw(both, tuning.tokens, clip.text_width)
+    if tuning.design == "vli":
+        tensors["text"] = read_words(clip, words, both)
     if tuning.design == "vlj":
+        tensors["text"] = draw(both, tuning.tokens, clip.text_width)
         scale = clip.text_width**-0.5 / SPREAD
         tensors["projection.weight"] = draw(deep, clip.vision_width, clip.text_width) * scale
         tensors["projection.bias"] = torch.zeros(1, deep, clip.vision_width, device=clip.device)
