@@ -58,7 +58,7 @@ def tell(figures: dict[str, Any]) -> str:
     table = tabulate(("defense", *heads, "ms an image"), lines)
     settings, machine, data = figures["settings"], figures["machine"], figures["data"]
     attack, defense = settings["attack"], settings["defense"]
-    spent = [f"{attack['steps']} steps", f"{attack['restarts']} restarts"]
+    spent = [_count(attack["steps"], "step"), _count(attack["restarts"], "run")]
     if "square" in figures["attacks"]:
         spent.append(f"{attack['queries']} queries of Square")
     if any(row["threat"] == "adaptive" for row in rows):
@@ -68,7 +68,7 @@ def tell(figures: dict[str, Any]) -> str:
         f"and {data['classes']} labels in every row; robust means right clean and right attacked. "
         f"Attacks: {', '.join(figures['attacks'])} with {', '.join(spent)}; "
         f"{', '.join(KNOWN[t] for t in dict.fromkeys(t for t, _ in columns) if t in KNOWN)}. "
-        f"{defense['views']} views, {defense['steps']} step. Milliseconds are of batches of "
+        f"{_count(defense['views'], 'view')}, {_count(defense['steps'], 'step')}. Milliseconds are of batches of "
         f"{figures['batch']}. "
         f"Machine: {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}."
     )
@@ -112,6 +112,10 @@ def detect(figures: dict[str, Any]) -> str:
     return tabulate(heads, lines) if lines else ""
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _percent(row: dict[str, Any]) -> str:
     low, high = row["interval"]
     return f"{100 * row['accuracy']:.0f} ({100 * low:.0f} to {100 * high:.0f})"
@@ -142,7 +146,8 @@ def main() -> None:
     if options.table:
         figures = json.loads(options.table.read_text())
         if options.into:
-            parts = tell(figures), compare(figures), detect(figures)
+            suspected = detect(figures) if options.into == "robustness" else ""
+            parts = tell(figures), compare(figures), suspected
             write_section(options.into, "\n\n".join(filter(None, parts)), ROBUSTNESS)
         else:
             write_section("table", tell(figures), README)
