@@ -68,8 +68,8 @@ def tell(figures: dict[str, Any]) -> str:
         f"and {data['classes']} labels in every row; robust means right clean and right attacked. "
         f"Attacks: {', '.join(figures['attacks'])} with {', '.join(spent)}; "
         f"{', '.join(KNOWN[t] for t in dict.fromkeys(t for t, _ in columns) if t in KNOWN)}. "
-        f"{_count(defense['views'], 'view')}, {_count(defense['steps'], 'step')}. Milliseconds are of batches of "
-        f"{figures['batch']}. "
+        f"{_count(defense['views'], 'view')}, {_count(defense['steps'], 'step')}. Milliseconds are "
+        f"of batches of {figures['batch']}. "
         f"Machine: {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}."
     )
     made = f"Made by `{figures['command']}` and `python -m benchmarks.readme --table OUT`."

@@ -1,12 +1,13 @@
 """What the reset mistake of the published code does to a figure.
 
-    python -m benchmarks.reset --data DIR/tiny_imagenet_val.parquet [--limit 300]
+    python -m benchmarks.reset --data DIR/tiny_imagenet_val.parquet --bundle runs/static/published
 
 The published V and VLI remember what to reset to before the learned prompts are loaded: every
 picture starts from random deep prompts. The static attack is made on the learned ones, so on
 another model than the one that answers. Here the same pictures are answered both ways, by TAPT as
 published (one step, the single view), under the attack on the learned prompts and under the attack
-on the prompts that answer. Writes the part of docs/robustness.md between the marks `reset`.
+on the prompts that answer. The bundle is one learned as published; `make static` makes it. Writes
+the part of docs/robustness.md between the marks `reset`.
 """
 
 import argparse
@@ -72,10 +73,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="validation photographs")
     parser.add_argument("--limit", type=int, default=300, help="pictures")
-    parser.add_argument("--bundle", type=Path, help="default: the embedded model's own")
+    parser.add_argument("--bundle", type=Path, required=True, help="learned on single views")
     options = parser.parse_args()
-    bundle = ["--bundle", str(options.bundle)] if options.bundle else []
-    flags = ["--data", str(options.data), "--json", "-", *bundle]
+    flags = ["--data", str(options.data), "--json", "-", "--bundle", str(options.bundle)]
     learned = as_shown(command.load_guard(command.parser().parse_args(flags)))
     assert learned.bundle is not None
     forgot = Guard(
@@ -108,7 +108,7 @@ def main() -> None:
         f"`{options.data.name}`, n = {len(subjects)}, PGD of {Budget(0).steps} steps at "
         f"{EPSILON}/255, 16 views, one step at the published rate, view 0 read out. {machine()} "
         f"Written by `python -m benchmarks.reset --data {options.data.name} "
-        f"--limit {options.limit}`."
+        f"--bundle {options.bundle} --limit {options.limit}`."
     )
     write_section("reset", text, PAGE)
     print(text)
