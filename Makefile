@@ -76,14 +76,23 @@ robustness: setup
 # Whether prompts learned as published, on single views, defend without views or adaptation, and
 # that random ones do not, into docs/robustness.md: make static DATA=DIR
 STATIC = $(BIN)/tapt-serve evaluate --data $(DATA)/tiny_imagenet_val.parquet --defenses plain,apt \
-    --threats clean,transfer,static --attacks pgd --eps 1/255,2/255 --limit 1000 --views 1 --batch 20
+    --threats clean,transfer,static --limit 1000 --views 1 --batch 20
+PGD = --attacks pgd --eps 1/255,2/255
+APGD = --attacks pgd,apgd --eps 2/255
+WRITE = $(BIN)/python -m benchmarks.readme
 static: setup
 	$(LEARN) --shots 100 --steps 300 --rate 2e-2 --clean-share 0.25 --out runs/static/published
-	$(STATIC) --bundle runs/static/published --json runs/static/learned.json
 	$(LEARN) --shots 1 --steps 0 --images 200 --out runs/static/random
-	$(STATIC) --bundle runs/static/random --json runs/static/random.json
-	$(BIN)/python -m benchmarks.readme --table runs/static/learned.json --into static
-	$(BIN)/python -m benchmarks.readme --table runs/static/random.json --into static-random
+	$(STATIC) $(PGD) --bundle runs/static/published --json runs/static/learned.json
+	$(STATIC) $(PGD) --bundle runs/static/random --json runs/static/random.json
+	cp runs/static/learned.jsonl runs/static/learned-apgd.jsonl  # what PGD did is not done again
+	$(STATIC) $(APGD) --bundle runs/static/published --json runs/static/learned-apgd.json
+	cp runs/static/random.jsonl runs/static/random-apgd.jsonl
+	$(STATIC) $(APGD) --bundle runs/static/random --json runs/static/random-apgd.json
+	$(WRITE) --table runs/static/learned.json --into static
+	$(WRITE) --table runs/static/random.json --into static-random
+	$(WRITE) --table runs/static/learned-apgd.json --into static-apgd
+	$(WRITE) --table runs/static/random-apgd.json --into static-random-apgd
 
 # The service's image by a Docker engine, or by buildah as root where there is none; smoke builds it
 # by whichever is there, starts it read-only and offline, and classifies: make smoke [TARGET=cuda]
