@@ -101,8 +101,8 @@ def measure(
 
 
 def describe_run(figures: dict[str, Any]) -> dict[str, Any]:
-    """What the rows of a table have in common: rows of other pictures, weights, attacks or code
-    cannot be compared."""
+    """What all rows of a table have in common, beside the prompts of each bundle: rows of other
+    pictures, weights, attacks or code cannot be compared."""
     settings = figures["settings"]
     pictures = hashlib.sha256("".join(figures["pictures"]).encode()).hexdigest()[:16]
     return {
@@ -171,17 +171,20 @@ def main() -> None:
         print(f"left out, for want of --bundle {lacking.bundle}=: {lacking.name}")
     with ThreadPoolExecutor(options.jobs) as pool:
         running = {
-            pool.submit(measure, c, Path(bundles[c.bundle]), options): c.name
+            pool.submit(measure, c, Path(bundles[c.bundle]), options): c
             for c in chosen
             if c.bundle in bundles
         }
         for done in as_completed(running):
-            name, figures = running[done], done.result()
+            configuration, figures = running[done], done.result()
+            name = configuration.name
             if figures is None:
                 pool.shutdown(cancel_futures=True)
                 raise SystemExit(f"{name} was not measured")
             run = describe_run(figures)
-            if known.setdefault("run", run) != run:
+            prompts = figures["settings"]["bundle"]["prompts_sha256"]
+            same = known.setdefault("prompts", {}).setdefault(configuration.bundle, prompts)
+            if known.setdefault("run", run) != run or same != prompts:
                 pool.shutdown(cancel_futures=True)
                 raise SystemExit(f"{path} holds figures of another run; remove it to begin anew")
             print(name, flush=True)
