@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.openloop import drive, poisson
 from benchmarks.replica import draw_requests, measure_bare, serve
 from benchmarks.sections import write_section
-from benchmarks.service import percentile, summarize
+from benchmarks.service import describe_requests, percentile, summarize
 from models.evaluation.table import tabulate
 from service.process import share_cores
 from service.settings import Settings
@@ -190,11 +190,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.times:
         measured = json.loads(options.times.read_text())
         seconds = {int(size): one for size, one in measured["service_seconds"].items()}
-        machine = measured["machine"]
+        machine, asked = measured["machine"], measured["settings"]
     else:
         bare = measure_bare(settings, [1, 2, 4, 8, settings.max_batch_size], 10)
         seconds = {size: sorted(ones)[len(ones) // 2] for size, ones in bare["times"].items()}
-        machine = bare["machine"]
+        machine, asked = bare["machine"], settings.model_dump()
     replica = Replica(seconds, settings.max_batch_size, settings.max_queue_delay_ms / 1000)
     rows = []
     for rate in LOADS:
@@ -210,6 +210,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": " ".join(["python -m benchmarks.capacity", *sys.argv[1:]]),
         "machine": machine,
+        "requests": describe_requests(asked),
         "target": options.target,
         "price": options.price,
         "service_seconds": seconds,
@@ -242,8 +243,9 @@ def write_page(figures: dict[str, Any]) -> str:
         f"Simulated, {REQUESTS:,} requests a question, for a p99 of {figures['target']:g} s. One "
         f"replica answers at most {figures['throughput']:.2f} requests/s; milliseconds of a batch "
         f"by its size: {batches}, measured on {machine['accelerator'] or machine['cpu']}, "
-        f"{machine['cores']} cores, torch {machine['torch']}. The price of a replica, "
-        f"{figures['price']:g} an hour, is an assumption and the flag `--price`."
+        f"{machine['cores']} cores, torch {machine['torch']}. {figures['requests']}. "
+        f"The price of a replica, {figures['price']:g} an hour, is an assumption and the flag "
+        "`--price`."
     )
     batched, constant = figures["half_load"]
     half = (

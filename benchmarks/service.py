@@ -11,7 +11,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -75,7 +75,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "command": " ".join(["python -m benchmarks.service", *sys.argv[1:]]),
         "machine": bare["machine"],
         "settings": {name: getattr(settings, name) for name in (
-            "model", "method", "steps", "views", "readout", "max_batch_size", "max_queue_size")},
+            "model", "method", "steps", "views", "readout", "adapts", "max_batch_size",
+            "max_queue_size")},
         "service_seconds": times,
         "engine_throughput": engine_rate,
         "engine_throughputs": [first_rate, again_rate],
@@ -104,6 +105,15 @@ def measure_api(seconds: float) -> dict[str, float]:
     return {"n": answered, "cpu_ms": total, "decode_ms": decode, "rest_ms": total - decode}
 
 
+def describe_requests(settings: Mapping[str, Any]) -> str:
+    """What was asked, and with which defense it was answered."""
+    return (
+        f"Model {settings['model']}, `{settings['method']}`, {settings['views']} views, "
+        f"{settings['steps']} step of `{settings['adapts']}` prompts, readout "
+        f"`{settings['readout']}`, JPEG of 640 x 480, 10 labels"
+    )
+
+
 def write_page(figures: dict[str, Any]) -> str:
     """The run as Markdown."""
     rows = []
@@ -126,11 +136,10 @@ def write_page(figures: dict[str, Any]) -> str:
         f"the bare engine by its size: {batches}."
     )
     caption = (
-        f"Model {settings['model']}, `{settings['method']}`, {settings['views']} views, "
-        f"{settings['steps']} step, readout `{settings['readout']}`, JPEG of 640 x 480, 10 labels; "
-        "client, server and worker share the machine. Arrivals are Poisson, latencies count from "
-        f"the scheduled instant. {machine['accelerator'] or machine['cpu']}, {machine['cores']} "
-        f"cores, torch {machine['torch']}, Python {machine['python']}."
+        f"{describe_requests(settings)}; client, server and worker share the machine. Arrivals "
+        f"are Poisson, latencies count from the scheduled instant. "
+        f"{machine['accelerator'] or machine['cpu']}, {machine['cores']} cores, "
+        f"torch {machine['torch']}, Python {machine['python']}."
     )
     return "\n\n".join([table, text, caption, f"Made by `{figures['command']}`."]) + "\n"
 
