@@ -3,6 +3,8 @@
 python -m benchmarks.readme --image coffee.png       # starts the service and asks it with curl
 python -m benchmarks.readme --table OUT.json         # of `tapt-serve evaluate --json OUT.json`
 python -m benchmarks.readme --table OUT.json --into NAME    # a block of docs/robustness.md
+
+The blocks `robustness` and `adaptive` keep every picture's outcome and the plot in docs/figures.
 """
 
 import argparse
@@ -18,6 +20,8 @@ from models.evaluation.table import tabulate
 
 ROOT = Path(__file__).parent.parent
 README, ROBUSTNESS = ROOT / "README.md", ROOT / "docs" / "robustness.md"
+FIGURES = ROOT / "docs" / "figures"
+WHOLE = {"robustness", "adaptive"}  # blocks that show the plot and how well attacks are detected
 KNOWN = {  # to the attacker
     "transfer": "`transfer` is made on undefended CLIP",
     "static": "`static` on CLIP with the learned prompts, neither knowing of views or adaptation",
@@ -112,6 +116,13 @@ def detect(figures: dict[str, Any]) -> str:
     return tabulate(heads, lines) if lines else ""
 
 
+def keep(table: Path, name: str) -> str:
+    """Keep figures, plot and all, beside the page under this name; the plot in Markdown."""
+    for kind in (".json", ".svg"):
+        (FIGURES / f"{name}{kind}").write_bytes(table.with_suffix(kind).read_bytes())
+    return f"![Accuracy over epsilon, a panel a threat model](figures/{name}.svg)"
+
+
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
@@ -146,8 +157,9 @@ def main() -> None:
     if options.table:
         figures = json.loads(options.table.read_text())
         if options.into:
-            suspected = detect(figures) if options.into == "robustness" else ""
-            parts = tell(figures), compare(figures), suspected
+            parts = [tell(figures), compare(figures)]
+            if options.into in WHOLE:
+                parts += [detect(figures), keep(options.table, options.into)]
             write_section(options.into, "\n\n".join(filter(None, parts)), ROBUSTNESS)
         else:
             write_section("table", tell(figures), README)

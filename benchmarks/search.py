@@ -5,7 +5,8 @@
 
 Every configuration is one `tapt-serve evaluate` on the same pictures; it goes on after a kill and
 adds to what is there. The bundle beside the model is called `own`, one learned through single
-views as published `single`; a configuration whose bundle is not given is named and left out. Writes
+views as published `single`, one learned as `own` on attacked pictures for the most part
+`attacked`; a configuration whose bundle is not given is named and left out. Writes
 docs/figures/search.json and the part of docs/robustness.md between the marks `search`. What wins
 here is measured on validation pictures once, elsewhere.
 """
@@ -42,19 +43,26 @@ class Configuration:
 
 
 def configurations() -> Iterator[Configuration]:
-    """At most `MOST`: the baselines, at equal cost too; prompts learned as published; then one
-    change at a time from the published step on the model's own prompts."""
+    """At most `MOST`: the baselines, at equal cost too; how much of the picture a view shows;
+    prompts learned in other ways; then one change at a time from the published step on the model's
+    own prompts."""
     yield Configuration(BASELINE, "ensemble", "own")
     yield Configuration("mean over 64 views, no prompts", "ensemble", "own", "--views 64")
+    for area in ("0.08,0.5", "0.2,0.6", "0.3,1"):
+        flags, share = f"--view-area {area}", area.replace(",", " to ")
+        yield Configuration(f"{BASELINE}, views of {share}", "ensemble", "own", flags)
+        yield Configuration(f"own: no step, views of {share}", "apt-ensemble", "own", flags)
     yield Configuration("own: no step, 64 views", "apt-ensemble", "own", "--views 64")
     published = "--learning-rate 5e-4"
-    for bundle in ("single", "own"):
+    for bundle in ("single", "attacked", "own"):
         yield Configuration(f"{bundle}: no step", "apt-ensemble", bundle)
         yield Configuration(f"{bundle}: published step", "tapt", bundle, published)
         name = f"{bundle}: published step, single view"
         yield Configuration(name, "tapt", bundle, f"{published} --readout single")
         name, flags = "vision alone, 5e-3", "--adapts vision --learning-rate 5e-3"
         yield Configuration(f"{bundle}: {name}", "tapt", bundle, flags)
+    yield Configuration("own: gated by padding, published step", "gate", "own", published)
+    yield Configuration("own: few views where they agree", "thrift", "own", published)
     for rate in ("5e-4", "2e-3", "1e-2", "2e-2"):
         flags = f"--adapts vision --learning-rate {rate}"
         yield Configuration(f"own: vision alone, {rate}", "tapt", "own", flags)
@@ -67,6 +75,7 @@ def configurations() -> Iterator[Configuration]:
         "clean statistics alone": "--gamma 0",
         "half of the views kept": "--selection-ratio 0.5",
         "all views kept": "--selection-ratio 1",
+        "all views kept, single view read": "--selection-ratio 1 --readout single",
         "all views, mean of entropies": "--selection-ratio 1 --entropy mean-of",
         "all views, entropy alone": "--selection-ratio 1 --alignment-weight 0",
         "all views, alignment tenfold": "--selection-ratio 1 --alignment-weight 1000",

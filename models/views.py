@@ -15,18 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # area and aspect of the crops, as published
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # share and aspect of the crops, as published
 ATTEMPTS = 10  # draws of a crop that fits before the whole picture is taken
 BILINEAR = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """A checkpoint's way from a picture to pixels.
+    """A checkpoint's way from a picture to pixels, and what its random views show of it.
 
     `short_side`: resize the shorter side to this; None with `size` (height, width): to that; both
     None: keep. `crop`: side of the centre crop, padded with black where it reaches out.
-    `resample` is Pillow's filter number; `mean` and `std` normalize the channels.
+    `resample` is Pillow's filter number; `mean` and `std` normalize the channels; `area` bounds the
+    share of the picture that a random crop shows, in (0, 1].
     """
 
     crop: int
@@ -35,6 +36,7 @@ class Preprocessing:
     resample: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    area: tuple[float, float] = AREA
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of a picture after the resize."""
@@ -68,7 +70,7 @@ def cut_views(pixels: Tensor, views: int, seed: int, preprocessing: Preprocessin
     first = [weights.unsqueeze(0) for weights in _whole(pixels, preprocessing)]
     if views == 1:
         return _resample(pixels, *first)
-    boxes, flips = draw_crops(views - 1, seed, *pixels.shape[1:])
+    boxes, flips = draw_crops(views - 1, seed, *pixels.shape[1:], preprocessing.area)
     top, left, height, width = torch.from_numpy(boxes).to(device, torch.float32).T
     places = torch.arange(preprocessing.crop, device=device)
     size = preprocessing.crop
@@ -80,11 +82,12 @@ def cut_views(pixels: Tensor, views: int, seed: int, preprocessing: Preprocessin
 
 
 def draw_crops(
-    count: int, seed: int, height: int, width: int
+    count: int, seed: int, height: int, width: int, share: tuple[float, float] = AREA
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Boxes [count, 4] (top, left, height, width) of random resized crops, and flips [count]."""
+    """Boxes [count, 4] (top, left, height, width) of random resized crops that show such a share of
+    the picture, and flips [count]."""
     rng = np.random.default_rng(seed)
-    area = rng.uniform(*SCALE, (count, ATTEMPTS)) * height * width
+    area = rng.uniform(*share, (count, ATTEMPTS)) * height * width
     aspect = np.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1]), (count, ATTEMPTS)))
     places, flips = rng.uniform(size=(2, count)), rng.uniform(size=count) < 0.5
     widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))

@@ -281,6 +281,8 @@ def test_a_row_that_only_square_breaks_is_pointed_out(tmp_path: Path) -> None:
         ("--eps 1/510", "below 1/255"),
         ("--labels x", "name some with --labels"),
         ("--data nowhere", "no data at nowhere"),
+        ("--view-area 0.5", "--view-area: two shares"),
+        ("--view-area 0.5,0.2", "--view-area: two shares"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -1,5 +1,7 @@
 """Views against Pillow, and what draws them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -55,16 +57,29 @@ def test_any_shape_gives_views(height: int, width: int) -> None:
     torch.testing.assert_close(views, torch.full_like(views, 200 / 255))
 
 
-def test_crops_lie_inside_and_cover_the_stated_area() -> None:
-    boxes, _ = draw_crops(500, 3, 80, 120)
+@pytest.mark.parametrize("area", [(0.08, 1.0), (0.2, 0.4)])
+def test_crops_lie_inside_and_cover_the_stated_area(area: tuple[float, float]) -> None:
+    boxes, _ = draw_crops(500, 3, 80, 120, area)
     top, left, height, width = boxes.T
     assert (top >= 0).all()
     assert (left >= 0).all()
     assert (top + height <= 80).all()
     assert (left + width <= 120).all()
     share = height * width / (80 * 120)
-    assert share.min() > 0.07
-    assert share.max() > 0.8
+    least, most = area
+    assert 0.9 * least < share.min() < 1.2 * least
+    assert 0.8 * most < share.max() < 1.1 * most
+
+
+def test_views_show_the_share_that_the_preprocessing_names() -> None:
+    """A white square in the middle of black fills most of a small crop or none of it."""
+    image = np.zeros((60, 60, 3), np.uint8)
+    image[20:40, 20:40] = 255
+    small = replace(preprocess(32), area=(0.08, 0.1))
+    whole = replace(preprocess(32), area=(0.9, 1.0))
+    near, far = (make_views(image, 30, 0, p, tiny.CPU)[1:].mean((1, 2, 3)) for p in (small, whole))
+    assert near.max() > 0.6
+    assert far.max() < 0.2
 
 
 def test_a_crop_out_of_the_picture_is_black() -> None:

@@ -42,6 +42,7 @@ from models.evaluation.trial import Protocol, Subject, Trial, as_shown, gather, 
 from models.guard import DEFAULT_TEMPLATE, Guard
 from models.objective import ADAPTS, Objective
 from models.readout import READOUTS
+from models.views import AREA
 
 CHECKED = Budget(0, steps=10, queries=60)  # what a preflight may spend on a picture
 
@@ -102,6 +103,8 @@ def load_guard(options: argparse.Namespace) -> Guard:
     """Checkpoint, bundle and objective; without `--bundle` the one beside the checkpoint."""
     device = torch.device(options.device)
     checkpoint = load_checkpoint(options.model, device, getattr(torch, options.dtype))
+    cut = replace(checkpoint.preprocessing, area=read_area(options.view_area))
+    checkpoint = replace(checkpoint, preprocessing=cut)
     beside = checkpoint.directory / "bundle"
     directory = options.bundle or (beside if beside.is_dir() else None)
     bundle = None
@@ -117,6 +120,14 @@ def load_guard(options: argparse.Namespace) -> Guard:
         learning_rate=options.learning_rate,
     )
     return Guard(checkpoint, bundle, objective, options.selection_ratio, options.template)
+
+
+def read_area(given: Sequence[str]) -> tuple[float, float]:
+    """Raises ValueError, in a sentence, for what no crop can show."""
+    area = [float(text) for text in given]
+    if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+        raise ValueError("--view-area: two shares in (0, 1], the smaller one first")
+    return area[0], area[1]
 
 
 def read_protocol(options: argparse.Namespace) -> Protocol:
@@ -228,6 +239,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="draws sample, starts and views")
     add("--batch", type=int, default=8, help="pictures at once")
     add("--preflight", type=int, default=0, help="pictures to look for masked gradients on first")
+    pair: dict[str, Any] = {**lists, "metavar": "LEAST,MOST"}
     model = flags.add_argument_group("model and defense").add_argument
     model("--model", default="embedded", help="embedded, a directory, or a hub id")
     model("--bundle", type=Path, help="default: the one beside the model, if any")
@@ -235,6 +247,7 @@ def parser() -> argparse.ArgumentParser:
     model("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model")
     model("--template", default=DEFAULT_TEMPLATE, help="without learned prompts")
     model("--views", type=int, default=16, help="of a picture")
+    model("--view-area", default=AREA, help="share of a picture that a view shows", **pair)
     model("--steps", type=int, default=1, help="of adapting prompts")
     model("--readout", default="all", choices=READOUTS, help="views the answer is read from")
     model("--learning-rate", type=float, default=5e-4, help="of adaptation")

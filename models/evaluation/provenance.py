@@ -33,6 +33,7 @@ def describe_settings(guard: Guard, names: Sequence[str], protocol: Protocol) ->
         "template": guard.template,
         "defense": {
             "views": protocol.views,
+            "view_area": checkpoint.preprocessing.area,
             "steps": protocol.steps,
             "readout": protocol.readout,
             "selection_ratio": guard.selection_ratio,
