@@ -100,7 +100,7 @@ def measure(
     )
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
     run = [sys.executable, "-m", "models.evaluation.command", *flags.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
     if subprocess.run(run, env=environment, stdout=subprocess.DEVNULL).returncode:
         return None
     figures: dict[str, Any] = json.loads(out.read_text())

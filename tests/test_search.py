@@ -32,7 +32,8 @@ def test_the_table_names_its_threats_pairs_with_the_baseline_and_leaves_gaps_ope
 
 
 @pytest.mark.parametrize(
-    "part", ["robustness", "search", "static", "static-random", "static-apgd", "reset"]
+    "part",
+    ["robustness", "adaptive", "search", "static", "static-random", "static-apgd", "reset"],
 )
 def test_the_page_has_a_place_for_what_hours_of_measuring_write(part: str) -> None:
     page = (DOCS / "robustness.md").read_text()
