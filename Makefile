@@ -141,6 +141,7 @@ benchmark: setup
 	$(MEASURE)service --seconds 60 --write --json $(FIGURES_IN)/service.json
 	$(MEASURE)capacity --times $(FIGURES_IN)/service.json --check 60 --write \
 	    --json $(FIGURES_IN)/capacity.json
+	$(WRITE) --speed $(FIGURES_IN)
 
 benchmark-gpu: setup
 	$(MEASURE)adaptation --size vit-b-16 --device cuda --dtype bf16 --labels 10 1000 \
