@@ -138,9 +138,13 @@ benchmark: setup
 	    --section 'vit-b-32 bf16' --json $(FIGURES_IN)/vit-b-32-bf16.json
 	$(MEASURE)adaptation --size embedded --labels 10 100 1000 --batch 1 8 --repeats 3 \
 	    --section embedded --json $(FIGURES_IN)/embedded.json
+	$(if $(DATA),$(MEASURE)adaptation --size embedded --labels 100 --dtype bf16 --repeats 2 \
+	    --agreement 500 --data $(DATA)/tiny_imagenet_val.parquet \
+	    --section 'embedded bf16' --json $(FIGURES_IN)/embedded-bf16.json)
 	$(MEASURE)service --seconds 60 --write --json $(FIGURES_IN)/service.json
 	$(MEASURE)capacity --times $(FIGURES_IN)/service.json --check 60 --write \
 	    --json $(FIGURES_IN)/capacity.json
+	$(WRITE) --speed $(FIGURES_IN)
 
 benchmark-gpu: setup
 	$(MEASURE)adaptation --size vit-b-16 --device cuda --dtype bf16 --labels 10 1000 \

@@ -1,8 +1,9 @@
-"""Write the README's answer, its table, and tables of docs/robustness.md.
+"""Write the README's answer and tables, and tables of docs/robustness.md.
 
 python -m benchmarks.readme --image coffee.png       # starts the service and asks it with curl
 python -m benchmarks.readme --table OUT.json         # of `tapt-serve evaluate --json OUT.json`
 python -m benchmarks.readme --table OUT.json --into NAME    # a block of docs/robustness.md
+python -m benchmarks.readme --speed DIR              # of what `make benchmark` left in DIR
 
 The blocks `robustness` and `adaptive` keep every picture's outcome and the plot in docs/figures.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sections import write_section
+from benchmarks.service import describe_requests
 from models.evaluation.table import tabulate
 
 ROOT = Path(__file__).parent.parent
@@ -72,9 +74,10 @@ def tell(figures: dict[str, Any]) -> str:
         f"and {data['classes']} labels in every row; robust means right clean and right attacked. "
         f"Attacks: {', '.join(figures['attacks'])} with {', '.join(spent)}; "
         f"{', '.join(KNOWN[t] for t in dict.fromkeys(t for t, _ in columns) if t in KNOWN)}. "
-        f"{_count(defense['views'], 'view')}, {_count(defense['steps'], 'step')}. Milliseconds are "
-        f"of batches of {figures['batch']}. "
-        f"Machine: {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}."
+        f"{_count(defense['views'], 'view')}, {_count(defense['steps'], 'step')} of "
+        f"`{defense['adapts']}` prompts. Milliseconds are of batches of {figures['batch']}. "
+        f"Machine: {machine['cpu']}, {_count(machine['threads'], 'thread')} on "
+        f"{machine['cores']} cores, torch {machine['torch']}."
     )
     made = f"Made by `{figures['command']}` and `python -m benchmarks.readme --table OUT`."
     return f"{table}\n\n{caption}\n\n{made}"
@@ -116,6 +119,38 @@ def detect(figures: dict[str, Any]) -> str:
     return tabulate(heads, lines) if lines else ""
 
 
+def hurry(adaptation: dict[str, Any], service: dict[str, Any]) -> str:
+    """How long a picture takes beside the published shape, and what the running server answers."""
+    lines = []
+    for row in adaptation["rows"]:
+        ours, theirs = row["ours"], row["published"]
+        low, high = min(row["ratios"]), max(row["ratios"])
+        gigabytes = f"{ours['peak_bytes'] / 1e9:.1f} ({theirs['peak_bytes'] / 1e9:.1f})"
+        seconds = f"{ours['seconds']:.1f} ({theirs['seconds']:.1f})"
+        ratio = f"{row['ratio']:.1f} ({low:.1f} to {high:.1f})"
+        lines.append((f"{row['labels']:,}", seconds, ratio, gigabytes))
+    heads = ("labels", "seconds (published shape)", "times as fast", "peak GB (published shape)")
+    settings, machine = adaptation["settings"], adaptation["machine"]
+    single, full = service["single"], service["saturation"]
+    text = (
+        f"Adapting to one picture at {settings['size']} size, {settings['views']} views, "
+        f"{_count(settings['steps'], 'step')}, {settings['dtype']}, both prompts as published: the "
+        "same answer as the published shape (one image, all views with gradients, whole text; in "
+        f"chunks of labels where it would not fit), which is our own baseline. {machine['cpu']}, "
+        f"{machine['cores']} cores, torch {machine['torch']}; medians of "
+        f"{settings['repeats']} runs in turn. Made by `{adaptation['command']}`."
+    )
+    asked = describe_requests(service["settings"])
+    served = (
+        f"Served on that machine: one request at a time {1000 * single['p50']:.0f} ms at p50 and "
+        f"{1000 * single['p99']:.0f} at p99 (n = {single['n']}); at saturation "
+        f"{full['throughput']:.1f} answers a second, {service['share_of_engine']:.0%} of the bare "
+        f"engine. {asked}. Made by `{service['command']}`."
+    )
+    made = "Both are cut from those runs by `python -m benchmarks.readme --speed DIR`."
+    return "\n\n".join([tabulate(heads, lines), text, f"{served} {made}"])
+
+
 def keep(table: Path, name: str) -> str:
     """Keep figures, plot and all, beside the page under this name; the plot in Markdown."""
     for kind in (".json", ".svg"):
@@ -150,10 +185,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--image", type=Path, help="a photograph of a cup of coffee")
     parser.add_argument("--table", type=Path, help="figures of `tapt-serve evaluate`")
+    parser.add_argument("--speed", type=Path, help="folder of what `make benchmark` measured")
     parser.add_argument("--into", help="a block of docs/robustness.md instead of the README's")
     options = parser.parse_args()
     if options.image:
         write_section("answer", ask(options.image), README)
+    if options.speed:
+        runs = (options.speed / name for name in ("vit-b-32-fp32.json", "service.json"))
+        write_section("speed", hurry(*(json.loads(run.read_text()) for run in runs)), README)
     if options.table:
         figures = json.loads(options.table.read_text())
         if options.into:

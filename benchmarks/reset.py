@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True, help="learned on single views")
     options = parser.parse_args()
     flags = ["--data", str(options.data), "--json", "-", "--bundle", str(options.bundle)]
+    flags += ["--adapts", "all"]
     learned = as_shown(command.load_guard(command.parser().parse_args(flags)))
     assert learned.bundle is not None
     forgot = Guard(

@@ -53,7 +53,7 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration(f"{BASELINE}, views of {share}", "ensemble", "own", flags)
         yield Configuration(f"own: no step, views of {share}", "apt-ensemble", "own", flags)
     yield Configuration("own: no step, 64 views", "apt-ensemble", "own", "--views 64")
-    published = "--learning-rate 5e-4"
+    published = "--adapts all --learning-rate 5e-4"
     alone = "--adapts vision --learning-rate 5e-3"
     for bundle in ("single", "attacked", "own"):
         yield Configuration(f"{bundle}: no step", "apt-ensemble", bundle)

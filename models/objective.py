@@ -47,8 +47,9 @@ class Objective:
     settled: float = 0.0
 
     def moving(self, prompts: DefensePrompts) -> frozenset[str]:
-        """The names of the prompts that a step may change."""
-        return MOVING[self.adapts] & prompts.tensors.keys()
+        """The names of the prompts that a step may change: all, where there are none of those that
+        `adapts` names, as without a bundle, where the template's words are all there is."""
+        return (MOVING[self.adapts] & prompts.tensors.keys()) or frozenset(prompts.tensors)
 
 
 @dataclass(frozen=True, slots=True)

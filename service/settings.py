@@ -86,7 +86,9 @@ class Settings(BaseSettings):
         0.5, ge=0, le=1, description="Share of the adversarial statistics in the alignment."
     )
     adapts: Literal["all", "vision", "text"] = Field(
-        "all", description="Whose prompts a step moves; without the text's it costs far less."
+        "vision",
+        description="Whose prompts a step moves, all where there are none of these; without the "
+        "text's it costs far less.",
     )
     early_stop: float = Field(
         0.0,

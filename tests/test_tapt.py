@@ -62,6 +62,8 @@ def probabilities(findings: list[Finding]) -> list[Tensor]:
         ("vli", "vision"),
         ("vli", "text"),
         ("vlj", "vision"),
+        (None, "vision"),
+        ("v", "text"),
     ],
 )
 def test_eight_together_equal_the_eight_alone(
@@ -224,6 +226,14 @@ def test_selecting_first_gives_the_gradient_of_differentiating_all(checkpoint: C
     torch.testing.assert_close(found["vision"], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_where_there_are_no_prompts_of_the_kind_that_adapts_all_do(checkpoint: Checkpoint) -> None:
+    """A model without a bundle has the template's words alone, and a step must not do nothing."""
+    picture = make_pictures(1)[0]
+    words = make_guard(checkpoint, None).encoder.encode(picture.labels, "a photo of {}", "words")
+    assert Objective(adapts="vision").moving(words.prompts) == {"text"}
+    assert Objective(adapts="text").moving(tiny.make_bundle(checkpoint, "v").prompts) == {"vision"}
+
+
 @pytest.mark.parametrize(("adapts", "moving"), [("vision", "vision"), ("text", "text")])
 def test_prompts_that_are_held_stay_and_the_others_move_as_before(
     checkpoint: Checkpoint, adapts: Adapts, moving: str
@@ -242,16 +252,6 @@ def test_prompts_that_are_held_stay_and_the_others_move_as_before(
         expected = free if name == moving else learned
         assert torch.equal(value, expected.tensors[name]), name
     assert not torch.equal(held.tensors[moving], learned.tensors[moving])
-
-
-def test_there_is_nothing_to_adapt_where_the_moving_prompts_are_missing(
-    checkpoint: Checkpoint,
-) -> None:
-    picture = make_pictures(1)[0]
-    assert not make_guard(checkpoint, None, "vision").adaptable(picture, "tapt")
-    assert not make_guard(checkpoint, "v", "text").adaptable(picture, "tapt")
-    assert make_guard(checkpoint, "vli", "vision").adaptable(picture, "tapt")
-    assert make_guard(checkpoint, None, "vision").adaptable(picture, "tpt")  # has its own aim
 
 
 def test_a_prompt_that_no_loss_reaches_is_left_as_it_is() -> None:

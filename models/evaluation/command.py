@@ -252,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
     model("--readout", default="all", choices=READOUTS, help="views the answer is read from")
     model("--learning-rate", type=float, default=5e-4, help="of adaptation")
     model("--entropy", default="of-mean", choices=["of-mean", "mean-of"], help="over kept views")
-    model("--adapts", default="all", choices=ADAPTS, help="whose prompts a step moves")
+    model("--adapts", default="vision", choices=ADAPTS, help="whose prompts a step moves")
     model("--selection-ratio", type=float, default=0.1, help="share of the views kept")
     model("--alignment-weight", type=float, default=100.0, help="against the entropy")
     model("--gamma", type=float, default=0.5, help="share of the adversarial statistics")
