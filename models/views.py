@@ -70,12 +70,13 @@ def cut_views(pixels: Tensor, views: int, seed: int, preprocessing: Preprocessin
     first = [weights.unsqueeze(0) for weights in _whole(pixels, preprocessing)]
     if views == 1:
         return _resample(pixels, *first)
-    boxes, flips = draw_crops(views - 1, seed, *pixels.shape[1:], preprocessing.area)
-    top, left, height, width = torch.from_numpy(boxes).to(device, torch.float32).T
+    height, width = pixels.shape[1:]
+    boxes, flips = draw_crops(views - 1, seed, height, width, preprocessing.area)
+    top, left, high, wide = torch.from_numpy(boxes).to(device, torch.float32).T
     places = torch.arange(preprocessing.crop, device=device)
     size = preprocessing.crop
-    rows = _weights(top, height, places, size, pixels.shape[1], BILINEAR)
-    columns = _weights(left, width, places, size, pixels.shape[2], BILINEAR)
+    rows = _weights(top, high, places, size, height, BILINEAR)
+    columns = _weights(left, wide, places, size, width, BILINEAR)
     flipped = torch.from_numpy(flips).to(device).view(-1, 1, 1)
     columns = torch.where(flipped, columns.flip(1), columns)
     return torch.cat([_resample(pixels, *first), _resample(pixels, rows, columns)])
