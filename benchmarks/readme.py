@@ -3,6 +3,7 @@
 python -m benchmarks.readme --image coffee.png       # starts the service and asks it with curl
 python -m benchmarks.readme --table OUT.json         # of `tapt-serve evaluate --json OUT.json`
 python -m benchmarks.readme --table OUT.json --into NAME    # a block of docs/robustness.md
+python -m benchmarks.readme --table OUT.json --into NAME --beside OTHER.json    # and how far apart
 python -m benchmarks.readme --speed DIR              # of what `make benchmark` left in DIR
 
 The blocks `robustness` and `adaptive` keep every picture's outcome and the plot in docs/figures.
@@ -18,6 +19,7 @@ from typing import Any
 
 from benchmarks.sections import write_section
 from benchmarks.service import describe_requests
+from models.evaluation.scores import difference
 from models.evaluation.table import tabulate
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +86,8 @@ def tell(figures: dict[str, Any]) -> str:
 
 
 def compare(figures: dict[str, Any]) -> str:
-    """How far each row lies from undefended CLIP under the attack made on itself."""
+    """How far each row lies from undefended CLIP under the attack made on itself, where that was
+    measured."""
     lines = []
     for row in figures["rows"]:
         far = row["difference_from"].get("plain under its own attack")
@@ -97,6 +100,30 @@ def compare(figures: dict[str, Any]) -> str:
                 (f"`{row['defense']}`", under, f"{value:+.1f} ({low:+.1f} to {high:+.1f})")
             )
     heads = ("defense", "under", "points above undefended CLIP under its own attack, paired 95%")
+    return tabulate(heads, lines) if lines else ""
+
+
+def pair(figures: dict[str, Any], others: dict[str, Any]) -> str:
+    """How far the rows of another run with other settings lie from these, on the same pictures.
+
+    Raises SystemExit if the runs are of different pictures.
+    """
+    if figures["pictures"] != others["pictures"]:
+        raise SystemExit("the two runs are of different pictures")
+    where = {(row["threat"], row["epsilon"]): row for row in figures["rows"]}
+    (base,) = {row["defense"] for row in figures["rows"]}
+    views = [each["settings"]["defense"]["views"] for each in (others, figures)]
+    lines = []
+    for row in others["rows"]:
+        if (place := (row["threat"], row["epsilon"])) in where:
+            marks = ([mark == "1" for mark in each["pictures"]] for each in (row, where[place]))
+            far = difference(*marks)
+            value, low, high = (100 * each for each in (far.value, far.low, far.high))
+            under = "clean" if place[0] == "clean" else f"{place[0]} {place[1]:g}/255"
+            lines.append(
+                (f"`{row['defense']}`", under, f"{value:+.1f} ({low:+.1f} to {high:+.1f})")
+            )
+    heads = (f"defense, {views[0]} views", "under", f"points above `{base}`, {views[1]} views")
     return tabulate(heads, lines)
 
 
@@ -185,6 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--image", type=Path, help="a photograph of a cup of coffee")
     parser.add_argument("--table", type=Path, help="figures of `tapt-serve evaluate`")
+    parser.add_argument("--beside", type=Path, help="figures of the same pictures, to compare")
     parser.add_argument("--speed", type=Path, help="folder of what `make benchmark` measured")
     parser.add_argument("--into", help="a block of docs/robustness.md instead of the README's")
     options = parser.parse_args()
@@ -197,6 +225,8 @@ def main() -> None:
         figures = json.loads(options.table.read_text())
         if options.into:
             parts = [tell(figures), compare(figures)]
+            if options.beside:
+                parts += [pair(figures, json.loads(options.beside.read_text()))]
             if options.into in WHOLE:
                 parts += [detect(figures), keep(options.table, options.into)]
             write_section(options.into, "\n\n".join(filter(None, parts)), ROBUSTNESS)

@@ -4,11 +4,12 @@ import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import adaptation, capacity, replica, reset, service, sides
+from benchmarks import adaptation, capacity, readme, replica, reset, service, sides
 from benchmarks.openloop import drive, poisson
 from benchmarks.sides import Bench, Case
 from models.prompts import DefensePrompts
@@ -149,3 +150,18 @@ def test_the_reset_mistake_forgets_all_but_the_first_layer() -> None:
     assert bool((forgot[:, 0] == 1).all())
     assert forgot.shape == (1, 3, 2, 4)
     assert float(forgot[:, 1:].abs().max()) < 0.2
+
+
+def figures_of(defense: str, right: str, pictures: list[str]) -> dict[str, Any]:
+    row = {"defense": defense, "threat": "clean", "epsilon": 0.0, "pictures": right}
+    return {"pictures": pictures, "rows": [row], "settings": {"defense": {"views": 4}}}
+
+
+def test_runs_are_compared_on_the_same_pictures_and_on_no_others() -> None:
+    names = [str(number) for number in range(100)]
+    base = figures_of("ensemble", "1" * 40 + "0" * 60, names)
+    table = readme.pair(base, figures_of("tapt", "1" * 50 + "0" * 50, names))
+    assert "| `tapt` | clean | +10.0 (" in table
+    assert "points above `ensemble`, 4 views" in table
+    with pytest.raises(SystemExit):
+        readme.pair(base, figures_of("tapt", "1" * 100, names[::-1]))
