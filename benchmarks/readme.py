@@ -25,6 +25,7 @@ from models.evaluation.table import tabulate
 ROOT = Path(__file__).parent.parent
 README, ROBUSTNESS = ROOT / "README.md", ROOT / "docs" / "robustness.md"
 FIGURES = ROOT / "docs" / "figures"
+COMPARED = ("plain under its own attack", "ensemble")
 WHOLE = {"robustness", "adaptive"}  # blocks that show the plot and how well attacks are detected
 KNOWN = {  # to the attacker
     "transfer": "`transfer` is made on undefended CLIP",
@@ -70,7 +71,8 @@ def tell(figures: dict[str, Any]) -> str:
     if "square" in figures["attacks"]:
         spent.append(f"{attack['queries']} queries of Square")
     if any(row["threat"] == "adaptive" for row in rows):
-        spent.append(f"gradients over {attack['draws']} draws of views where a defense draws any")
+        draws = _count(attack["draws"], "draw")
+        spent.append(f"gradients over {draws} of views where a defense draws any")
     caption = (
         f"Top-1 accuracy in % with 95% intervals, the same {data['n']} images of `{data['name']}` "
         f"and {data['classes']} labels in every row; robust means right clean and right attacked. "
@@ -86,20 +88,22 @@ def tell(figures: dict[str, Any]) -> str:
 
 
 def compare(figures: dict[str, Any]) -> str:
-    """How far each row lies from undefended CLIP under the attack made on itself, where that was
-    measured."""
+    """How far each row lies from undefended CLIP under the attack made on itself and from the plain
+    mean over views, where these were measured, and what of its clean accuracy it keeps."""
+    clean = {row["defense"]: row["accuracy"] for row in figures["rows"] if row["threat"] == "clean"}
     lines = []
     for row in figures["rows"]:
-        far = row["difference_from"].get("plain under its own attack")
-        if far and row["defense"] != "plain":
-            under = (
-                "clean" if row["threat"] == "clean" else f"{row['threat']} {row['epsilon']:g}/255"
-            )
-            value, low, high = (100 * each for each in (far["value"], *far["interval"]))
-            lines.append(
-                (f"`{row['defense']}`", under, f"{value:+.1f} ({low:+.1f} to {high:+.1f})")
-            )
-    heads = ("defense", "under", "points above undefended CLIP under its own attack, paired 95%")
+        own, mean = (_points(row["difference_from"].get(name)) for name in COMPARED)
+        if own and row["defense"] != "plain":
+            kept = f"{row['accuracy'] / clean[row['defense']]:.0%}"
+            lines.append((f"`{row['defense']}`", _under(row), own, mean, kept))
+    heads = (
+        "defense",
+        "under",
+        "points above undefended CLIP under its own attack, paired 95%",
+        "above `ensemble`",
+        "of its clean accuracy",
+    )
     return tabulate(heads, lines) if lines else ""
 
 
@@ -118,11 +122,8 @@ def pair(figures: dict[str, Any], others: dict[str, Any]) -> str:
         if (place := (row["threat"], row["epsilon"])) in where:
             marks = ([mark == "1" for mark in each["pictures"]] for each in (row, where[place]))
             far = difference(*marks)
-            value, low, high = (100 * each for each in (far.value, far.low, far.high))
-            under = "clean" if place[0] == "clean" else f"{place[0]} {place[1]:g}/255"
-            lines.append(
-                (f"`{row['defense']}`", under, f"{value:+.1f} ({low:+.1f} to {high:+.1f})")
-            )
+            points = _points({"value": far.value, "interval": (far.low, far.high)})
+            lines.append((f"`{row['defense']}`", _under(row), points))
     heads = (f"defense, {views[0]} views", "under", f"points above `{base}`, {views[1]} views")
     return tabulate(heads, lines)
 
@@ -134,8 +135,7 @@ def detect(figures: dict[str, Any]) -> str:
         if found := row.get("suspicion"):
             rates = found["true_positive_rate_at"].values()
             caught = [f"{100 * rate['value']:.0f}" for rate in rates]
-            under = f"{row['threat']} {row['epsilon']:g}/255"
-            lines.append((f"`{row['defense']}`", under, f"{found['auroc']:.2f}", *caught))
+            lines.append((f"`{row['defense']}`", _under(row), f"{found['auroc']:.2f}", *caught))
     heads = (
         "defense",
         "under",
@@ -183,6 +183,18 @@ def keep(table: Path, name: str) -> str:
     for kind in (".json", ".svg"):
         (FIGURES / f"{name}{kind}").write_bytes(table.with_suffix(kind).read_bytes())
     return f"![Accuracy over epsilon, a panel a threat model](figures/{name}.svg)"
+
+
+def _under(row: dict[str, Any]) -> str:
+    return "clean" if row["threat"] == "clean" else f"{row['threat']} {row['epsilon']:g}/255"
+
+
+def _points(far: dict[str, Any] | None) -> str:
+    """A paired difference in points with its interval; nothing of none."""
+    if far is None:
+        return ""
+    value, low, high = (100 * each for each in (far["value"], *far["interval"]))
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _count(number: int, what: str) -> str:
