@@ -110,7 +110,8 @@ def test_a_plan_meets_its_target_with_no_replica_too_many() -> None:
     one = capacity.Replica({1: 0.1, 8: 0.4}, max_batch=8, max_delay=0.005)
     replicas, found = capacity.plan(one, 50, 0.5) or (0, 0.0)
     assert found <= 0.5 < capacity.p99(one, replicas - 1, 50)
-    fleet, _ = capacity.plan(one, 5_000, 0.5) or (0, 0.0)
+    fleet, found = capacity.plan(one, 5_000, 0.5) or (0, 0.0)
+    assert found <= 0.5
     assert fleet % capacity.CELL == 0
     assert fleet >= 5_000 / one.throughput
     assert capacity.plan(one, 50, 0.05) is None
