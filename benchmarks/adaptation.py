@@ -253,7 +253,10 @@ def write_page(figures: dict[str, Any]) -> str:
 
 
 def _command() -> str:
-    return " ".join(["python -m benchmarks.adaptation", *sys.argv[1:]])
+    """The command as a page may show it, without the folder of the data."""
+    pairs = zip(sys.argv, sys.argv[1:], strict=False)
+    parts = [Path(part).name if flag == "--data" else part for flag, part in pairs]
+    return " ".join(["python -m benchmarks.adaptation", *parts])
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
