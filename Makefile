@@ -7,7 +7,7 @@ DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded bundle picture robustness static image image-local smoke lock audit sbom clean benchmark benchmark-gpu heavy load soak fuzz
+.PHONY: serve test setup check format parity embedded bundle picture robustness static search image image-local smoke lock audit sbom clean benchmark benchmark-gpu heavy load soak fuzz
 
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
@@ -93,6 +93,13 @@ static: setup
 	$(WRITE) --table runs/static/random.json --into static-random
 	$(WRITE) --table runs/static/learned-apgd.json --into static-apgd
 	$(WRITE) --table runs/static/random-apgd.json --into static-random-apgd
+
+# The search for a default, into docs/robustness.md, after `make static`: make search DATA=DIR
+search: setup
+	$(LEARN) --shots 100 --steps 300 --rate 1e-2 --views 8 --batch 32 --clean-share 0.2 \
+	    --out runs/bundles/attacked
+	$(BIN)/python -m benchmarks.search --data $(DATA)/tiny_imagenet_train_3of4.parquet \
+	    --bundle single=runs/static/published --bundle attacked=runs/bundles/attacked
 
 # The service's image by a Docker engine, or by buildah as root where there is none; smoke builds it
 # by whichever is there, starts it read-only and offline, and classifies: make smoke [TARGET=cuda]

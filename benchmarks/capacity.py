@@ -219,8 +219,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "throughput": replica.throughput,
         "half_load": half_load(replica),
         "rows": rows,
-        "check": check(options.check, settings) if options.check else [],
+        "check": _checked(options, settings),
     }
+
+
+def _checked(options: argparse.Namespace, settings: Settings) -> list[dict[str, Any]]:
+    """A real run's figures: made now, or kept from an earlier one."""
+    if options.checked:
+        kept: list[dict[str, Any]] = json.loads(options.checked.read_text())["check"]
+        return kept
+    return check(options.check, settings) if options.check else []
 
 
 def write_page(figures: dict[str, Any]) -> str:
@@ -295,6 +303,7 @@ def main() -> int:
     add("--target", type=float, default=2.0, help="p99 in seconds")
     add("--price", type=float, default=0.08, help="of a replica an hour, in any currency")
     add("--check", type=float, default=0.0, help="seconds of a real run of 1 and 2 replicas")
+    add("--checked", type=Path, help="figures of an earlier run, whose real run to show again")
     add("--json", type=Path, metavar="OUT", default=Path("runs/benchmarks/capacity.json"))
     add("--write", action="store_true", help="write docs/capacity.md from this run")
     options = parser.parse_args()
