@@ -229,19 +229,22 @@ def _translate(error: ValidationError) -> BadRequest | Unprocessable:
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of some work, which is cancelled when the client leaves."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnect(request))
+    stay = asyncio.timeout(None)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone("The client left.")
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        async with stay:
+            watcher = asyncio.create_task(_end(stay, request))
+            try:
+                return await work
+            finally:
+                watcher.cancel()
+    except TimeoutError:
+        if not stay.expired():
+            raise
+        raise ClientGone("The client left.") from None
 
 
-async def _disconnect(request: Request) -> None:
+async def _end(stay: asyncio.Timeout, request: Request) -> None:
+    """Once the client has left, let the timeout end now."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    stay.reschedule(asyncio.get_running_loop().time())

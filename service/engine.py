@@ -140,7 +140,7 @@ class Engine:
         elif not self.ready:
             reason = "not_ready"
             refusal = NotReady("The server is not ready.", retry_after=_jitter(RECOVERY))
-        elif slot := self._slots.take(size_bytes, self._clock()):
+        elif slot := self._slots.take(size_bytes, self._clock(), self._room()):
             if 2 * len(self._slots) <= self._settings.max_queue_size:
                 self._bookings.clear()
             return slot
@@ -149,6 +149,13 @@ class Engine:
             refusal = QueueFull("The queue is full.", retry_after=self._turn())
         self._metrics.rejected.labels(reason).inc()
         raise refusal
+
+    def _room(self) -> int:
+        """How many may wait now. Who is let in waits for those that run as well, so these take
+        places too; but each worker's next batch may always gather."""
+        places = self._settings.max_queue_size
+        gathering = self._fleet.ready * self._settings.max_batch_size
+        return max(places - self._fleet.running, min(places, gathering))
 
     def _turn(self) -> float:
         """Seconds after which there will be room for one who is refused now."""

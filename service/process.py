@@ -135,7 +135,7 @@ def main(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.configure(settings.log_format)
-    share_cores()
+    share_cores(settings.workers)
     inside = _Inside(inbox, outbox)
     threading.Thread(target=inside.receive, daemon=True).start()
     threading.Thread(target=inside.beat, args=(beat,), daemon=True).start()
@@ -148,14 +148,27 @@ def main(
     inside.work(runner)
 
 
-def share_cores() -> None:
-    """Let torch's threads wait for each other only briefly before they sleep; to be called before
-    its import.
+def share_cores(workers: int = 1) -> None:
+    """Divide the cores (`OMP_NUM_THREADS` where it is set, else those that this process may use)
+    among the workers, and let torch's threads wait for each other only briefly before they sleep;
+    to be called before its import.
 
-    By default they spin, and where anything else wants a core each step then takes many times as
-    long; threads that never spin cost an idle machine a good part of its speed.
+    By default every worker takes all cores, and threads spin while they wait, so that where anything
+    else wants a core each step takes many times as long; threads that never spin cost an idle
+    machine a good part of its speed.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if workers > 1:
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        cores = int(given) if given.isdecimal() else count_cores()
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores // workers))
+
+
+def count_cores() -> int:
+    """How many this process may use, where the system tells; else how many there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _Inside:

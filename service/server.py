@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from service import logs
+from service.allocator import keep_buffers
 from service.app import create_app
 from service.connections import hasty, raise_descriptor_limit
 from service.engine import Engine
@@ -44,6 +45,7 @@ def serve(settings: Settings, backend: Backend | None = None) -> int:
     """
     logs.configure(settings.log_format)
     raise_descriptor_limit()
+    keep_buffers()
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.create_server((settings.host, settings.port), family=family)
     with listener:

@@ -110,7 +110,10 @@ class Settings(BaseSettings):
         5.0, ge=0, description="Longest wait for company while the device is idle, milliseconds."
     )
     max_queue_size: int = Field(
-        64, ge=1, description="Requests waiting or being decoded; more are answered 429."
+        64,
+        ge=1,
+        description="Requests accepted and not answered; more are answered 429. However many run, "
+        "a batch for each worker may wait.",
     )
     request_timeout_ms: int = Field(
         60_000, ge=1, description="Time from a request's slot to its answer, milliseconds."

@@ -53,9 +53,9 @@ class Slots:
     def bytes(self) -> int:
         return sum(slot.size_bytes for slot in self._held)
 
-    def take(self, size_bytes: int, now: float) -> Slot | None:
-        """A slot, or None when the queue is full."""
-        if len(self._held) >= self._places or self.bytes + size_bytes > self._room:
+    def take(self, size_bytes: int, now: float, free: int | None = None) -> Slot | None:
+        """A slot, or None when the queue is full; `free`: of how many places, if not of all."""
+        if len(self._held) >= (self._places if free is None else free) or self.bytes + size_bytes > self._room:
             return None
         slot = Slot(size_bytes, now, self._release)
         self._held.add(slot)

@@ -295,7 +295,7 @@ def test_who_waits_as_told_is_let_in_at_once(seconds: float, clients: int, sprea
 @virtual
 async def test_nobody_is_told_to_wait_for_ever_nor_after_the_crowd_is_gone():
     worker = FakeWorker(seconds=lambda batch: 10.0 * len(batch))
-    async with open_house(worker, max_queue_size=2, max_batch_size=1) as house:
+    async with open_house(worker, max_queue_size=3, max_batch_size=1) as house:
         first = [house.asking(), house.asking(), house.asking()]
         await asyncio.sleep(0.1)
         waits = []
@@ -336,6 +336,27 @@ async def test_the_place_in_the_queue_is_free_once_the_batch_has_begun():
         assert house.engine.queue_depth == 0
         worker.finish()
         await running
+
+
+@virtual
+@pytest.mark.parametrize(
+    ("places", "waiting"),
+    [(8, 6), (3, 2), (2, 2), (1, 1)],
+    ids=["those that run count", "a batch may gather", "the same", "but no more than the queue"],
+)
+async def test_what_runs_takes_places_too(places: int, waiting: int):
+    worker = by_hand()
+    async with open_house(worker, max_queue_size=places, max_batch_size=2) as house:
+        worker.be_ready()
+        running = [house.asking(f"running {i}") for i in range(min(2, places))]
+        await asyncio.sleep(0.1)
+        with contextlib.ExitStack() as slots:
+            for _ in range(waiting):
+                slots.enter_context(house.engine.reserve(1))
+            with pytest.raises(QueueFull):
+                house.engine.reserve(1)
+        worker.finish()
+        await asyncio.gather(*running)
 
 
 @virtual

@@ -18,7 +18,7 @@ SERVICE_FLOORS = [
     {"bookings", "connections", "scheduler", "worker", "tally", "traces"},
     {"process", "containers", "runner", "slots", "journal", "keys", "limits", "similarity"},
     {"demonstration"},
-    {"errors", "logs", "metrics", "schemas", "settings", "work"},
+    {"allocator", "errors", "logs", "metrics", "schemas", "settings", "work"},
 ]
 LEAVES = SERVICE_FLOORS[-1]
 TORCH = {"torch", "transformers", "safetensors", "tokenizers"}
