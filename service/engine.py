@@ -215,25 +215,29 @@ class Engine:
     def _pump(self) -> None:
         """Do what is due now, and come back when something will be."""
         now = self._clock()
-        for item in self._scheduler.expire(now):
+        for item in (*self._scheduler.expire(now), *self._fleet.expire(now)):
             self._settle(item.work.id, DeadlineExceeded("The deadline passed in the queue."))
         while self._fleet.free and (batch := self._scheduler.next_batch(now)):
-            self._begin(batch, now)
+            self._fleet.run(batch)
+        # Only what is full goes ahead: other batches may still grow until a worker is free.
+        while self._fleet.ahead and (batch := self._scheduler.full_batch()):
+            self._fleet.run(batch)
         if self._timer:
             self._timer.cancel()
-        wake = self._scheduler.wake_at(self._fleet.free)
+        wakes = (self._scheduler.wake_at(self._fleet.free), self._fleet.wake_at())
+        wake = min((instant for instant in wakes if instant is not None), default=None)
         if wake is not None:
             delay = max(0.0, wake - now)
             self._timer = asyncio.get_running_loop().call_later(delay, self._pump)
 
-    def _begin(self, batch: list[Item], now: float) -> None:
-        for item in batch:
+    def on_begin(self, items: list[Item]) -> None:
+        now = self._clock()
+        for item in items:
             slot = self._requests[item.work.id].slot
             slot.waited = now - item.enqueued
             slot.release()
             if item.attempts == 0:
                 self._metrics.queue_seconds.observe(now - slot.since)
-        self._fleet.run(batch)
 
     def on_result(self, item: Item, result: Answer | Failure) -> None:
         if not _makes_sense(item.work, result):
@@ -249,15 +253,17 @@ class Engine:
         if request := self._requests.get(item.work.id):
             request.watch(glimpse)
 
-    def on_lost(self, items: list[Item]) -> None:
-        """Try each once more, alone: the one that killed the worker takes no other with it."""
-        self._scheduler.put_back(
-            replace(item, key=item.work.id, attempts=1) for item in items if item.attempts == 0
-        )
-        for item in items:
-            if item.attempts:
+    def on_lost(self, running: list[Item], waiting: list[Item]) -> None:
+        """Try each that ran once more, alone: the one that killed the worker takes no other with
+        it. What was not begun is as it was."""
+        again = []
+        for item in running:
+            if item.attempts == 0:
+                again.append(replace(item, key=item.work.id, attempts=1))
+            else:
                 why = "The worker was lost, and so was the next one."
                 self._settle(item.work.id, NotReady(why, retry_after=_jitter(RECOVERY)))
+        self._scheduler.put_back([*again, *waiting])
 
     def on_event(self) -> None:
         if model := self._fleet.model:

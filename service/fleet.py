@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,36 +30,53 @@ SMOOTHING = 0.2  # weight of the last batch in the mean seconds per request
 class Listener(Protocol):
     """Who gives the batches, and is told what becomes of them."""
 
+    def on_begin(self, items: list[Item]) -> None:
+        """A worker begins with a batch: these of it are still wanted."""
+
     def on_result(self, item: Item, result: Answer | Failure) -> None:
         """Called once for each item of a batch, unless it was cancelled or lost."""
 
     def on_glimpse(self, item: Item, glimpse: Glimpse) -> None:
         """News of an item whose result is still to come."""
 
-    def on_lost(self, items: list[Item]) -> None:
-        """A worker is gone; these were in its batch and had no result."""
+    def on_lost(self, running: list[Item], waiting: list[Item]) -> None:
+        """A worker is gone: what of its batch had no result, and what it had not begun."""
 
     def on_event(self) -> None:
         """Called last after every event: a worker may be free, ready, or given up."""
 
 
 @dataclass(slots=True, eq=False)
+class _Batch:
+    """`items` are those that have no result yet and are still wanted; `size` is how many it had."""
+
+    items: dict[str, Item]
+    size: int
+    began: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
 class _Worker:
-    """`running` holds the items of its batch that have no result yet; it stays `busy` until the
-    batch is finished, which may be later."""
+    """The first of its batches runs until it is finished, even if nobody waits for it any more; a
+    second one lies ready beside the worker, so that it has work the moment the first one ends."""
 
     name: str
     backend: Backend
     ready: bool = False
     exhausted: bool = False
-    busy: bool = False
-    size: int = 0
-    began: float = 0.0
-    running: dict[str, Item] = field(default_factory=dict)
+    batches: deque[_Batch] = field(default_factory=deque)
+
+    @property
+    def running(self) -> list[Item]:
+        return list(self.batches[0].items.values()) if self.batches else []
+
+    @property
+    def waiting(self) -> list[Item]:
+        return list(self.batches[1].items.values()) if len(self.batches) > 1 else []
 
 
 class Fleet:
-    """All workers; one batch at a time is in flight for each.
+    """All workers; each runs one batch at a time, and may have the next.
 
     `model` is what the last Ready said, `fatal` the sentence of a model that cannot be served,
     `seconds_per_request` a running mean of the time of a batch over its size.
@@ -87,7 +105,12 @@ class Fleet:
     @property
     def free(self) -> bool:
         """Whether one is ready and has no batch."""
-        return any(worker.ready and not worker.busy for worker in self._workers)
+        return any(worker.ready and not worker.batches for worker in self._workers)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether one is ready and has no batch after the one that it runs."""
+        return any(worker.ready and len(worker.batches) < 2 for worker in self._workers)
 
     @property
     def alive(self) -> bool:
@@ -96,7 +119,7 @@ class Fleet:
 
     @property
     def running(self) -> int:
-        """How many requests are in batches and have no result."""
+        """How many requests are in batches that were begun, and have no result."""
         return sum(len(worker.running) for worker in self._workers)
 
     @property
@@ -116,21 +139,49 @@ class Fleet:
         await asyncio.gather(*(worker.backend.stop() for worker in self._workers))
 
     def run(self, batch: list[Item]) -> None:
-        """Give a batch to a free worker."""
-        worker = next(worker for worker in self._workers if worker.ready and not worker.busy)
-        worker.busy, worker.size, worker.began = True, len(batch), self._clock()
-        worker.running = {item.work.id: item for item in batch}
+        """Give a batch to a free worker, or else to the one that will be free first."""
+        fit = (worker for worker in self._workers if worker.ready and len(worker.batches) < 2)
+        worker = min(fit, key=lambda worker: [batch.began for batch in worker.batches])
+        worker.batches.append(_Batch({item.work.id: item for item in batch}, len(batch)))
         works = [item.work for item in batch]
         tally_batch(self._metrics, works)
         worker.backend.run(works)
+        if len(worker.batches) == 1:
+            self._begin(worker)
+
+    def _begin(self, worker: _Worker) -> None:
+        worker.batches[0].began = self._clock()
+        self._listener.on_begin(worker.running)
 
     def cancel(self, id: str) -> bool:
         """Drop an item from its batch; False when it is in none, or has its result."""
         for worker in self._workers:
-            if worker.running.pop(id, None):
+            if self._take(worker, id):
                 worker.backend.cancel(frozenset({id}))
                 return True
         return False
+
+    def expire(self, now: float) -> list[Item]:
+        """Drop the items whose deadline has come before their batch was begun."""
+        late = [item for item in self._waiting if item.deadline <= now]
+        for item in late:
+            self.cancel(item.work.id)
+        return late
+
+    def wake_at(self) -> float | None:
+        """The instant at which `expire` will have something, if any."""
+        return min((item.deadline for item in self._waiting), default=None)
+
+    @property
+    def _waiting(self) -> list[Item]:
+        return [item for worker in self._workers for item in worker.waiting]
+
+    def _take(self, worker: _Worker, id: str) -> Item | None:
+        """Take an item out of the batch that it is in."""
+        for batch in worker.batches:
+            if item := batch.items.pop(id, None):
+                return item
+        return None
 
     def _set_ready(self, worker: _Worker, ready: bool) -> None:
         worker.ready = ready
@@ -144,29 +195,28 @@ class Fleet:
                 self.model = event
                 self._set_ready(worker, True)
             case Glimpsed(id=id, glimpse=glimpse):
-                if item := worker.running.get(id):
+                if worker.batches and (item := worker.batches[0].items.get(id)):
                     self._listener.on_glimpse(item, glimpse)
             case Settled(id=id, result=result):
-                # Popped once: a second result, or one that nobody waits for, finds nothing.
-                if item := worker.running.pop(id, None):
+                # Taken once: a second result, or one that nobody waits for, finds nothing.
+                if item := self._take(worker, id):
                     self._listener.on_result(item, result)
-            case Finished(counts=counts) if worker.busy:
-                seconds = (self._clock() - worker.began) / worker.size
+            case Finished(counts=counts) if worker.batches:
+                batch = worker.batches.popleft()
+                seconds = (self._clock() - batch.began) / batch.size
                 self.seconds_per_request += SMOOTHING * (seconds - self.seconds_per_request)
                 tally_counts(self._metrics, counts)
-                for item in self._take_all(worker):
+                for item in batch.items.values():
                     self._listener.on_result(item, Failure("internal", "The worker was silent."))
+                if worker.batches:
+                    self._begin(worker)
             case Lost(restarting=restarting):
                 self._set_ready(worker, False)
                 worker.exhausted = not restarting
                 self._metrics.worker_restarts.inc(restarting)
-                self._listener.on_lost(self._take_all(worker))
+                running, waiting = worker.running, worker.waiting
+                worker.batches.clear()
+                self._listener.on_lost(running, waiting)
             case Fatal(message=message):
                 self.fatal = message
         self._listener.on_event()
-
-    def _take_all(self, worker: _Worker) -> list[Item]:
-        """End the batch of a worker; what of it has no result."""
-        items = list(worker.running.values())
-        worker.busy, worker.running = False, {}
-        return items

@@ -153,9 +153,9 @@ def share_cores(workers: int = 1) -> None:
     among the workers, and let torch's threads wait for each other only briefly before they sleep;
     to be called before its import.
 
-    By default every worker takes all cores, and threads spin while they wait, so that where anything
-    else wants a core each step takes many times as long; threads that never spin cost an idle
-    machine a good part of its speed.
+    By default every worker takes all cores, and threads spin while they wait, so that where
+    anything else wants a core each step takes many times as long; threads that never spin cost an
+    idle machine a good part of its speed.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if workers > 1:
@@ -179,6 +179,7 @@ class _Inside:
         self._outbox = outbox
         self._lock = threading.Lock()
         self._batches: SimpleQueue[list[Work]] = SimpleQueue()
+        self._unfinished: set[str] = set()
         self._cancelled: set[str] = set()
         self._runner: Runner | None = None
         self._began: float | None = None
@@ -195,9 +196,10 @@ class _Inside:
             while True:
                 match self._inbox.recv():
                     case Run(batch=batch):
+                        self._unfinished |= {work.id for work in batch}
                         self._batches.put(batch)
                     case Cancel(ids=ids):
-                        self._cancelled |= ids
+                        self._cancelled |= ids & self._unfinished
         except (EOFError, OSError):
             # The API process closed the pipe or is gone; whatever runs here is for nobody.
             os._exit(0)
@@ -215,10 +217,11 @@ class _Inside:
         while True:
             batch = self._batches.get()
             self._began = time.monotonic()
-            counts = self._run(runner, batch)
+            wanted = [work for work in batch if work.id not in self._cancelled]
+            counts = self._run(runner, wanted) if wanted else {}
             self._began = None
-            # Before the Finished: what is cancelled after it belongs to the next batch.
-            self._cancelled.clear()
+            self._unfinished -= {work.id for work in batch}
+            self._cancelled &= self._unfinished
             self.send(Finished(counts))
 
     def _run(self, runner: Runner, batch: list[Work]) -> dict[str, int]:

@@ -59,11 +59,16 @@ class Scheduler:
 
     def next_batch(self, now: float) -> list[Item] | None:
         """Take out the due batch with the oldest item, or None when none is due."""
-        for batch, due in self._batches():
-            if due <= now:
-                for item in batch:
-                    del self._items[item.work.id]
-                return batch
+        for batch, full in self._batches():
+            if self._due(batch, full) <= now:
+                return self._take(batch)
+        return None
+
+    def full_batch(self) -> list[Item] | None:
+        """Take out the batch with the oldest item of all if it is full, else None: were a fuller
+        one to overtake it, a rare kind of request would starve beside a frequent one."""
+        for batch, full in self._batches():
+            return self._take(batch) if full else None
         return None
 
     def wake_at(self, worker_free: bool = True) -> float | None:
@@ -73,18 +78,26 @@ class Scheduler:
         """
         instants = [item.deadline for item in self._items.values()]
         if worker_free:
-            instants += [due for _, due in self._batches()]
+            instants += [self._due(batch, full) for batch, full in self._batches()]
         return min(instants, default=None)
 
-    def _batches(self) -> list[tuple[list[Item], float]]:
-        """The first batch of each key, in order of their oldest items, with its due instant."""
+    def _take(self, batch: list[Item]) -> list[Item]:
+        for item in batch:
+            del self._items[item.work.id]
+        return batch
+
+    def _due(self, batch: list[Item], full: bool) -> float:
+        return batch[0].enqueued + (0.0 if full else self.max_queue_delay)
+
+    def _batches(self) -> list[tuple[list[Item], bool]]:
+        """The first batch of each key, in order of their oldest items, and whether it is full."""
         groups: dict[Hashable, list[Item]] = {}
         for item in self._items.values():
             groups.setdefault(item.key, []).append(item)
         return [self._cut(group) for group in groups.values()]
 
-    def _cut(self, group: list[Item]) -> tuple[list[Item], float]:
-        """The longest head of a group within both bounds (never empty), and its due instant."""
+    def _cut(self, group: list[Item]) -> tuple[list[Item], bool]:
+        """The longest head of a group within both bounds (never empty), and whether it is full."""
         batch, tokens = group[:1], group[0].tokens
         for item in group[1 : self.max_batch_size]:
             if tokens + item.tokens > self.max_batch_tokens:
@@ -96,7 +109,7 @@ class Scheduler:
             or len(batch) == self.max_batch_size
             or tokens >= self.max_batch_tokens
         )
-        return batch, group[0].enqueued + (0.0 if full else self.max_queue_delay)
+        return batch, full
 
 
 def count_tokens(work: Work, model: Ready, default_template: str) -> int:

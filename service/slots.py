@@ -37,11 +37,10 @@ class Slot:
 
 
 class Slots:
-    """All places: at most `places`, and at most `BYTES_PER_PLACE` times that in bytes (one
-    request of `largest` bytes always fits into an empty queue). Calls `changed` on each change."""
+    """All places: `BYTES_PER_PLACE` bytes for each of `places` (one request of `largest` bytes
+    always fits into an empty queue). Calls `changed` on each change."""
 
     def __init__(self, places: int, largest: int, changed: Callable[[], None]) -> None:
-        self._places = places
         self._room = max(largest, places * BYTES_PER_PLACE)
         self._changed = changed
         self._held: set[Slot] = set()
@@ -53,9 +52,9 @@ class Slots:
     def bytes(self) -> int:
         return sum(slot.size_bytes for slot in self._held)
 
-    def take(self, size_bytes: int, now: float, free: int | None = None) -> Slot | None:
-        """A slot, or None when the queue is full; `free`: of how many places, if not of all."""
-        if len(self._held) >= (self._places if free is None else free) or self.bytes + size_bytes > self._room:
+    def take(self, size_bytes: int, now: float, places: int) -> Slot | None:
+        """A slot, or None when so many places are held now, or all bytes are."""
+        if len(self._held) >= places or self.bytes + size_bytes > self._room:
             return None
         slot = Slot(size_bytes, now, self._release)
         self._held.add(slot)

@@ -110,7 +110,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Run these together; one batch at a time is in flight per worker."""
+    """Run these together, once what came before is finished; at most one batch waits."""
 
     batch: list[Work]
 

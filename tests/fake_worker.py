@@ -62,6 +62,7 @@ class FakeWorker:
         self.automatic = automatic
         self.ready = ready
         self.batches: list[list[Work]] = []
+        self._finished = 0  # of the batches, in their order
         self.cancelled: set[str] = set()
         self.stopped = False
         self.deliver: Callable[[Event], None] = lambda event: None
@@ -72,11 +73,19 @@ class FakeWorker:
         if self.automatic:
             asyncio.get_running_loop().call_soon(self.be_ready)
 
+    @property
+    def running(self) -> list[Work]:
+        """The first batch that is not finished."""
+        return self.batches[self._finished]
+
     def run(self, batch: list[Work]) -> None:
         self.batches.append(batch)
-        if self.automatic:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self.seconds(batch), self.finish)
+        if self.automatic and self.running is batch:
+            self._begin()
+
+    def _begin(self) -> None:
+        seconds = self.seconds(self.running)
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.finish)
 
     def cancel(self, ids: frozenset[str]) -> None:
         self.cancelled |= ids
@@ -92,14 +101,18 @@ class FakeWorker:
         self.deliver(Beat(0.0, memory_bytes))
 
     def settle(self, *works: Work) -> None:
-        """Settle these, by default all of the last batch."""
-        for work in works or self.batches[-1]:
+        """Settle these, by default all of the batch that runs."""
+        for work in works or self.running:
             self.deliver(Settled(work.id, self.reply(work)))
 
     def finish(self, **counts: int) -> None:
-        """Settle all of the last batch and end it."""
+        """Settle all of the batch that runs, end it, and begin the next."""
         self.settle()
+        self._finished += 1
+        waits = self._finished < len(self.batches)
         self.deliver(Finished(counts))
+        if self.automatic and waits:
+            self._begin()
 
     def die(self, restarting: bool = True) -> None:
         """Lose the batch; `be_ready` brings the next process up."""
@@ -112,6 +125,7 @@ class FakeWorker:
     def _forget_batch(self) -> None:
         if self._timer:
             self._timer.cancel()
+        self._finished = len(self.batches)
 
 
 class EchoRunner:

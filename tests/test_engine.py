@@ -26,7 +26,7 @@ from service.errors import DeadlineExceeded, InternalError, NotReady, QueueFull,
 from service.metrics import Metrics
 from service.settings import Settings
 from service.slots import BYTES_PER_PLACE
-from service.work import Answer, Failure, Settled, Work
+from service.work import Answer, Failure, Finished, Settled, Work
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -95,6 +95,7 @@ class House:
         assert not engine._requests
         assert not len(engine._scheduler)
         assert engine._fleet.running == 0
+        assert engine._fleet.wake_at() is None
         assert self.metric("queue_depth") == 0
 
 
@@ -183,19 +184,101 @@ async def test_all_workers_work():
 
 
 @virtual
-async def test_the_deadline_in_the_queue_is_a_504_at_that_instant():
+@pytest.mark.parametrize("size", [1, 2], ids=["in a batch that is ready", "in the queue"])
+async def test_a_deadline_before_the_work_began_is_a_504_at_that_instant(size: int):
     worker = by_hand()
-    async with open_house(worker, max_batch_size=1) as house:
+    async with open_house(worker, max_batch_size=size) as house:
         worker.be_ready()
         running = house.asking("running")
         await asyncio.sleep(0.1)
         began = now()
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(DeadlineExceeded, match="in the queue"):
             await house.ask("late", timeout=1.0)
         assert now() - began == pytest.approx(1.0)
+        assert worker.cancelled == {work.id for batch in worker.batches[1:] for work in batch}
+        assert house.metric("truncated_total", reason="cancelled") is None
         worker.finish()
         await running
-        assert sizes(worker) == [1]
+
+
+@virtual
+async def test_a_full_batch_lies_ready_while_another_runs():
+    worker = by_hand()
+    async with open_house(worker, max_batch_size=2) as house:
+        worker.be_ready()
+        first = [house.asking(f"{i}") for i in range(2)]
+        await asyncio.sleep(0.1)
+        second = [house.asking("2")]
+        await asyncio.sleep(0.1)
+        assert sizes(worker) == [2]  # one that may still grow does not go ahead
+        second.append(house.asking("3"))
+        third = [house.asking("4"), house.asking("5")]
+        await asyncio.sleep(0.1)
+        assert sizes(worker) == [2, 2]  # and no more than one does
+        assert house.engine.queue_depth == 4  # what has not begun waits
+        assert house.metric("queue_seconds_count") == 2
+        worker.finish()
+        await asyncio.gather(*first)
+        assert sizes(worker) == [2, 2, 2]
+        assert house.engine.queue_depth == 2
+        worker.finish()
+        worker.finish()
+        await asyncio.gather(*second, *third)
+
+
+@virtual
+async def test_a_client_that_leaves_a_batch_before_it_began_is_dropped_from_it():
+    worker = by_hand()
+    async with open_house(worker, max_batch_size=1) as house:
+        worker.be_ready()
+        running, leaving = house.asking("running"), house.asking("leaving")
+        await asyncio.sleep(0.1)
+        leaving.cancel()
+        await asyncio.sleep(0.1)
+        assert worker.cancelled == {worker.batches[1][0].id}
+        assert house.engine.queue_depth == 0
+        worker.finish()
+        await running
+        worker.deliver(Finished())
+        assert house.engine._fleet.free
+
+
+@virtual
+async def test_what_had_not_begun_when_the_worker_died_is_not_held_to_account():
+    worker = by_hand()
+    async with open_house(worker, max_batch_size=2) as house:
+        worker.be_ready()
+        asked = [house.asking(f"{i}") for i in range(4)]
+        await asyncio.sleep(0.1)
+        assert sizes(worker) == [2, 2]
+        worker.die()
+        worker.be_ready()
+        await asyncio.sleep(0.1)
+        assert sizes(worker)[2:] == [1]  # each of those that ran goes alone
+        worker.finish()
+        worker.finish()
+        assert sizes(worker)[2:] == [1, 1, 2]  # the others go together again
+        worker.finish()
+        await asyncio.gather(*asked)
+
+
+@virtual
+async def test_the_next_batch_lies_ready_where_it_is_likely_to_begin_first():
+    slow, fast = by_hand(), by_hand()
+    house = House(slow, fast, max_batch_size=1)
+    await house.engine.start()
+    slow.be_ready()
+    asked = [house.asking("0")]
+    await asyncio.sleep(0.1)
+    fast.be_ready()
+    for number in (1, 2):
+        asked.append(house.asking(f"{number}"))
+        await asyncio.sleep(0.1)
+    assert (sizes(slow), sizes(fast)) == ([1, 1], [1])
+    for worker in (slow, fast, slow):
+        worker.finish()
+    await asyncio.gather(*asked)
+    await house.engine.stop(1.0)
 
 
 @virtual
@@ -510,8 +593,8 @@ async def test_answers_that_are_late_double_or_missing():
         for _ in range(2):
             worker.settle(worker.batches[0][0])
         worker.deliver(Settled("unknown", Failure("internal", "For nobody.")))
-        worker.batches.append([])
-        worker.finish(text_cache_hits=3, oom_splits=2, error_splits=1)
+        counts = {"text_cache_hits": 3, "oom_splits": 2, "error_splits": 1}
+        worker.deliver(Finished(counts))
         assert isinstance(await answered, Answer)
         assert house.metric("adaptation_steps_count") == 1
         with pytest.raises(InternalError):

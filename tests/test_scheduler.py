@@ -38,6 +38,20 @@ def test_a_full_batch_is_due_at_once_and_the_rest_waits():
     assert scheduler.wake_at() is None
 
 
+@pytest.mark.parametrize("delay", [0.0, 1.0])
+def test_ahead_of_time_only_a_full_batch_goes_and_only_the_oldest(delay: float):
+    scheduler = filled(*(item(id) for id in "ab"), delay=delay)
+    assert scheduler.full_batch() is None
+    scheduler.add(item("c"))
+    assert ids(scheduler.full_batch()) == "abc"
+    scheduler.add(item("rare", 0.1, "other"))
+    for id in "def":
+        scheduler.add(item(id, 0.2))
+    assert scheduler.full_batch() is None
+    assert ids(scheduler.next_batch(2.0)) == "rare"
+    assert ids(scheduler.full_batch()) == "def"
+
+
 def test_tokens_fill_a_batch_before_its_size_does():
     scheduler = filled(item("a", tokens=60), item("b", tokens=40), item("c", tokens=1))
     assert ids(scheduler.next_batch(0.0)) == "ab"

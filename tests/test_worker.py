@@ -89,9 +89,18 @@ def test_a_batch_goes_through_the_process_and_a_cancellation_into_it():
             assert settled["gone"].error_type == "client_gone"
             await reached(lambda: watched.beat.stalled_seconds == 0)
 
+            # The second lies ready while the first runs, until nobody wants either.
+            for batch in ([work("e", "hang")], [work("f", "hang")]):
+                watched.worker.run(batch)
+            await reached(lambda: watched.beat.stalled_seconds > 0)
+            watched.worker.cancel(frozenset({"f"}))
+            watched.worker.cancel(frozenset({"e"}))
+            await watched.until(Finished, 3)
+            assert [event.id for event in await watched.until(Settled, 4)][3:] == ["e"]
+
             watched.worker.run([work("c"), work("d", "raise")])
-            await watched.until(Finished, 2)
-            results = [event.result for event in await watched.until(Settled, 5)][3:]
+            await watched.until(Finished, 4)
+            results = [event.result for event in await watched.until(Settled, 6)][4:]
             assert [result.error_type for result in results] == ["internal", "internal"]
             assert not any(isinstance(event, Lost) for event in watched.events)
 
