@@ -4,7 +4,8 @@
 
 starts the service once a setting and lets the Square attack ask it over HTTP, a key a picture,
 until the first label is wrong; then sends ordinary traffic through the same fingerprints. The
-table goes into SECURITY.md. `--only ordinary` needs no service.
+table goes into SECURITY.md. `--attacks OUT.json` sends the ordinary traffic alone, and shows the
+attacks of that earlier run again.
 """
 
 import argparse
@@ -162,24 +163,23 @@ def summarize(held: Sequence[Siege], limit: int) -> dict[str, Any]:
 
 def tell(figures: dict[str, Any]) -> str:
     """What SECURITY.md shows."""
-    parts = []
-    if attacks := figures["attacks"]:
-        rows = []
-        for one in attacks:
-            low, high = one["interval"]
-            share = f"{one['broken']} of {one['n']} ({100 * low:.0f} to {100 * high:.0f}%)"
-            median = "" if one["median_queries"] is None else f"{one['median_queries']:g}"
-            rows.append((f"`{one['method']}`", one["setting"], share, median, str(one["stopped"])))
-        heads = ("defense", "answers", "broken (95%)", "median queries", "stopped by 429")
-        asked = figures["options"]
-        parts += [
-            tabulate(heads, rows),
-            f"Square over HTTP, {asked['epsilon']:g}/255, at most {asked['queries']} queries a "
-            f"picture and {LABELS} labels, the embedded model, pictures of `{asked['data']}` that "
-            "were right at first; broken means that a wrong label came first once. Throttled, a "
-            f"key gets {asked['throttle']} pictures alike in an hour, so that {asked['queries']} "
-            f"queries take {asked['queries'] / asked['throttle']:.0f} hours.",
-        ]
+    rows = []
+    for one in figures["attacks"]:
+        low, high = one["interval"]
+        share = f"{one['broken']} of {one['n']} ({100 * low:.0f} to {100 * high:.0f}%)"
+        median = "" if one["median_queries"] is None else f"{one['median_queries']:g}"
+        rows.append((f"`{one['method']}`", one["setting"], share, median, str(one["stopped"])))
+    heads = ("defense", "answers", "broken (95%)", "median queries", "stopped by 429")
+    asked = figures["options"]
+    hours = asked["queries"] / asked["throttle"]
+    parts = [
+        tabulate(heads, rows),
+        f"Square over HTTP, {asked['epsilon']:g}/255, at most {asked['queries']} queries a "
+        f"picture and {LABELS} labels, the embedded model, pictures of `{asked['data']}` that "
+        "were right at first; broken means that a wrong label came first once. Throttled, a "
+        f"key gets {asked['throttle']} pictures alike in an hour, so that {asked['queries']} "
+        f"queries take {hours:.0f} hours. Made by `{figures['attacked_by']}`.",
+    ]
     rows = [
         (name, str(one["n"]), f"{100 * one['alike']:.0f}", f"{100 * one['refused']:.0f}")
         for name, one in figures["ordinary"].items()
@@ -192,7 +192,7 @@ def tell(figures: dict[str, Any]) -> str:
         f"of `{figures['options']['ordinary']}`, videos made from them. A fingerprint takes "
         f"{spent['fingerprint_224']:.0f} us of a picture of 224 pixels a side and "
         f"{spent['fingerprint_512']:.0f} us of one of 512, a look at a full hour "
-        f"{spent['check']:.0f} us, of processor time. {figures['machine']}",
+        f"{spent['check']:.0f} us, of processor time. {figures['machine']} "
         f"Made by `{figures['command']}`.",
     ]
     return "\n\n".join(parts)
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--throttle", type=int, default=50, help="pictures alike in an hour")
     parser.add_argument("--methods", default="plain", help="defenses, comma-separated")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=["ordinary"], help="without the attacks")
+    parser.add_argument("--attacks", type=Path, help="figures of a run, to show its attacks again")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     options = parser.parse_args()
     ordinary = options.ordinary or options.data
@@ -224,7 +224,13 @@ def main() -> None:
             "--expose", "label", "--key-similar-per-hour", str(options.throttle),
         ),
     }  # fmt: skip
-    if options.only is None:
+    command = _command(options, ordinary)
+    asked = vars(options) | {"data": options.data.name, "ordinary": ordinary.name, "json": None}
+    fought = {"attacks": attacks, "options": asked | {"attacks": None}, "attacked_by": command}
+    if options.attacks:
+        kept = json.loads(options.attacks.read_text())
+        fought = {name: kept[name] for name in fought}
+    else:
         dataset = open_dataset(options.data)
         drawn = dataset.examples(3 * options.limit, seed=options.seed)
         examples = [(one.pixels, dataset.names[one.label]) for one in drawn]
@@ -236,31 +242,33 @@ def main() -> None:
                 limit = options.throttle if "throttled" in setting else 0
                 attacks.append({"method": method, "setting": setting} | summarize(held, limit))
                 print(json.dumps(attacks[-1]), flush=True)
-    named = vars(options) | {"data": options.data.name, "ordinary": ordinary.name, "json": None}
     figures = {
-        "attacks": attacks,
+        **fought,
         "ordinary": {
             name: send(stream(photos, source), options.throttle) for name, stream in STREAMS.items()
         },
         "microseconds": clock(),
-        "options": named,
         "machine": machine(),
-        "command": _command(options, ordinary),
+        "command": command,
     }
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
-    if options.only is None:
-        write_section("queries", tell(figures), PAGE)
-    else:
-        print(tell(figures))
+    write_section("queries", tell(figures), PAGE)
 
 
 def _command(options: argparse.Namespace, ordinary: Path) -> str:
+    attacks = (
+        f"--attacks {options.attacks.name} "
+        if options.attacks
+        else (
+            f"--limit {options.limit} --queries {options.queries} --epsilon {options.epsilon:g} "
+            f"--methods {options.methods} "
+        )
+    )
     return (
         f"python -m benchmarks.queries --data {options.data.name} --ordinary {ordinary.name} "
-        f"--limit {options.limit} --queries {options.queries} --epsilon {options.epsilon:g} "
-        f"--throttle {options.throttle} --methods {options.methods} --seed {options.seed}"
+        f"{attacks}--throttle {options.throttle} --seed {options.seed}"
     )
 
 

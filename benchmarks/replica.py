@@ -15,13 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
+import service.plan
 from benchmarks.openloop import post
 from service.images import decode
+from service.process import share_cores
 from service.settings import Settings
 from service.work import Answer, Finished, Ready, Settled, Work
 from service.worker import Event
@@ -51,10 +55,19 @@ def draw_requests(count: int) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A server that listens; `pid` is the API process's."""
+    """A server that listens; `process` is its API process."""
 
     url: str
-    pid: int
+    process: subprocess.Popen[str]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def stop(self) -> str:
+        """End it; what it said last."""
+        self.process.terminate()
+        return self.process.communicate()[0]
 
     def cpu_seconds(self) -> float:
         """Processor time that the API process has used, its workers' left out."""
@@ -78,7 +91,7 @@ def serve(
         try:
             if found is None:
                 raise SystemExit("the service did not start")
-            yield Replica(found.group(), process.pid)
+            yield Replica(found.group(), process)
         finally:
             process.terminate()
 
@@ -112,14 +125,17 @@ class Instant:
 
 
 def measure_bare(settings: Settings, sizes: Sequence[int], seconds: float) -> dict[str, Any]:
-    """The engine alone, in a process of its own: seconds of a batch by its size, and its
-    processor, memory and versions."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found: dict[str, Any] = pool.apply(_measure_bare, (settings, list(sizes), seconds))
-    return found
+    """The engine alone, in as many processes as the settings have workers, each with its share of
+    the cores, all at the same time: seconds of a batch by its size, images a second of all together
+    in batches of the last size, and processor, memory and versions."""
+    workers, task = settings.workers, (settings, list(sizes), seconds)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        found = pool.starmap(_measure_bare, [task] * workers, chunksize=1)
+    return found[0] | {"rate": sum(sizes[-1] / median(one["times"][sizes[-1]]) for one in found)}
 
 
 def _measure_bare(settings: Settings, sizes: list[int], seconds: float) -> dict[str, Any]:
+    share_cores(settings.workers)
     from models.evaluation.provenance import describe_machine
     from service.runner import Runner
 
@@ -148,13 +164,19 @@ def _measure_bare(settings: Settings, sizes: list[int], seconds: float) -> dict[
     return {"times": times, "machine": describe_machine(runner.guard)}
 
 
-def decode_ms(count: int = 50) -> float:
-    """Processor milliseconds of decoding one of the pictures."""
-    file, limit = draw_file(0), Settings().max_image_pixels
-    begun = time.process_time()
-    for _ in range(count):
-        decode(file, limit)
-    return 1000 * (time.process_time() - begun) / count
+def clock_decoding() -> list[float]:
+    """Have the seconds of processor time of every decoding from now on written into a list."""
+    spent: list[float] = []
+
+    def clocked(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+        begun = time.thread_time()
+        try:
+            return decode(data, max_pixels)
+        finally:
+            spent.append(time.thread_time() - begun)
+
+    service.plan.decode = clocked
+    return spent
 
 
 if __name__ == "__main__":
@@ -162,4 +184,7 @@ if __name__ == "__main__":
 
     named = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
     knobs = {flag.removeprefix("--").replace("-", "_"): value for flag, value in named.items()}
-    sys.exit(serve_here(Settings(**knobs), Instant()))  # type: ignore[arg-type]
+    spent = clock_decoding()
+    status = serve_here(Settings(**knobs), Instant())  # type: ignore[arg-type]
+    print(json.dumps({"decode_ms": 1000 * sum(spent) / max(1, len(spent))}))
+    sys.exit(status)

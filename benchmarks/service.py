@@ -1,6 +1,7 @@
 """The running server under an open-loop load over real sockets, against its bare engine.
 
 python -m benchmarks.service --seconds 20 --json OUT
+python -m benchmarks.service ... -- --workers 2     # knobs of the server after the dashes
 
 Arrival times are fixed and wait for no answer. Single: one request at a time. Saturation: twice
 what the bare engine does, the surplus refused. Half load: half of what saturation gave. Writes
@@ -17,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.openloop import Record, drive, poisson
-from benchmarks.replica import decode_ms, draw_requests, measure_bare, serve
+from benchmarks.replica import draw_requests, measure_bare, serve
 from benchmarks.sections import write_section
 from models.evaluation.table import tabulate
 from service.process import share_cores
@@ -52,34 +53,31 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    flags = ["--device", options.device, "--model", options.model]
-    settings = Settings(device=options.device, model=options.model)
+    settings = read_knobs(options.knobs)
     requests = draw_requests(PICTURES)
-    sizes = [1, 2, 4, 8, settings.max_batch_size]
+    most = settings.max_batch_size
+    sizes = [size for size in (1, 2, 4, 8) if size < most] + [most]
     bare = measure_bare(settings, sizes, options.seconds)
     times = {size: median(values) for size, values in bare["times"].items()}
-    with serve(flags) as replica:
+    with serve(options.knobs) as replica:
         ask = lambda arrivals: asyncio.run(drive(replica.url, arrivals, requests))  # noqa: E731
         ask([0.0])
         single = [ask([0.0])[0] for _ in range(max(5, int(options.seconds / 2 / times[1])))]
-        rate = max(size / seconds for size, seconds in times.items())
-        full = summarize(ask(poisson(2 * rate, options.seconds, 1)))
+        full = summarize(ask(poisson(2 * bare["rate"], options.seconds, 1)))
         half = summarize(ask(poisson(full["throughput"] / 2, 2 * options.seconds, 2)))
     # The engine again, after the server, so that a machine whose speed drifts favors neither.
-    again = measure_bare(settings, [settings.max_batch_size], options.seconds / 2)
-    again_rate = settings.max_batch_size / median(again["times"][settings.max_batch_size])
-    first_rate = settings.max_batch_size / times[settings.max_batch_size]
-    engine_rate = (first_rate + again_rate) / 2
+    again = measure_bare(settings, [most], options.seconds / 2)
+    engine_rate = (bare["rate"] + again["rate"]) / 2
     latencies = [record.latency for record in single]
     return {
         "command": " ".join(["python -m benchmarks.service", *sys.argv[1:]]),
         "machine": bare["machine"],
         "settings": {name: getattr(settings, name) for name in (
-            "model", "method", "steps", "views", "readout", "adapts", "max_batch_size",
-            "max_queue_size")},
+            "model", "method", "steps", "views", "readout", "adapts", "workers",
+            "max_batch_size", "max_queue_size")},
         "service_seconds": times,
         "engine_throughput": engine_rate,
-        "engine_throughputs": [first_rate, again_rate],
+        "engine_throughputs": [bare["rate"], again["rate"]],
         "single": {"n": len(single)} | {f"p{p}": percentile(latencies, p / 100)
                                         for p in (50, 95, 99)},
         "saturation": full,
@@ -90,25 +88,34 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def read_knobs(knobs: Sequence[str]) -> Settings:
+    """The settings of a server with these flags."""
+    pairs = zip(knobs[::2], knobs[1::2], strict=True)
+    given = {flag.removeprefix("--").replace("-", "_"): value for flag, value in pairs}
+    return Settings(**given)  # type: ignore[arg-type]
+
+
 def measure_api(seconds: float) -> dict[str, float]:
     """Processor milliseconds of the API process for one request, with a worker that answers at
-    once; `decode` is what decoding the picture takes of them."""
-    requests, rate = draw_requests(PICTURES), 20.0
+    once; `decode_ms` is what decoding the picture took of them, clocked in that very process."""
+    requests, rate = draw_requests(PICTURES), 100.0
     with serve(["--max-queue-size", "1000"], instant=True) as replica:
         asyncio.run(drive(replica.url, [i / rate for i in range(20)], requests))
         before = replica.cpu_seconds()
         arrivals = poisson(rate, seconds, 3)
         records = asyncio.run(drive(replica.url, arrivals, requests))
         spent = replica.cpu_seconds() - before
+        decode: float = json.loads(replica.stop())["decode_ms"]
     answered = sum(record.status == 200 for record in records)
-    total, decode = 1000 * spent / max(1, answered), decode_ms()
+    total = 1000 * spent / max(1, answered)
     return {"n": answered, "cpu_ms": total, "decode_ms": decode, "rest_ms": total - decode}
 
 
 def describe_requests(settings: Mapping[str, Any]) -> str:
     """What was asked, and with which defense it was answered."""
     return (
-        f"Model {settings['model']}, `{settings['method']}`, {settings['views']} views, "
+        f"Model {settings['model']}, {settings.get('workers', 1)} worker(s), batches of at most "
+        f"{settings['max_batch_size']}, `{settings['method']}`, {settings['views']} views, "
         f"{settings['steps']} step of `{settings['adapts']}` prompts, readout "
         f"`{settings['readout']}`, JPEG of 640 x 480, 10 labels"
     )
@@ -126,6 +133,7 @@ def write_page(figures: dict[str, Any]) -> str:
         rows.append((name, str(sent), rate, *times, lost))
     table = tabulate(("load", "requests", "answers/s", "p50 ms", "p95 ms", "p99 ms", ""), rows)
     machine, settings, api = figures["machine"], figures["settings"], figures["api"]
+    workers = figures["settings"]["workers"]
     batches = ", ".join(f"{size}: {1000 * s:.0f}" for size, s in figures["service_seconds"].items())
     text = (
         f"The bare engine answers {figures['engine_throughput']:.2f} images/s in full batches, the "
@@ -133,7 +141,7 @@ def write_page(figures: dict[str, Any]) -> str:
         f"{figures['half_p99_of_single']:.1f} times the median of single requests. The API process "
         f"spends {api['cpu_ms']:.1f} ms of processor time a request (n = {api['n']}, a worker that "
         f"answers at once), {api['decode_ms']:.1f} of them on decoding. Milliseconds of a batch in "
-        f"the bare engine by its size: {batches}."
+        f"the bare engine by its size: {batches}{', all workers at work' if workers > 1 else ''}."
     )
     caption = (
         f"{describe_requests(settings)}; client, server and worker share the machine. Arrivals "
@@ -150,11 +158,11 @@ def main() -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--model", default="embedded")
-    add("--device", default="cpu")
     add("--seconds", type=float, default=20.0, help="of load at saturation; the others follow")
     add("--json", type=Path, metavar="OUT", default=Path("runs/benchmarks/service.json"))
+    add("--section", default="service", help="of docs/performance.md that --write fills")
     add("--write", action="store_true", help="write docs/performance.md from this run")
+    add("knobs", nargs="*", help="of the server, after `--`")
     options = parser.parse_args()
     share_cores()
     figures = measure(options)
@@ -163,7 +171,7 @@ def main() -> int:
     page = write_page(figures)
     options.json.with_suffix(".md").write_text(page)
     if options.write:
-        write_section("service", page, PAGE)
+        write_section(options.section, page, PAGE)
     print(page)
     return 0
 
