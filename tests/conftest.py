@@ -3,7 +3,6 @@
 import asyncio
 import io
 import os
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from PIL import Image
 from skimage import data
 
 from service.app import create_app
+from service.server import listen
 from service.settings import Settings
 
 # For torch, here and in the processes that tests start: tiny models run faster on one thread.
@@ -28,7 +28,7 @@ class Server:
     def __init__(self, worker: FakeWorker, **knobs: Any) -> None:
         self.worker = worker
         self.app = create_app(Settings(**knobs), worker)
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = listen("127.0.0.1", 0)
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(
