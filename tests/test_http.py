@@ -49,9 +49,12 @@ def assert_error(answer: httpx.Response, status: int, error_type: str) -> str:
 
 
 def test_an_answer_does_not_wait_for_the_acknowledgment_of_its_head() -> None:
-    with listen("127.0.0.1", 0) as listener:
-        with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
-            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    with (
+        listen("127.0.0.1", 0) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_the_answer_has_exactly_the_documented_fields(server: Server, photo: bytes) -> None:
