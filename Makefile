@@ -149,6 +149,8 @@ benchmark: setup
 	    --agreement 500 --data $(DATA)/tiny_imagenet_val.parquet \
 	    --section 'embedded bf16' --json $(FIGURES_IN)/embedded-bf16.json)
 	$(MEASURE)service --seconds 60 --write --json $(FIGURES_IN)/service.json
+	$(MEASURE)service --seconds 60 --write --section 'service on two workers' \
+	    --json $(FIGURES_IN)/service-two.json -- --workers 2 --max-batch-size 1
 	$(MEASURE)capacity --times $(FIGURES_IN)/service.json --check 60 --write \
 	    --json $(FIGURES_IN)/capacity.json
 	$(WRITE) --speed $(FIGURES_IN)

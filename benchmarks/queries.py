@@ -90,10 +90,12 @@ def attack(
     examples: Sequence[tuple[Pixels, str]],
     names: list[str],
     options: argparse.Namespace,
+    epsilon: float,
     method: str,
     *knobs: str,
 ) -> list[Siege]:
-    """The Square attack on every picture that the service first gets right."""
+    """The Square attack on every picture that the service first gets right; with an `epsilon` of 0
+    the same picture again and again."""
     source = np.random.default_rng(options.seed)
     sieges = []
     for number, (image, name) in enumerate(examples):
@@ -123,7 +125,7 @@ def attack(
             scores = torch.tensor(list(pool.map(row, range(len(held)))))
             return scores.clamp(min=1e-9).log()
 
-        budget = Budget(options.epsilon / 255, queries=options.queries)
+        budget = Budget(epsilon / 255, queries=options.queries)
         rows = torch.stack([siege.pixels for siege in held])
         seeds = [np.random.default_rng([options.seed, i]) for i in range(len(held))]
         search(model, rows, torch.zeros(len(held), dtype=torch.long), budget, seeds)
@@ -176,7 +178,8 @@ def tell(figures: dict[str, Any]) -> str:
         tabulate(heads, rows),
         f"Square over HTTP, {asked['epsilon']:g}/255, at most {asked['queries']} queries a "
         f"picture and {LABELS} labels, the embedded model, pictures of `{asked['data']}` that "
-        "were right at first; broken means that a wrong label came first once. Throttled, a "
+        "were right at first; broken means that a wrong label came first once. Not attacked, the "
+        "same file is sent as often. Throttled, a "
         f"key gets {asked['throttle']} pictures alike in an hour, so that {asked['queries']} "
         f"queries take {hours:.0f} hours. Made by `{figures['attacked_by']}`.",
     ]
@@ -208,40 +211,53 @@ def main() -> None:
     parser.add_argument("--throttle", type=int, default=50, help="pictures alike in an hour")
     parser.add_argument("--methods", default="plain", help="defenses, comma-separated")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", default="", help="defenses to ask as often without an attack")
     parser.add_argument("--attacks", type=Path, help="figures of a run, to show its attacks again")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     options = parser.parse_args()
     ordinary = options.ordinary or options.data
     photos = [one.pixels for one in open_dataset(ordinary).examples(FRAMES, seed=options.seed)]
     source = np.random.default_rng(options.seed)
-    attacks = []
+    throttled = ("--key-similar-per-hour", str(options.throttle))
     settings = {
         "all digits": (),
         "two digits": ("--expose", "rounded"),
         "label only": ("--expose", "label"),
-        "all digits, throttled": ("--key-similar-per-hour", str(options.throttle)),
-        "label only, throttled": (
-            "--expose", "label", "--key-similar-per-hour", str(options.throttle),
-        ),
-    }  # fmt: skip
+        "all digits, throttled": throttled,
+        "label only, throttled": ("--expose", "label", *throttled),
+    }
     command = _command(options, ordinary)
-    asked = vars(options) | {"data": options.data.name, "ordinary": ordinary.name, "json": None}
-    fought = {"attacks": attacks, "options": asked | {"attacks": None}, "attacked_by": command}
+    dataset = open_dataset(options.data)
+    drawn = dataset.examples(3 * options.limit, seed=options.seed)
+    examples = [(one.pixels, dataset.names[one.label]) for one in drawn]
+
+    def fight(method: str, setting: str, epsilon: float, knobs: Sequence[str]) -> dict[str, Any]:
+        held = attack(examples, dataset.names, options, epsilon, method, *knobs)
+        limit = options.throttle if "throttled" in setting else 0
+        row = {"method": method, "setting": setting} | summarize(held, limit)
+        print(json.dumps(row), flush=True)
+        return row
+
     if options.attacks:
         kept = json.loads(options.attacks.read_text())
-        fought = {name: kept[name] for name in fought}
+        fought = {name: kept[name] for name in ("attacks", "options", "attacked_by")}
     else:
-        dataset = open_dataset(options.data)
-        drawn = dataset.examples(3 * options.limit, seed=options.seed)
-        examples = [(one.pixels, dataset.names[one.label]) for one in drawn]
-        for number, method in enumerate(options.methods.split(",")):
-            for setting, knobs in settings.items():
-                if number and setting not in DIGITS:
-                    continue
-                held = attack(examples, dataset.names, options, method, *knobs)
-                limit = options.throttle if "throttled" in setting else 0
-                attacks.append({"method": method, "setting": setting} | summarize(held, limit))
-                print(json.dumps(attacks[-1]), flush=True)
+        asked = vars(options) | {"data": options.data.name, "ordinary": ordinary.name}
+        fought = {
+            "attacks": [
+                fight(method, setting, options.epsilon, knobs)
+                for number, method in enumerate(options.methods.split(","))
+                for setting, knobs in settings.items()
+                if not number or setting in DIGITS
+            ],
+            "options": {
+                name: asked[name] for name in ("data", "ordinary", "queries", "epsilon", "throttle")
+            },
+            "attacked_by": command,
+        }
+    fought["attacks"] += [
+        fight(method, "not attacked", 0.0, ()) for method in filter(None, options.again.split(","))
+    ]
     figures = {
         **fought,
         "ordinary": {
@@ -258,18 +274,20 @@ def main() -> None:
 
 
 def _command(options: argparse.Namespace, ordinary: Path) -> str:
-    attacks = (
-        f"--attacks {options.attacks.name} "
-        if options.attacks
-        else (
-            f"--limit {options.limit} --queries {options.queries} --epsilon {options.epsilon:g} "
-            f"--methods {options.methods} "
-        )
-    )
-    return (
-        f"python -m benchmarks.queries --data {options.data.name} --ordinary {ordinary.name} "
-        f"{attacks}--throttle {options.throttle} --seed {options.seed}"
-    )
+    named = {
+        "data": options.data.name,
+        "ordinary": ordinary.name,
+        "limit": options.limit,
+        "queries": options.queries,
+        "again": options.again,
+    }
+    if options.attacks:
+        named["attacks"] = options.attacks.name
+    else:
+        named |= {"epsilon": f"{options.epsilon:g}", "methods": options.methods}
+    named |= {"throttle": options.throttle, "seed": options.seed}
+    flags = " ".join(f"--{name} {value}" for name, value in named.items() if value != "")
+    return f"python -m benchmarks.queries {flags}"
 
 
 if __name__ == "__main__":

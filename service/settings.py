@@ -191,7 +191,11 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(
         30.0, ge=0, description="Longest wait for running requests at shutdown, seconds."
     )
-    workers: int = Field(1, ge=1, description="Worker processes; on CUDA, one device each.")
+    workers: int = Field(
+        1,
+        ge=1,
+        description="Worker processes; on CUDA, one device each, on a CPU its cores are divided.",
+    )
     compile: Off = Field(False, description="torch.compile. Not available yet.")
     tier: Tier = Field(
         "standard",
