@@ -241,6 +241,11 @@ def main() -> None:
     if options.attacks:
         kept = json.loads(options.attacks.read_text())
         fought = {name: kept[name] for name in ("attacks", "options", "attacked_by")}
+        if (
+            kept["options"]["queries"] != options.queries
+            or kept["options"]["data"] != options.data.name
+        ):
+            raise SystemExit("the attacks are of other pictures or another number of queries")
     else:
         asked = vars(options) | {"data": options.data.name, "ordinary": ordinary.name}
         fought = {

@@ -128,18 +128,20 @@ def measure_bare(settings: Settings, sizes: Sequence[int], seconds: float) -> di
     """The engine alone, in as many processes as the settings have workers, each with its share of
     the cores, all at the same time: seconds of a batch by its size, images a second of all together
     in batches of the last size, and processor, memory and versions."""
-    workers, task = settings.workers, (settings, list(sizes), seconds)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        found = pool.starmap(_measure_bare, [task] * workers, chunksize=1)
+    tasks = [(settings, index, list(sizes), seconds) for index in range(settings.workers)]
+    with multiprocessing.get_context("spawn").Pool(settings.workers) as pool:
+        found = pool.starmap(_measure_bare, tasks, chunksize=1)
     return found[0] | {"rate": sum(sizes[-1] / median(one["times"][sizes[-1]]) for one in found)}
 
 
-def _measure_bare(settings: Settings, sizes: list[int], seconds: float) -> dict[str, Any]:
+def _measure_bare(
+    settings: Settings, index: int, sizes: list[int], seconds: float
+) -> dict[str, Any]:
     share_cores(settings.workers)
     from models.evaluation.provenance import describe_machine
     from service.runner import Runner
 
-    runner = Runner(settings, 0)
+    runner = Runner(settings, index)
     images = [decode(draw_file(number), settings.max_image_pixels) for number in range(max(sizes))]
 
     def run(size: int) -> float:

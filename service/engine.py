@@ -32,7 +32,7 @@ from service.tally import tally_answer
 from service.work import Answer, Failure, Glimpse, Work
 from service.worker import Backend
 
-GRACE = 5.0  # seconds past its deadline that a request in a batch is still waited for
+GRACE = 5.0  # seconds past its deadline that a request is still waited for once its batch began
 RECOVERY = 5.0  # seconds after which a client may find a worker ready again
 
 
@@ -105,7 +105,7 @@ class Engine:
 
     @property
     def queue_depth(self) -> int:
-        """Requests being decoded or waiting for a batch."""
+        """Requests being decoded, or whose batch has not begun."""
         return len(self._slots)
 
     async def start(self) -> None:
@@ -217,8 +217,13 @@ class Engine:
         now = self._clock()
         for item in (*self._scheduler.expire(now), *self._fleet.expire(now)):
             self._settle(item.work.id, DeadlineExceeded("The deadline passed in the queue."))
-        while self._fleet.free and (batch := self._scheduler.next_batch(now)):
-            self._fleet.run(batch)
+        while self._fleet.free:
+            if batch := self._scheduler.next_batch(now):
+                self._fleet.run(batch)
+            elif items := self._fleet.recall():
+                self._scheduler.put_back(items)
+            else:
+                break
         # Only what is full goes ahead: other batches may still grow until a worker is free.
         while self._fleet.ahead and (batch := self._scheduler.full_batch()):
             self._fleet.run(batch)

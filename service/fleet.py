@@ -34,7 +34,7 @@ class Listener(Protocol):
         """A worker begins with a batch: these of it are still wanted."""
 
     def on_result(self, item: Item, result: Answer | Failure) -> None:
-        """Called once for each item of a batch, unless it was cancelled or lost."""
+        """Called once for each item of a batch, unless it was dropped or lost before."""
 
     def on_glimpse(self, item: Item, glimpse: Glimpse) -> None:
         """News of an item whose result is still to come."""
@@ -48,10 +48,11 @@ class Listener(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """`items` are those that have no result yet and are still wanted; `size` is how many it had."""
+    """`items` are those that have no result yet and are still wanted; `size` is how many were when
+    it began."""
 
     items: dict[str, Item]
-    size: int
+    size: int = 0
     began: float = 0.0
 
 
@@ -139,42 +140,55 @@ class Fleet:
         await asyncio.gather(*(worker.backend.stop() for worker in self._workers))
 
     def run(self, batch: list[Item]) -> None:
-        """Give a batch to a free worker, or else to the one that will be free first."""
+        """Give a batch to a free worker, or else to the one whose batch began first."""
         fit = (worker for worker in self._workers if worker.ready and len(worker.batches) < 2)
         worker = min(fit, key=lambda worker: [batch.began for batch in worker.batches])
-        worker.batches.append(_Batch({item.work.id: item for item in batch}, len(batch)))
-        works = [item.work for item in batch]
-        tally_batch(self._metrics, works)
-        worker.backend.run(works)
+        worker.batches.append(_Batch({item.work.id: item for item in batch}))
+        worker.backend.run([item.work for item in batch])
         if len(worker.batches) == 1:
             self._begin(worker)
 
     def _begin(self, worker: _Worker) -> None:
-        worker.batches[0].began = self._clock()
-        self._listener.on_begin(worker.running)
+        batch, items = worker.batches[0], worker.running
+        batch.size, batch.began = len(items), self._clock()
+        if items:
+            tally_batch(self._metrics, [item.work for item in items])
+            self._listener.on_begin(items)
 
     def cancel(self, id: str) -> bool:
-        """Drop an item from its batch; False when it is in none, or has its result."""
+        """Drop an item that nobody waits for any more; whether it was being worked on."""
         for worker in self._workers:
-            if self._take(worker, id):
-                worker.backend.cancel(frozenset({id}))
-                return True
+            began = bool(worker.batches) and id in worker.batches[0].items
+            if self._drop(worker, [id]):
+                return began
         return False
 
     def expire(self, now: float) -> list[Item]:
         """Drop the items whose deadline has come before their batch was begun."""
-        late = [item for item in self._waiting if item.deadline <= now]
-        for item in late:
-            self.cancel(item.work.id)
-        return late
+        return [
+            item
+            for worker in self._workers
+            for item in self._drop(worker, [i.work.id for i in worker.waiting if i.deadline <= now])
+        ]
+
+    def recall(self) -> list[Item]:
+        """Take back what lies ready beside one of the workers, for another that is free now."""
+        for worker in self._workers:
+            if waiting := worker.waiting:
+                return self._drop(worker, [item.work.id for item in waiting])
+        return []
 
     def wake_at(self) -> float | None:
         """The instant at which `expire` will have something, if any."""
-        return min((item.deadline for item in self._waiting), default=None)
+        waiting = (item for worker in self._workers for item in worker.waiting)
+        return min((item.deadline for item in waiting), default=None)
 
-    @property
-    def _waiting(self) -> list[Item]:
-        return [item for worker in self._workers for item in worker.waiting]
+    def _drop(self, worker: _Worker, ids: list[str]) -> list[Item]:
+        """Take items out of a worker's batches, and tell it."""
+        found = [item for id in ids if (item := self._take(worker, id))]
+        if found:
+            worker.backend.cancel(frozenset(item.work.id for item in found))
+        return found
 
     def _take(self, worker: _Worker, id: str) -> Item | None:
         """Take an item out of the batch that it is in."""
@@ -203,13 +217,14 @@ class Fleet:
                     self._listener.on_result(item, result)
             case Finished(counts=counts) if worker.batches:
                 batch = worker.batches.popleft()
-                seconds = (self._clock() - batch.began) / batch.size
-                self.seconds_per_request += SMOOTHING * (seconds - self.seconds_per_request)
-                tally_counts(self._metrics, counts)
+                if batch.size:
+                    seconds = (self._clock() - batch.began) / batch.size
+                    self.seconds_per_request += SMOOTHING * (seconds - self.seconds_per_request)
                 for item in batch.items.values():
                     self._listener.on_result(item, Failure("internal", "The worker was silent."))
                 if worker.batches:
                     self._begin(worker)
+                tally_counts(self._metrics, counts)
             case Lost(restarting=restarting):
                 self._set_ready(worker, False)
                 worker.exhausted = not restarting

@@ -29,8 +29,10 @@ class Metrics:
 
         self.requests = counter("requests", "Requests answered.", "route", "code")
         self.request_seconds = histogram("request_seconds", "Time to answer.", SECONDS)
-        self.queue_seconds = histogram("queue_seconds", "Time from slot to batch.", SECONDS)
-        self.queue_depth = gauge("queue_depth", "Requests that hold a slot and are in no batch.")
+        self.queue_seconds = histogram(
+            "queue_seconds", "Time from slot to the batch's beginning.", SECONDS
+        )
+        self.queue_depth = gauge("queue_depth", "Requests whose batch has not begun.")
         self.decode_seconds = histogram("decode_seconds", "Time to decode an image.", SECONDS)
         self.adaptation_seconds = histogram(
             "adaptation_seconds",

@@ -8,10 +8,10 @@ BYTES_PER_PLACE = 4 * 2**20  # a photograph; larger uploads share the room of sm
 
 
 class Slot:
-    """One place, held from before the decoding until the request enters a batch or ends.
+    """One place, held from before the decoding until the request's batch begins, or it ends.
 
     Leaving the `with` block gives it back. `since` is the instant it was taken; `waited` the
-    seconds from submission to the batch, known once the request was in one.
+    seconds from submission to the batch's beginning, known from then on.
     """
 
     def __init__(self, size_bytes: int, since: float, release: Callable[["Slot"], None]) -> None:

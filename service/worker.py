@@ -42,7 +42,8 @@ class Backend(Protocol):
         """Begin to start up; `deliver` is called on the running event loop with every event."""
 
     def run(self, batch: list[Work]) -> None:
-        """Work on a batch. Settled follows for each request, then Finished; or else Lost."""
+        """Work on a batch, after the one before it. Settled follows for each request that was not
+        cancelled before, then Finished; or else Lost."""
 
     def cancel(self, ids: frozenset[str]) -> None:
         """Nobody waits for these any more; unknown ids are ignored."""

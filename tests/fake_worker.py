@@ -62,6 +62,7 @@ class FakeWorker:
         self.automatic = automatic
         self.ready = ready
         self.batches: list[list[Work]] = []
+        self.begun: list[list[Work]] = []  # those of them that were begun, but for the cancelled
         self._finished = 0  # of the batches, in their order
         self.cancelled: set[str] = set()
         self.stopped = False
@@ -84,6 +85,7 @@ class FakeWorker:
             self._begin()
 
     def _begin(self) -> None:
+        self.begun.append([work for work in self.running if work.id not in self.cancelled])
         seconds = self.seconds(self.running)
         self._timer = asyncio.get_running_loop().call_later(seconds, self.finish)
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_worker import READY, FakeWorker, answer
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
@@ -156,7 +156,7 @@ async def test_the_budget_of_the_worker_holds_unless_the_operator_sets_one():
 
 
 @virtual
-async def test_one_batch_per_worker_and_early_answers_do_not_wait():
+async def test_one_batch_runs_at_a_time_and_early_answers_do_not_wait():
     worker = by_hand()
     async with open_house(worker, max_batch_size=2) as house:
         worker.be_ready()
@@ -260,6 +260,48 @@ async def test_what_had_not_begun_when_the_worker_died_is_not_held_to_account():
         assert sizes(worker)[2:] == [1, 1, 2]  # the others go together again
         worker.finish()
         await asyncio.gather(*asked)
+
+
+@virtual
+async def test_what_lies_ready_beside_a_slow_worker_goes_to_one_that_is_free():
+    slow, fast = by_hand(), by_hand()
+    house = House(slow, fast, max_batch_size=1)
+    await house.engine.start()
+    slow.be_ready()
+    first = house.asking("0")
+    await asyncio.sleep(0.1)
+    fast.be_ready()
+    others = []
+    for number in (1, 2):
+        others.append(house.asking(f"{number}"))
+        await asyncio.sleep(0.1)
+    assert (sizes(slow), sizes(fast)) == ([1, 1], [1])
+    fast.finish()
+    assert sizes(fast) == [1, 1]
+    assert slow.cancelled == {fast.batches[1][0].id}
+    fast.finish()
+    await asyncio.gather(*others)
+    slow.finish()
+    await first
+    slow.deliver(Finished())
+    house.assert_nothing_left()
+    await house.engine.stop(1.0)
+
+
+@virtual
+async def test_a_batch_that_nobody_waited_for_does_not_make_requests_look_quick():
+    worker = FakeWorker(seconds=lambda batch: 10.0 if batch[0].labels[0] == "stays" else 0.0)
+    async with open_house(worker, max_batch_size=1) as house:
+        for _ in range(30):
+            staying = house.asking(label="stays")
+            await asyncio.sleep(0.1)
+            leaving = house.asking(label="leaves")
+            await asyncio.sleep(0.1)
+            leaving.cancel()
+            await staying
+            await asyncio.sleep(0.1)
+        assert house.engine._fleet.seconds_per_request == pytest.approx(10.0, rel=0.01)
+        assert house.metric("batch_size_count") == 30
 
 
 @virtual
@@ -662,6 +704,13 @@ moments = st.floats(0, 10).map(lambda t: round(t, 2))
     failing=st.integers(0, 3),
     stop=st.tuples(moments, moments),
 )
+@example(  # what lies beside a worker that dies may be given to a third one
+    requests=[(0, 1, 8, 1)] * 4 + [(0.1, 1, 8, 0.5)] * 4 + [(0.2, 1, 8, None)] * 4,
+    deaths=[(0, 2, 0.1), (1, 2.5, 0.1), (0, 3, 0.1), (1, 3.5, 0.1), (0, 4, 0.1)],
+    durations=[1e9],
+    failing=0,
+    stop=(9, 0),
+)
 @budget(max_examples=150, deadline=None)
 @virtual
 async def test_whatever_happens_each_settles_once_and_nothing_is_left(
@@ -703,5 +752,5 @@ async def test_whatever_happens_each_settles_once_and_nothing_is_left(
     await house.engine.stop(stop[1])
     await asyncio.gather(*tasks)
     house.assert_nothing_left()
-    runs = [work.id for worker in workers for batch in worker.batches for work in batch]
+    runs = [work.id for worker in workers for batch in worker.begun for work in batch]
     assert all(runs.count(id) <= 2 for id in set(runs))

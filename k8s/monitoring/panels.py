@@ -90,7 +90,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Queue and batches": (
         Panel(
             "Queue",
-            "Requests that hold a slot and are in no batch, by replica.",
+            "Requests whose batch has not begun, by replica.",
             "none",
             (Query(HERE.over("sum", "tapt_queue_depth", "instance"), "{{instance}}"),),
             width=6,
