@@ -7,7 +7,7 @@ DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded bundle picture robustness static search image image-local smoke lock audit sbom clean benchmark benchmark-gpu heavy load soak fuzz
+.PHONY: serve test setup check format parity embedded bundle picture robustness static search image image-local smoke lock audit sbom clean benchmark benchmark-gpu heavy load faults soak fuzz
 
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
@@ -173,6 +173,9 @@ load: setup
 
 soak: setup
 	$(BIN)/python -m benchmarks.load --soak $(MINUTES) $(if $(KNOBS),-- $(KNOBS))
+
+faults: setup
+	$(BIN)/python -m benchmarks.faults
 
 fuzz: setup
 	$(BIN)/python -m benchmarks.fuzz --seconds $(SECONDS)

@@ -23,6 +23,7 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -77,7 +78,12 @@ class Service:
     """`tapt-serve serve` with its knobs, ready."""
 
     def __init__(self, knobs: list[str]) -> None:
-        command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", *knobs]
+        self._knobs = knobs
+        self._start(0)
+
+    def _start(self, port: int) -> None:
+        serve = [sys.executable, "-m", "service.cli", "serve"]
+        command = [*serve, "--port", str(port), *self._knobs]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -91,16 +97,34 @@ class Service:
 
     def memory(self) -> tuple[float, float]:
         """Resident MiB of the API process, and of its workers together."""
-        command = ["ps", "-A", "-o", "pid=,ppid=,rss="]
-        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        rows = [tuple(map(int, line.split())) for line in listed.splitlines()]
+        rows, pid = _processes(), self.process.pid
+        own = sum(rss for child, _, rss, _ in rows if child == pid)
+        return own / 1024, sum(rss for _, parent, rss, _ in rows if parent == pid) / 1024
+
+    def workers(self) -> list[int]:
+        """The pids of the worker processes."""
         pid = self.process.pid
-        own = sum(rss for child, _, rss in rows if child == pid)
-        return own / 1024, sum(rss for _, parent, rss in rows if parent == pid) / 1024
+        return [
+            child for child, parent, _, how in _processes() if parent == pid and "spawn_main" in how
+        ]
+
+    def restart(self) -> None:
+        """Kill the API process, and start another one at the same address."""
+        self.process.kill()
+        self.process.wait()
+        self._start(urlsplit(self.url).port or 0)
 
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(60)
+
+
+def _processes() -> list[tuple[int, int, int, str]]:
+    """Of every process: its pid, its parent's, resident KiB, and its command."""
+    command = ["ps", "-A", "-o", "pid=,ppid=,rss=,args="]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = (line.split(maxsplit=3) for line in listed.splitlines())
+    return [(int(pid), int(parent), int(rss), how) for pid, parent, rss, how in rows]
 
 
 async def measure_capacity(service: Service, request: bytes, seconds: float) -> float:

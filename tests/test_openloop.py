@@ -5,7 +5,8 @@ import asyncio
 import pytest
 from conftest import Server
 
-from benchmarks.openloop import drive, poisson, post, steady
+from benchmarks.faults import Trial
+from benchmarks.openloop import Record, drive, poisson, post, steady
 
 
 def test_arrivals_are_fixed_beforehand() -> None:
@@ -46,3 +47,17 @@ def test_lost_and_double_answers_are_seen(sent: bytes, answers: int, retry: floa
         assert (record.answers, record.retry_after) == (answers, retry)
 
     asyncio.run(scenario())
+
+
+def trial(statuses: list[int | None], answers: int = 1, **facts: object) -> Trial:
+    records = [Record(0, 0, 1, status, None, answers) for status in statuses]
+    return Trial("fault", records, **({"unready": 0.5, "excused": False} | facts))
+
+
+def test_a_fault_breaks_a_promise_where_somebody_is_lost_told_twice_or_told_else() -> None:
+    assert trial([200, 429, 503]).broken == []
+    assert trial([None], answers=0).broken == ["fault: 1 without an answer"]
+    assert trial([None], answers=0, excused=True).broken == []
+    assert trial([200], answers=2).broken == ["fault: 1 answered twice"]
+    assert trial([500, 200]).broken == ["fault: 1 answered otherwise"]
+    assert trial([200], unready=120.0).broken == ["fault: never ready again"]
