@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from fastapi import Request
+from fastapi.requests import HTTPConnection
 from fastapi.security import HTTPBearer
 
 from service.errors import KeysError, Unauthorized
@@ -30,9 +30,6 @@ RELOAD = 1.0  # seconds between looks at the file
 _LISTED = re.compile(r"sha256:([0-9a-f]{64})")
 
 log = logging.getLogger("tapt.keys")
-
-scheme = HTTPBearer(auto_error=False, description="Needed only where the server has keys.")
-"""Describes the header in the OpenAPI; the check is `check_key`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,27 +120,34 @@ class Keys:
         log.info("%s lists %d keys", file.name, len(self._listed))
 
 
-async def check_key(request: Request) -> None:
-    """Note the caller. Raises Unauthorized unless no keys are set or the request bears one."""
-    keys: Keys = request.app.state.keys
-    caller = keys.find(request.headers.get("authorization", ""))
-    if caller is None:
-        raise Unauthorized("A valid API key is needed.")
-    request.state.caller = caller
-    if caller.id:
-        request.state.log["key"] = caller.id
+class KeyCheck(HTTPBearer):
+    """Notes the caller, and describes the header in the OpenAPI.
+
+    Raises Unauthorized unless no keys are set, the request bears one, or the operator `opened`
+    these routes to everybody.
+    """
+
+    def __init__(self, opened: str = "") -> None:
+        super().__init__(
+            scheme_name="HTTPBearer", description="Needed only where the server has keys."
+        )
+        self._opened = opened
+
+    async def __call__(self, request: HTTPConnection) -> None:
+        if self._opened in request.app.state.settings.open_routes:
+            return
+        keys: Keys = request.app.state.keys
+        caller = keys.find(request.headers.get("authorization", ""))
+        if caller is None:
+            raise Unauthorized("A valid API key is needed.")
+        request.state.caller = caller
+        if caller.id:
+            request.state.log["key"] = caller.id
 
 
-async def check_pages(request: Request) -> None:
-    """As `check_key`, unless the operator opened the page and the documents to everybody."""
-    if "pages" not in request.app.state.settings.open_routes:
-        await check_key(request)
-
-
-async def check_metrics(request: Request) -> None:
-    """As `check_key`, unless the operator opened the metrics to everybody."""
-    if "metrics" not in request.app.state.settings.open_routes:
-        await check_key(request)
+check_key = KeyCheck()
+check_pages = KeyCheck("pages")
+check_metrics = KeyCheck("metrics")
 
 
 def make_key() -> str:

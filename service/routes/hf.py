@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from service.door import Door
 from service.exposure import present
 from service.fetch import Link, read_source
-from service.keys import check_key, scheme
+from service.keys import check_key
 from service.routes.docs import ERRORS, REPORT, REQUEST_ID, body_of
 from service.schemas import Choices, Classification, HFRequest, ScoredLabel
 
@@ -26,7 +26,7 @@ router = APIRouter(tags=["classification"])
     openapi_extra={
         "requestBody": {"required": True, "content": {"application/json": body_of(HFRequest)}}
     },
-    dependencies=[Depends(check_key), Depends(scheme)],
+    dependencies=[Depends(check_key)],
 )
 async def classify(request: Request) -> JSONResponse:
     """For `InferenceClient(model=URL).zero_shot_image_classification(...)` and its kin in other

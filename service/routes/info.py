@@ -8,11 +8,11 @@ from fastapi.responses import Response
 from prometheus_client.exposition import choose_encoder
 
 from service.images import DOOR_LENGTH, DOOR_SIDE, FORMATS, MAX_ASPECT
-from service.keys import check_key, check_metrics, scheme
+from service.keys import check_key, check_metrics
 from service.routes.docs import errors_of
 from service.settings import Settings
 
-router = APIRouter(tags=["operation"], dependencies=[Depends(scheme)], responses=errors_of(401))
+router = APIRouter(tags=["operation"], responses=errors_of(401))
 
 DEFAULTS = ("tier", "method", "steps", "views", "readout", "hypothesis_template")
 LIMITS = (
