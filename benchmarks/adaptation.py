@@ -10,6 +10,7 @@ both alike. Writes JSON and, beside it, a table in Markdown; fails where a ratio
 import argparse
 import json
 import multiprocessing
+import shlex
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -256,7 +257,7 @@ def _command() -> str:
     """The command as a page may show it, without the folder of the data."""
     pairs = zip(sys.argv, sys.argv[1:], strict=False)
     parts = [Path(part).name if flag == "--data" else part for flag, part in pairs]
-    return " ".join(["python -m benchmarks.adaptation", *parts])
+    return shlex.join(["python", "-m", "benchmarks.adaptation", *parts])
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -13,6 +13,7 @@ import asyncio
 import heapq
 import json
 import math
+import shlex
 import sys
 import time
 from collections import deque
@@ -34,6 +35,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "capacity.md"
 CELL = 16  # replicas behind one gateway
 REQUESTS = 20_000  # simulated for each question
 LOADS = (10, 1_000, 100_000)  # requests a second
+WORKERS = (1, 2, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +109,20 @@ def p99(replica: Replica, replicas: int, rate: float) -> float:
     return percentile(simulate(replica, replicas, poisson(rate, REQUESTS / rate, 0)), 0.99)
 
 
-def half_load(replica: Replica) -> tuple[float, float]:
-    """The p99 of one replica at half of what it answers, in times a single request: with its
-    batches, and of requests that go one by one in a constant time (the queue M/D/1), which is what
-    is left where batches gain nothing."""
-    single = replica.time(1)
-    batched = p99(replica, 1, replica.throughput / 2) / single
-    return batched, p99(Replica({1: 1.0}, max_batch=1, max_delay=0.0), 1, 0.5)
+def half_load(replica: Replica) -> float:
+    """The p99 of one replica at half of what it answers, in times a single request."""
+    return p99(replica, 1, replica.throughput / 2) / replica.time(1)
+
+
+def one_by_one(workers: int) -> float:
+    """The same where batches gain nothing: requests are taken one at a time, each for a time of 1,
+    by whichever worker is free first (the queue M/D/k)."""
+    free, latencies = [0.0] * workers, []
+    for now in poisson(workers / 2, 2 * REQUESTS / workers, 0):
+        done = max(now, free[0]) + 1
+        heapq.heapreplace(free, done)
+        latencies.append(done - now)
+    return percentile(latencies, 0.99)
 
 
 def plan(replica: Replica, rate: float, target: float) -> tuple[int, float] | None:
@@ -210,7 +219,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             row["price_a_million"] = replicas * options.price / 3600 / rate * 1e6
         rows.append(row)
     return {
-        "command": " ".join(["python -m benchmarks.capacity", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.capacity", *sys.argv[1:]]),
         "machine": machine,
         "requests": describe_requests(asked),
         "target": options.target,
@@ -218,6 +227,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "service_seconds": seconds,
         "throughput": replica.throughput,
         "half_load": half_load(replica),
+        "one_by_one": {workers: one_by_one(workers) for workers in WORKERS},
         "rows": rows,
         "check": _checked(options, settings),
     }
@@ -257,11 +267,12 @@ def write_page(figures: dict[str, Any]) -> str:
         f"The price of a replica, {figures['price']:g} an hour, is an assumption and the flag "
         "`--price`."
     )
-    batched, constant = figures["half_load"]
+    alone = ", ".join(f"{times:.1f} with {k}" for k, times in figures["one_by_one"].items())
     half = (
         "At half of what it answers, by the same simulation, one replica's p99 is "
-        f"{batched:.1f} times a single request; where batches gain nothing and requests go one by "
-        f"one, {constant:.1f} times, which is the Poisson arrivals' own doing."
+        f"{figures['half_load']:.1f} times a single request. Where batches gain nothing and each "
+        "request takes the same time alone, the Poisson arrivals by themselves make it, by the "
+        f"number of workers: {alone}."
     )
     parts = [tabulate(heads, rows), text, half]
     if figures["check"]:

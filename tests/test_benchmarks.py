@@ -137,12 +137,18 @@ def test_pages_have_the_sections_that_the_commands_write() -> None:
 
 
 def test_at_half_load_batches_that_gain_nothing_do_not_help_the_tail() -> None:
-    gainless = capacity.Replica({1: 1.0, 16: 16.0}, max_batch=16, max_delay=0.0)
-    batched, constant = capacity.half_load(gainless)
+    constant = capacity.one_by_one(workers=1)
     assert constant == pytest.approx(4.3, abs=0.2)  # M/D/1 at 0.5, by its known tail
-    assert batched > constant
+    gainless = capacity.Replica({1: 1.0, 16: 16.0}, max_batch=16, max_delay=0.0)
+    assert capacity.half_load(gainless) > constant
     gaining = capacity.Replica({1: 1.0, 16: 2.0}, max_batch=16, max_delay=0.0)
-    assert capacity.half_load(gaining)[0] < constant
+    assert capacity.half_load(gaining) < constant
+
+
+def test_more_workers_shorten_the_tail_of_what_goes_one_by_one() -> None:
+    alone = capacity.p99(capacity.Replica({1: 1.0}, max_batch=1, max_delay=0.0), 1, 0.5)
+    assert capacity.one_by_one(workers=1) == pytest.approx(alone)  # the same queue, told twice
+    assert capacity.one_by_one(1) > capacity.one_by_one(2) > capacity.one_by_one(64) >= 1
 
 
 def test_the_reset_mistake_forgets_all_but_the_first_layer() -> None:
