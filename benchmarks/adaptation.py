@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from benchmarks.sections import write_section
 from models.evaluation.table import tabulate
-from service.process import share_cores
+from service.process import prepare_torch
 
 SIDES = ("published", "ours")
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
@@ -77,8 +77,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one run."""
     from benchmarks.sides import Case
 
-    own = options.dtype
-    theirs = options.published_dtype or (own if options.device == "cuda" else "fp32")
+    own, theirs = options.dtype, options.published_dtype
     first = Case(options.size, options.device, own, 2, 1, options.views, options.steps, chunk=0)
     with ExitStack() as stack:
         sides = {
@@ -296,8 +295,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--min-ratio takes one ratio, or one a label count")
     if options.views < 10:
         parser.error("the published shape keeps a tenth of the views, and of fewer than 10 none")
-    if options.agreement and options.device == "cuda":
-        parser.error("--agreement needs both precisions, and on a GPU both sides have one")
+    if options.published_dtype is None:
+        options.published_dtype = options.dtype if options.device == "cuda" else "fp32"
+    if options.agreement and options.published_dtype == options.dtype:
+        parser.error("--agreement needs a precision of its own on either side")
     return options
 
 
@@ -314,7 +315,7 @@ def fall_short(rows: list[dict[str, Any]], labels: list[int], wanted: list[float
 
 def main() -> int:
     options = parse()
-    share_cores()
+    prepare_torch()
     figures = measure(options)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")

@@ -28,7 +28,7 @@ from benchmarks.replica import draw_requests, measure_bare, serve
 from benchmarks.sections import write_section
 from benchmarks.service import describe_requests, percentile, summarize
 from models.evaluation.table import tabulate
-from service.process import share_cores
+from service.process import prepare_torch
 from service.settings import Settings
 
 PAGE = Path(__file__).parent.parent / "docs" / "capacity.md"
@@ -318,7 +318,7 @@ def main() -> int:
     add("--json", type=Path, metavar="OUT", default=Path("runs/benchmarks/capacity.json"))
     add("--write", action="store_true", help="write docs/capacity.md from this run")
     options = parser.parse_args()
-    share_cores()
+    prepare_torch()
     figures = measure(options)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(figures, indent=1) + "\n")

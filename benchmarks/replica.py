@@ -25,7 +25,7 @@ from PIL import Image
 import service.plan
 from benchmarks.openloop import post
 from service.images import decode
-from service.process import share_cores
+from service.process import prepare_torch
 from service.settings import Settings
 from service.work import Answer, Finished, Ready, Settled, Work
 from service.worker import Event
@@ -137,7 +137,7 @@ def measure_bare(settings: Settings, sizes: Sequence[int], seconds: float) -> di
 def _measure_bare(
     settings: Settings, index: int, sizes: list[int], seconds: float
 ) -> dict[str, Any]:
-    share_cores(settings.workers)
+    prepare_torch(settings.workers)
     from models.evaluation.provenance import describe_machine
     from service.runner import Runner
 

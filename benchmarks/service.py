@@ -23,7 +23,7 @@ from benchmarks.openloop import Record, drive, poisson
 from benchmarks.replica import draw_requests, measure_bare, serve
 from benchmarks.sections import write_section
 from models.evaluation.table import tabulate
-from service.process import share_cores
+from service.process import prepare_torch
 from service.settings import Settings
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
@@ -169,7 +169,7 @@ def main() -> int:
     add("--write", action="store_true", help="write docs/performance.md from this run")
     add("knobs", nargs="*", help="of the server, after `--`")
     options = parser.parse_args()
-    share_cores()
+    prepare_torch()
     figures = measure(options)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -67,7 +67,7 @@ def load_checkpoint(
     try:
         model, report = CLIPModel.from_pretrained(
             directory,
-            dtype=dtype,
+            dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
             attn_implementation="sdpa",
@@ -79,7 +79,11 @@ def load_checkpoint(
         raise ModelError(f"{name} lacks weights that its config names")
     tokenizer = _load_tokenizer(directory, name, model.config.text_config.vocab_size)
     preprocessing = _read_preprocessing(directory, name, model.config.vision_config.image_size)
-    clip = PromptedCLIP(model.to(device), preprocessing.mean, preprocessing.std)
+    scale = model.logit_scale.detach().clone()
+    model.to(device, dtype)
+    # An exponent: rounded to bfloat16, it would take a hundredth off every logit.
+    model.logit_scale = torch.nn.Parameter(scale.to(device))
+    clip = PromptedCLIP(model, preprocessing.mean, preprocessing.std)
     # Answers carry the name: of a directory here, only the last part is anybody's business.
     shown = directory.resolve().name if Path(name).is_dir() else name
     return Checkpoint(shown, directory, clip, tokenizer, preprocessing, found)

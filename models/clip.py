@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from models.blocks import KeysValues, run_block
+from models.device import upload
 from models.labels import MASKED, LabelBatch
 
 # Tokens in one chunk of views without a gradient, or of label rows: what bounds the memory. On a
@@ -42,7 +43,7 @@ class PromptedCLIP:
     def __init__(self, model: CLIPModel, mean: Sequence[float], std: Sequence[float]) -> None:
         self.model = model.eval().requires_grad_(False)
         self.device = model.device
-        self.dtype = model.dtype
+        self.dtype = model.visual_projection.weight.dtype  # the scale may be wider
         self.chunk_tokens = CHUNK_TOKENS.get(self.device.type, CHUNK_TOKENS["cuda"])
         config = model.config
         self.image_size: int = config.vision_config.image_size
@@ -54,6 +55,12 @@ class PromptedCLIP:
         self.patches: int = (self.image_size // config.vision_config.patch_size) ** 2
         self._mean = torch.tensor(mean, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(std, device=self.device).view(3, 1, 1)
+        if self.device.type == "cuda":
+            # cuDNN's attention plans anew for every shape it has not met, and keeps all the plans;
+            # batches and label sets have ever new shapes. The others need none.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            # Its convolutions would round float32 to ten bits.
+            torch.backends.cudnn.allow_tf32 = False
 
     @property
     def logit_scale(self) -> Tensor:
@@ -160,7 +167,8 @@ class PromptedCLIP:
         text, lead = self.model.text_model, labels.lead
         ids, ends = labels.ids[rows, lead:], labels.ends[rows] - lead
         shares = labels.split(rows)
-        firsts, counts = [first for first, _ in shares], [count for _, count in shares]
+        counts = [count for _, count in shares]
+        firsts = upload([first for first, _ in shares], labels.ids.device)
         owners = labels.owners[firsts]
         embed, places = text.embeddings.token_embedding, text.embeddings.position_embedding.weight
         head, tail = embed(labels.ids[firsts, :lead]), embed(ids)
@@ -200,6 +208,9 @@ def _fill_slots(hidden: Tensor, prompt: Tensor) -> Tensor:
 
 def _spread(shared: KeysValues, counts: Sequence[int]) -> KeysValues:
     """Keys and values of requests, [B, ...], as those of their rows, [R, ...]."""
+    if len(set(counts)) == 1:  # one piece of work for the device, however many requests
+        key, value = (part.repeat_interleave(counts[0], dim=0) for part in shared)
+        return key, value
     key, value = (
         torch.cat([one.expand(n, -1, -1, -1) for one, n in zip(part.split(1), counts, strict=True)])
         for part in shared

@@ -7,9 +7,12 @@ request's prompt slots stand between the start token and its text and never repl
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from models.device import upload
 
 MASKED = -1e4  # a logit no softmax sees, finite so that its gradient is 0 and not NaN
 
@@ -36,8 +39,7 @@ class LabelBatch:
     @property
     def owners(self) -> Tensor:
         """[R]: the request that each row belongs to."""
-        counts = torch.tensor(self.counts, device=self.ids.device)
-        return torch.arange(len(self.counts), device=self.ids.device).repeat_interleave(counts)
+        return upload(np.repeat(np.arange(len(self.counts)), self.counts), self.ids.device)
 
     @property
     def lead(self) -> int:
@@ -76,8 +78,8 @@ class LabelBatch:
     @property
     def mask(self) -> Tensor:
         """[B, most labels], true where a request has a label."""
-        counts = torch.tensor(self.counts, device=self.ids.device)
-        return torch.arange(max(self.counts), device=self.ids.device) < counts.unsqueeze(1)
+        counts = np.array(self.counts)
+        return upload(np.arange(counts.max()) < counts[:, None], self.ids.device)
 
     def to(self, device: torch.device) -> "LabelBatch":
         return replace(self, ids=self.ids.to(device), ends=self.ends.to(device))

@@ -47,18 +47,27 @@ def view_entropy(logits: Tensor) -> Tensor:
     return -(log_mean.exp() * log_mean).sum(dim=-1)
 
 
-def alignment_loss(inputs: Sequence[Tensor], mean: Tensor, variance: Tensor) -> Tensor:
+Moments = tuple[Tensor, Tensor]
+"""Mean and variance over views, [B, tokens, width] each."""
+
+
+def token_moments(inputs: Sequence[Tensor]) -> list[Moments]:
+    """Per layer, the moments of the kept views' block inputs [B, k, tokens, width]."""
+    # Not torch.var_mean: a prompt token is equal in all views and in the reference, so its L1
+    # gradient hangs on how the mean rounds.
+    whole = (hidden.float() for hidden in inputs)
+    return [(hidden.mean(dim=1), hidden.var(dim=1, correction=0)) for hidden in whole]
+
+
+def alignment_loss(moments: Sequence[Moments], mean: Tensor, variance: Tensor) -> Tensor:
     """Distance [B] of the views' token moments from reference ones, summed over layers.
 
     Args:
-        inputs: per layer, the kept views' block inputs [B, k, tokens, width].
+        moments: as `token_moments` gives them.
         mean, variance: reference moments [layers, tokens, width].
     """
-    total = torch.zeros(len(inputs[0]), device=inputs[0].device)
-    for layer, hidden in enumerate(inputs):
-        # Not torch.var_mean: a prompt token is equal in all views and in the reference, so its
-        # L1 gradient hangs on how the mean rounds.
-        means, variances = hidden.float().mean(dim=1), hidden.float().var(dim=1, correction=0)
+    total = torch.zeros(len(moments[0][0]), device=mean.device)
+    for layer, (means, variances) in enumerate(moments):
         for moment, target in ((means, mean[layer]), (variances, variance[layer])):
             total = total + 0.5 * (moment - target).abs().mean(dim=(1, 2))
     return total
@@ -85,8 +94,9 @@ def losses(
         logits = clip.class_logits(images.features, text, labels)
         entropy = view_entropy(logits) if objective.of_mean else entropies(logits).mean(dim=1)
     if reference is not None and images.inputs:
-        align_adv = alignment_loss(images.inputs, reference.adv_mean, reference.adv_var)
-        align_clean = alignment_loss(images.inputs, reference.clean_mean, reference.clean_var)
+        moments = token_moments(images.inputs)
+        align_adv = alignment_loss(moments, reference.adv_mean, reference.adv_var)
+        align_clean = alignment_loss(moments, reference.clean_mean, reference.clean_var)
     align = objective.gamma * align_adv + (1 - objective.gamma) * align_clean
     terms = Losses(entropy.detach(), align_adv.detach(), align_clean.detach())
     return terms, entropy + objective.alignment_weight / max(1, objective.layers) * align

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.device import upload
+
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # share and aspect of the crops, as published
 ATTEMPTS = 10  # draws of a crop that fits before the whole picture is taken
 BILINEAR = 2
@@ -59,7 +61,7 @@ def make_views(
         image: RGB [height, width, 3] of any size.
         seed: draws the crops on the host, so that device and batch do not change them.
     """
-    pixels = torch.tensor(image, device=device).permute(2, 0, 1).float()
+    pixels = upload(image, device).permute(2, 0, 1).float()
     return cut_views(pixels, views, seed, preprocessing)
 
 
@@ -72,12 +74,12 @@ def cut_views(pixels: Tensor, views: int, seed: int, preprocessing: Preprocessin
         return _resample(pixels, *first)
     height, width = pixels.shape[1:]
     boxes, flips = draw_crops(views - 1, seed, height, width, preprocessing.area)
-    top, left, high, wide = torch.from_numpy(boxes).to(device, torch.float32).T
+    top, left, high, wide = upload(boxes.astype(np.float32), device).T
     places = torch.arange(preprocessing.crop, device=device)
     size = preprocessing.crop
     rows = _weights(top, high, places, size, height, BILINEAR)
     columns = _weights(left, wide, places, size, width, BILINEAR)
-    flipped = torch.from_numpy(flips).to(device).view(-1, 1, 1)
+    flipped = upload(flips, device).view(-1, 1, 1)
     columns = torch.where(flipped, columns.flip(1), columns)
     return torch.cat([_resample(pixels, *first), _resample(pixels, rows, columns)])
 

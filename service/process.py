@@ -135,7 +135,7 @@ def main(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.configure(settings.log_format)
-    share_cores(settings.workers)
+    prepare_torch(settings.workers)
     inside = _Inside(inbox, outbox)
     threading.Thread(target=inside.receive, daemon=True).start()
     threading.Thread(target=inside.beat, args=(beat,), daemon=True).start()
@@ -148,16 +148,18 @@ def main(
     inside.work(runner)
 
 
-def share_cores(workers: int = 1) -> None:
-    """Divide the cores (`OMP_NUM_THREADS` where it is set, else those that this process may use)
-    among the workers, and let torch's threads wait for each other only briefly before they sleep;
-    to be called before its import.
+def prepare_torch(workers: int = 1) -> None:
+    """Tell torch how to behave, before its import: the cores (`OMP_NUM_THREADS` where it is set,
+    else those that this process may use) are divided among the workers, its threads wait for each
+    other only briefly before they sleep, and on a GPU it compiles nothing.
 
     By default every worker takes all cores, and threads spin while they wait, so that where
     anything else wants a core each step takes many times as long; threads that never spin cost an
-    idle machine a good part of its speed.
+    idle machine a good part of its speed. For a few products on a GPU torch would build kernels of
+    its own at run time, for which the image has no compiler.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")
     if workers > 1:
         given = os.environ.get("OMP_NUM_THREADS", "")
         cores = int(given) if given.isdecimal() else count_cores()

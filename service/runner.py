@@ -1,6 +1,7 @@
 """Inside the worker: load the model, warm it up, run batches. Service's only torch import."""
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from models.bundle import DefenseBundle, load_bundle
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.defenses.defense import Verdict
 from models.demonstration import besiege, redraw
+from models.device import DeviceError, catch_up, pick_device
 from models.guard import Finding, Guard, Picture
 from models.memory import footprint, free_bytes, resident_bytes
 from models.objective import Objective
@@ -42,20 +44,20 @@ class Runner:
     def __init__(self, settings: Settings, index: int) -> None:
         self.progress = time.monotonic()
         self._settings = settings
-        self._device = _device(settings.device, index)
         dtype = settings.dtype
-        if dtype == "auto":
-            dtype = "float32" if self._device.type == "cpu" else "bfloat16"
         try:
+            self.device = pick_device(settings.device, index)
+            if dtype == "auto":
+                dtype = "float32" if self.device.type == "cpu" else "bfloat16"
             checkpoint = load_checkpoint(
                 settings.model,
-                self._device,
+                self.device,
                 getattr(torch, dtype),
                 settings.model_revision,
                 settings.model_sha256.lower(),
             )
             bundle = _find_bundle(settings, checkpoint)
-        except models.checkpoint.ModelError as error:
+        except (DeviceError, models.checkpoint.ModelError) as error:
             raise ModelError(str(error)) from error
         objective = Objective(
             reference=None if bundle is None else bundle.statistics,
@@ -76,8 +78,8 @@ class Runner:
 
     def memory_bytes(self) -> int:
         """Memory in use on the device; on a CPU, the resident memory of this process."""
-        if self._device.type == "cuda":
-            return torch.cuda.memory_allocated(self._device)
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
         return resident_bytes()
 
     def run(self, batch: list[Work], settle: Settle, cancelled: Cancelled) -> dict[str, int]:
@@ -86,6 +88,15 @@ class Runner:
         A batch that does not fit the device is run again in halves, one that fails otherwise
         request by request, so that one poisoned input fails alone.
         """
+        try:
+            return self._run_all(batch, settle, cancelled)
+        except torch.AcceleratorError:
+            # Whatever is asked of the device from now on fails. The next process starts afresh, and
+            # tries each request once more, alone.
+            log.exception("the device failed; this worker ends")
+            os._exit(1)
+
+    def _run_all(self, batch: list[Work], settle: Settle, cancelled: Cancelled) -> dict[str, int]:
         if batch[0].assault is not None:
             self._demonstrate(batch[0], settle, cancelled)
             return {}
@@ -109,13 +120,15 @@ class Runner:
 
         try:
             return self._run(batch, settle_once, cancelled)
+        except torch.AcceleratorError:
+            raise
         except torch.OutOfMemoryError:
             log.warning("out of memory with %d requests", len(batch))
             reason, size = "oom_splits", max(1, (len(left) + 1) // 2)
         except Exception:
             log.exception("a batch of %d requests failed", len(batch))
             reason, size = "error_splits", 1
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
         rest = list(left.values())
         if len(batch) == 1:
@@ -215,9 +228,9 @@ class Runner:
         image_tokens = 1 + clip.patches + (0 if visual is None else visual.shape[2])
         ratio, resident = self._settings.selection_ratio, self.memory_bytes()
         cost = footprint(clip, resident, ratio, image_tokens)
-        share = BATCH_SHARE / (1 if self._device.type == "cuda" else self._settings.workers)
+        share = BATCH_SHARE / (1 if self.device.type == "cuda" else self._settings.workers)
         tokens = self._settings.max_batch_tokens or cost.budget(
-            int(free_bytes(self._device) * share)
+            int(free_bytes(self.device) * share)
         )
         return Ready(
             info={
@@ -228,7 +241,7 @@ class Runner:
                     "image_size": clip.image_size,
                     "context_length": clip.context_length,
                     "dtype": str(clip.dtype).removeprefix("torch."),
-                    "device": str(self._device),
+                    "device": str(self.device),
                 },
                 "bundle": None if bundle is None else bundle.describe(),
                 "design": self.guard.design("tapt"),
@@ -290,6 +303,7 @@ class _Pace:
         self.truncated: dict[int, Truncation] = {}
 
     def __call__(self, steps: int, rows: list[int]) -> set[int]:
+        catch_up(self._runner.device)  # or the clock would time the asking alone
         now = time.monotonic()
         # The first look costs about what reading out will, and at least a step.
         step, self._last = now - self._last, now
@@ -325,22 +339,3 @@ def _find_bundle(settings: Settings, checkpoint: Checkpoint) -> DefenseBundle | 
             f"the settings ask for {settings.design}"
         )
     return bundle
-
-
-def _device(name: str, index: int) -> torch.device:
-    """The worker's device.
-
-    Raises:
-        ModelError: it is not there.
-    """
-    if name == "auto":
-        name = f"cuda:{index}" if index < torch.cuda.device_count() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"device {name!r} is unknown") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices")
-    if device.type not in ("cpu", "cuda"):
-        raise ModelError(f"device {name!r} is not supported; cpu and cuda are")
-    return device

@@ -24,7 +24,7 @@ from service.door import Outcome
 from service.errors import ERRORS, InternalError
 from service.exposure import present
 from service.plan import plan
-from service.process import share_cores
+from service.process import prepare_torch
 from service.schemas import Choices, Classification, ScoredLabel
 from service.settings import Settings
 from service.work import Answer, Failure, Glimpse
@@ -175,7 +175,7 @@ def _flatten(prefix: str, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _load(settings: Settings) -> "Runner":
     with progress.status(escape(f"Loading {settings.model}")):
-        share_cores()
+        prepare_torch()
         from service.runner import Runner  # torch: seconds, and only here
 
         runner: Runner = Runner(settings, 0)

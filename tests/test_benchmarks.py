@@ -127,6 +127,13 @@ def test_requests_are_whole_and_the_instant_worker_answers_them() -> None:
     assert 0 < found["p50"] <= found["p99"]
 
 
+def test_agreement_compares_two_precisions() -> None:
+    gpu = ["--device", "cuda", "--dtype", "bf16", "--agreement", "8"]
+    with pytest.raises(SystemExit):
+        adaptation.parse(gpu)
+    assert adaptation.parse([*gpu, "--published-dtype", "fp32"]).agreement == 8
+
+
 def test_pages_have_the_sections_that_the_commands_write() -> None:
     pages = adaptation.PAGE.read_text(), capacity.PAGE.read_text()
     makefile = (adaptation.PAGE.parent.parent / "Makefile").read_text()

@@ -11,6 +11,7 @@ from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from models.checkpoint import ModelError, load_checkpoint
+from models.clip import _spread
 from models.encoder import LabelEncoder
 from models.guard import Guard, Picture
 from models.labels import tokenize
@@ -51,6 +52,24 @@ def test_half_precision_files_load(tmp_path: Path) -> None:
     weights = {k: v.half() for k, v in load_file(tmp_path / "model.safetensors").items()}
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     assert tiny.load(tmp_path).clip.dtype == torch.float32
+
+
+def test_in_bfloat16_the_logits_keep_their_scale(tmp_path: Path) -> None:
+    directory = tiny.save_checkpoint(tmp_path)
+    weights = load_file(directory / "model.safetensors")
+    weights["logit_scale"] = torch.tensor(100.0).log()  # bfloat16 would make 98.9 of it
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    clip = load_checkpoint(str(directory), tiny.CPU, torch.bfloat16).clip
+    assert clip.dtype == torch.bfloat16
+    assert float(clip.logit_scale) == pytest.approx(100, rel=1e-5)
+
+
+def test_what_requests_share_reaches_each_of_their_rows() -> None:
+    shared = torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 4)
+    for counts in ([2, 2], [1, 3]):
+        for part, found in zip(shared, _spread(shared, counts), strict=True):
+            rows = [part[0]] * counts[0] + [part[1]] * counts[1]
+            assert torch.equal(found, torch.stack(rows))
 
 
 def test_slots_never_eat_one_token_labels(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,10 +53,14 @@ def test_bfloat16_agrees_on_the_labels() -> None:
         answer(Runner(Settings(device="cuda", dtype=dtype), 0), 64)
         for dtype in ("float32", "bfloat16")
     )
-    first = [max(range(len(a.scores)), key=a.scores.__getitem__) for a in single]
-    second = [max(range(len(a.scores)), key=a.scores.__getitem__) for a in half]
-    agreeing = sum(a == b for a, b in zip(first, second, strict=True))
-    assert agreeing >= 0.95 * len(first)
+    # Where two labels are a hair apart, rounding may choose.
+    clear = [
+        (np.argmax(one.scores), np.argmax(other.scores))
+        for one, other in zip(single, half, strict=True)
+        if np.ptp(np.sort(one.scores)[-2:]) > 0.05
+    ]
+    assert len(clear) >= 16
+    assert sum(one == other for one, other in clear) >= 0.99 * len(clear)
 
 
 def test_the_budget_follows_the_free_memory() -> None:

@@ -97,6 +97,19 @@ def test_a_cancelled_request_leaves_and_the_others_do_not_notice(runner: Runner)
         assert one.scores == pytest.approx(other.scores, abs=1e-5)
 
 
+def test_a_client_that_leaves_in_the_middle_stops_its_loop(runner: Runner) -> None:
+    work, seen = make_work(0, steps=3), []
+
+    def cancelled(id: str) -> bool:
+        seen.append(id)
+        return len(seen) > 1  # it leaves after the first step
+
+    settled: dict[str, object] = {}
+    runner.run([work], settled.__setitem__, cancelled)
+    assert len(seen) == 2
+    assert settled == {"work-0": Failure("client_gone", "The client left.")}
+
+
 def test_a_poisoned_request_fails_alone(runner: Runner) -> None:
     poison = make_work(1, image=np.zeros((0, 0, 3), np.uint8))
     settled, counts = run(runner, [make_work(0), poison, make_work(2)])
@@ -124,6 +137,30 @@ def test_out_of_memory_halves_the_batch(runner: Runner, monkeypatch: pytest.Monk
     assert all(isinstance(result, Answer) for result in settled.values())
     assert sizes == [5, 3, 2, 1, 2]
     assert counts["oom_splits"] == 2
+
+
+def test_a_device_that_fails_ends_the_worker_and_settles_nothing(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After such an error every call to the device fails, so another process has to go on; what
+    was not settled is tried again there."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        assert status != 0
+        raise Ended
+
+    def broken(self: Runner, *arguments: object) -> None:
+        raise torch.AcceleratorError("an illegal memory access, for a test")
+
+    monkeypatch.setattr(Runner, "_run", broken)
+    monkeypatch.setattr("os._exit", end)
+    settled: dict[str, object] = {}
+    with pytest.raises(Ended):
+        runner.run([make_work(0), make_work(1)], settled.__setitem__, lambda _: False)
+    assert not settled
 
 
 def test_running_out_after_the_last_answer_harms_nobody(

@@ -215,8 +215,9 @@ def test_selecting_first_gives_the_gradient_of_differentiating_all(checkpoint: C
     kept = tapt.select_confident(logits, 0.3)[0]
     reference, inputs = guard.objective.reference, [everything.inputs[0][:, kept]]
     assert reference is not None
-    align = 0.5 * tapt.alignment_loss(inputs, reference.adv_mean, reference.adv_var)
-    align = align + 0.5 * tapt.alignment_loss(inputs, reference.clean_mean, reference.clean_var)
+    moments = tapt.token_moments(inputs)
+    align = 0.5 * tapt.alignment_loss(moments, reference.adv_mean, reference.adv_var)
+    align = align + 0.5 * tapt.alignment_loss(moments, reference.clean_mean, reference.clean_var)
     loss = tapt.view_entropy(logits[:, kept]) + 100 / 2 * align
     (expected,) = torch.autograd.grad(loss.sum(), [leaves.tensors["vision"]])
 

@@ -17,7 +17,7 @@ import pytest
 from service import worker as supervision
 from service.engine import Engine
 from service.metrics import Metrics
-from service.process import share_cores
+from service.process import prepare_torch
 from service.settings import Settings
 from service.work import Beat, Fatal, Finished, Ready, Settled, Work
 from service.worker import Event, Lost, WorkerProcess
@@ -187,16 +187,16 @@ def test_a_model_that_cannot_be_served_is_not_tried_again():
 )
 def test_workers_divide_the_cores(monkeypatch, given: str, workers: int, threads: str):
     monkeypatch.setenv("OMP_NUM_THREADS", given)
-    share_cores(workers)
+    prepare_torch(workers)
     assert os.environ["OMP_NUM_THREADS"] == threads
 
 
 def test_without_a_number_of_threads_the_usable_cores_are_divided(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("service.process.count_cores", lambda: 6)
-    share_cores(1)
+    prepare_torch(1)
     assert "OMP_NUM_THREADS" not in os.environ
-    share_cores(3)
+    prepare_torch(3)
     assert os.environ["OMP_NUM_THREADS"] == "2"
 
 

@@ -1,0 +1,46 @@
+"""The device that a model runs on: which one, and how to get there without waiting for it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class DeviceError(ValueError):
+    """A device that is not there, in one sentence for the operator."""
+
+
+def pick_device(name: str, index: int = 0) -> torch.device:
+    """`auto` and `cuda` are the GPU of this number, `auto` a CPU where there is none.
+
+    Raises:
+        DeviceError: it is unknown or not there.
+    """
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        name = f"cuda:{index}"
+    try:
+        device = torch.device("cpu" if name == "auto" else name)
+    except RuntimeError as error:
+        raise DeviceError(f"device {name!r} is unknown") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices")
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {name!r} is not supported; cpu and cuda are")
+    return device
+
+
+def upload(values: Any, device: torch.device) -> Tensor:
+    """An array or list as a tensor on `device`.
+
+    A plain copy to a GPU waits until that has done all that it was given before; one from pinned
+    memory takes its turn, and the host goes on.
+    """
+    if device.type != "cuda":
+        return torch.tensor(values, device=device)
+    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
+
+
+def catch_up(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
