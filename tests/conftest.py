@@ -15,7 +15,8 @@ from PIL import Image
 from skimage import data
 
 from service.app import create_app
-from service.server import listen
+from service.connections import hasty
+from service.server import KEEP_ALIVE, listen
 from service.settings import Settings
 
 # For torch, here and in the processes that tests start: tiny models run faster on one thread.
@@ -27,12 +28,23 @@ class Server:
 
     def __init__(self, worker: FakeWorker, **knobs: Any) -> None:
         self.worker = worker
-        self.app = create_app(Settings(**knobs), worker)
+        settings = Settings(**knobs)
+        self.app = create_app(settings, worker)
         self._listener = listen("127.0.0.1", 0)
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        # As in `service.server`, or the tests would prove a protocol that nobody is served by; only
+        # the last words are cut short, because no test that has ended waits for one.
         config = uvicorn.Config(
-            self.app, log_config=None, ws="none", lifespan="on", timeout_graceful_shutdown=1
+            self.app,
+            http=hasty(settings.upload_timeout_ms / 1000),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            lifespan="on",
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=1,
         )
         self._uvicorn = uvicorn.Server(config)
         self._running = threading.Event()
