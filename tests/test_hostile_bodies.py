@@ -2,6 +2,7 @@
 the server goes on."""
 
 import base64
+import io
 import json
 import re
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import Server
+from PIL import Image
 
 MEGABYTE = 2**20
 PATIENCE = 10.0  # seconds, on a busy machine; the worst takes about one
@@ -130,45 +132,62 @@ def test_many_and_long_labels(server: Server, image: str) -> None:
     assert status(["x" * 256, "y" * 256]) == 200
 
 
-# JSON.
+# JSON. In sound company: with a bad image each would be refused for that, whatever else it holds.
 
-HEAD = b'{"image": "aGFsbG8=", "candidate_labels": ["a", "b"]'
+
+def picture() -> bytes:
+    """A GIF, because a PNG begins with line ends, which one of the forms has changed."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "GIF")
+    return buffer.getvalue()
+
+
+PICTURE = picture()
+HEAD = b'{"image": "%s", "candidate_labels": ["a", "b"]' % base64.b64encode(PICTURE)
 JSON = {
-    "wrong labels by the million": b'{"candidate_labels": [' + b"1," * 7_000_000 + b"1]}",
-    "labels by the million": b'{"candidate_labels": [' + b'"a",' * 3_000_000 + b'"b"]}',
-    "fields by the million": (
+    "wrong labels by the million": (422, b'{"candidate_labels": [' + b"1," * 7_000_000 + b"1]}"),
+    "labels by the million": (422, b'{"candidate_labels": [' + b'"a",' * 3_000_000 + b'"b"]}'),
+    "fields by the million": (422,
         b"{" + b",".join(b'"k%d":1' % i for i in range(1_000_000)) + b"}"),
-    "fields to the limit": b"{" + b",".join(b'"k%d":1' % i for i in range(50_000)) + b"}",
-    "arrays in arrays": HEAD + b', "top_k": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "objects in objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
-    "arrays beside arrays": b"[" + b"[]," * 4_000_000 + b"[]]",
-    "a dash before": b" \n-" + b"1," * 5_000_000,
-    "a huge whole number": HEAD + b', "top_k": ' + b"9" * 5_000_000 + b"}",
-    "a huge whole number, just so": HEAD + b', "top_k": ' + b"9" * 4000 + b"}",
-    "a huge negative one": HEAD + b', "defense": {"steps": -' + b"9" * 4000 + b"}}",
-    "a huge exponent": HEAD + b', "defense": {"deadline_ms": 1e999999999}}',
-    "a tiny exponent": HEAD + b', "defense": {"deadline_ms": 1e-999999999}}',
-    "NaN": HEAD + b', "defense": {"deadline_ms": NaN}}',
-    "-Infinity": HEAD + b', "defense": {"deadline_ms": -Infinity}}',
-    "a string": b'"image"',
-    "null": b"null",
-    "an array": b"[]",
-    "a byte order mark": b"\xef\xbb\xbf" + HEAD + b"}",
-    "UTF-16": (HEAD + b"}").decode().encode("utf-16"),
-    "a comment": HEAD + b"/* */}",
-    "two values": HEAD + b"}" + HEAD + b"}",
-    "a trailing comma": HEAD + b",}",
-    "single quotes": b"{'image': 'a'}",
-    "a NUL": HEAD + b"}\0",
-    "a lone surrogate in a label": b'{"image": "", "candidate_labels": ["a", "\\udfff"]}',
+    "fields to the limit": (422, b"{" + b",".join(b'"k%d":1' % i for i in range(50_000)) + b"}"),
+    "arrays in arrays": (400, HEAD + b', "top_k": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    "objects in objects": (400, b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
+    "arrays beside arrays": (422, b"[" + b"[]," * 4_000_000 + b"[]]"),
+    "a dash before": (400, b" \n-" + b"1," * 5_000_000),
+    "a huge whole number": (400, HEAD + b', "top_k": ' + b"9" * 5_000_000 + b"}"),
+    "a huge negative one": (422, HEAD + b', "defense": {"steps": -' + b"9" * 4000 + b"}}"),
+    "a huge exponent": (422, HEAD + b', "defense": {"deadline_ms": 1e999999999}}'),
+    "a tiny exponent": (422, HEAD + b', "defense": {"deadline_ms": 1e-999999999}}'),
+    "NaN": (422, HEAD + b', "defense": {"deadline_ms": NaN}}'),
+    "-Infinity": (422, HEAD + b', "defense": {"deadline_ms": -Infinity}}'),
+    "a string": (422, b'"image"'),
+    "null": (422, b"null"),
+    "an array": (422, b"[]"),
+    "a byte order mark": (400, b"\xef\xbb\xbf" + HEAD + b"}"),
+    "UTF-16": (400, (HEAD + b"}").decode().encode("utf-16")),
+    "a comment": (400, HEAD + b"/* */}"),
+    "two values": (400, HEAD + b"}" + HEAD + b"}"),
+    "a trailing comma": (400, HEAD + b",}"),
+    "single quotes": (400, b"{'image': 'a'}"),
+    "a NUL": (400, HEAD + b"}\0"),
+    "a lone surrogate in a label": (400, HEAD.replace(b'"b"', b'"\\udfff"') + b"}"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("body", JSON.values(), ids=JSON)
-def test_hostile_json_is_refused(server: Server, body: bytes) -> None:
-    assert ask(server, body).status_code in {400, 413, 415, 422}
+@pytest.mark.parametrize(("status", "body"), JSON.values(), ids=JSON)
+def test_hostile_json_is_refused(server: Server, status: int, body: bytes) -> None:
+    assert ask(server, body).status_code == status
     answer = server.http.post("/", content=body)
-    assert answer.status_code in {400, 413, 415, 422}, answer.text
+    # Hugging Face's protocol has no defense, and what it has not is overlooked there.
+    assert answer.status_code == (200 if b'"defense"' in body else status), answer.text
+
+
+def test_json_without_what_is_hostile_is_answered(server: Server) -> None:
+    """Or the refusals above would prove nothing."""
+    assert ask(server, HEAD + b"}").status_code == 200
+    assert server.http.post("/", content=HEAD + b"}").status_code == 200
+    huge = HEAD + b', "top_k": ' + b"9" * 4000 + b"}"  # as many labels as there are
+    assert ask(server, huge).status_code == 200
 
 
 def test_of_a_field_given_twice_the_last_counts(server: Server, image: str) -> None:
@@ -188,34 +207,40 @@ def test_wrong_types(server: Server, image: str, field: str, value: Any) -> None
 # Forms.
 
 FORM = "multipart/form-data; boundary=x"
-FILE = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\nabc\r\n'
+FILE = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n%s\r\n'
+FILE %= PICTURE
 LABELS = b'--x\r\nContent-Disposition: form-data; name="labels"\r\n\r\n%s\r\n'
 END = b"--x--\r\n"
+SOUND = FILE + LABELS % b"a,b"
 FORMS = {
-    "commas by the million": FILE + LABELS % (b"a," * 5_000_000) + END,
-    "JSON labels by the million": FILE + LABELS % (b"[" + b"1," * 5_000_000 + b"1]") + END,
-    "deep labels": FILE + LABELS % (b"[" * MEGABYTE) + END,
-    "parts by the hundred thousand": FILE + LABELS % b"a" * 100_000 + END,
-    "a long header": b"--x\r\nA: " + b"b" * 10 * MEGABYTE + b"\r\n\r\n\r\n" + END,
-    "many headers": b"--x\r\n" + b"A: b\r\n" * MEGABYTE + b"\r\n\r\n" + END,
-    "a header without end": b"--x\r\nContent-Disposition: form-data; name=" + b'"' * 10_000,
-    "parameters by the million": (
+    "commas by the million": (422, FILE + LABELS % (b"a," * 5_000_000) + END),
+    "JSON labels by the million": (422, FILE + LABELS % (b"[" + b"1," * 5_000_000 + b"1]") + END),
+    "deep labels": (400, FILE + LABELS % (b"[" * MEGABYTE) + END),
+    "parts by the hundred thousand": (422, FILE + LABELS % b"a" * 100_000 + END),
+    "a long header": (400, b"--x\r\nA: " + b"b" * 10 * MEGABYTE + b"\r\n\r\n\r\n" + END),
+    "many headers": (400, b"--x\r\n" + b"A: b\r\n" * MEGABYTE + b"\r\n\r\n" + END),
+    "a header without end": (400, b"--x\r\nContent-Disposition: form-data; name=" + b'"' * 10_000),
+    "parameters by the million": (400,
         b"--x\r\nContent-Disposition: form-data" + b"; a=b" * 2_000_000 + b"\r\n\r\n\r\n" + END),
-    "almost the boundary": FILE + LABELS % (b"\r\n--y" * 2_000_000) + END,
-    "no name": b"--x\r\nContent-Disposition: form-data\r\n\r\nabc\r\n" + END,
-    "no disposition": b"--x\r\n\r\nabc\r\n" + END,
-    "a name that is no UTF-8": FILE.replace(b'"image"', b'"\xff"') + END,
-    "two images": FILE + FILE + LABELS % b"a,b" + END,
-    "bare newlines": (FILE + LABELS % b"a,b" + END).replace(b"\r\n", b"\n"),
-    "nothing": b"",
-    "an end only": END,
-    "JSON": b"{}",
+    "almost the boundary": (422, FILE + LABELS % (b"\r\n--y" * 2_000_000) + END),
+    "no name": (422, SOUND + b"--x\r\nContent-Disposition: form-data\r\n\r\nabc\r\n" + END),
+    "no disposition": (422, SOUND + b"--x\r\n\r\nabc\r\n" + END),
+    "a name that is no UTF-8": (422, SOUND + FILE.replace(b'"image"', b'"\xff"') + END),
+    "two images": (422, FILE + SOUND + END),
+    "bare newlines": (400, (SOUND + END).replace(b"\r\n", b"\n")),
+    "nothing": (400, b""),
+    "an end only": (422, END),
+    "JSON": (400, b"{}"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("body", FORMS.values(), ids=FORMS)
-def test_hostile_forms_are_refused(server: Server, body: bytes) -> None:
-    assert ask(server, body, FORM).status_code in {400, 413, 415, 422}
+@pytest.mark.parametrize(("status", "body"), FORMS.values(), ids=FORMS)
+def test_hostile_forms_are_refused(server: Server, status: int, body: bytes) -> None:
+    assert ask(server, body, FORM).status_code == status
+
+
+def test_a_form_without_what_is_hostile_is_answered(server: Server) -> None:
+    assert ask(server, SOUND + END, FORM).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -238,8 +263,7 @@ def test_hostile_forms_are_refused(server: Server, body: bytes) -> None:
     ],
 )  # fmt: skip
 def test_content_types_that_do_not_fit(server: Server, kind: str) -> None:
-    body = FILE + LABELS % b"a,b" + END
-    assert ask(server, body, kind.encode("latin-1")).status_code in {400, 415}  # type: ignore[arg-type]
+    assert ask(server, SOUND + END, kind.encode("latin-1")).status_code == 400  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["cat.png", "cat.jpg;.svg", "../../cat.svg", "c\\u202egpj.exe"])
