@@ -5,9 +5,10 @@ python -m benchmarks.load --soak 30             # minutes at 0.8x: the slope of 
 python -m benchmarks.load ... -- --workers 2    # knobs of the server after the dashes
 
 Open loop, on a server of its own. Every request has one answer; the accepted ones' 99th percentile
-stays below queue / throughput + one batch; of those who wait as long as Retry-After says, and come
-when nobody else does, 95% are let in; memory does not grow. The exit status is 1 where one of
-these is broken.
+stays below queue / throughput + one batch; who is refused is told when to come back; of those who
+wait as long as Retry-After says, and come when nobody else does, 95% are let in; over a soak no
+process is lost and memory does not grow. The exit status is 1 where one of these is broken or could
+not be seen.
 """
 
 import argparse
@@ -55,6 +56,12 @@ class Phase:
     def single(self) -> bool:
         """Whether every request had exactly one answer."""
         return all(record.answers == 1 for record in [*self.records, *self.retries])
+
+    @property
+    def untold(self) -> int:
+        """Those that were refused and not told when to come back."""
+        asked = [*self.records, *self.retries]
+        return sum(record.status == 429 and record.retry_after is None for record in asked)
 
     @property
     def latencies(self) -> list[float]:
@@ -107,6 +114,11 @@ class Service:
         return [
             child for child, parent, _, how in _processes() if parent == pid and "spawn_main" in how
         ]
+
+    def pids(self) -> list[int]:
+        """Of the API process, if it runs, and of its workers."""
+        own = [self.process.pid] if self.process.poll() is None else []
+        return own + sorted(self.workers())
 
     def restart(self) -> None:
         """Kill the API process, and start another one at the same address."""
@@ -178,6 +190,24 @@ async def soak(
     return Phase(SOAK_LOAD, await driving, []), samples
 
 
+def tell_soak(phase: Phase, minutes: float, same: bool) -> tuple[list[str], list[str]]:
+    """What a soak's clients met, and the promises that were broken. `same`: the processes at its
+    end are those of its beginning."""
+    others = len(phase.records) - phase.count(200, 429)
+    found = {
+        "a request had no answer, or two": not phase.single,
+        f"{others} requests met neither 200 nor 429": others,
+        f"{phase.untold} were refused and not told when to come back": phase.untold,
+        "the API process or a worker was lost": not same,
+    }
+    line = (
+        f"- {len(phase.records)} requests at {phase.factor:g}x for {minutes:g} minutes: "
+        f"{phase.count(200)} answered 200, {phase.count(429)} 429, {others} else; below, the first "
+        f"{WARM_UP:.0%} is left out"
+    )
+    return [line], [what for what, holds in found.items() if holds]
+
+
 def tell_slope(name: str, hours: np.ndarray, mib: np.ndarray) -> tuple[str, list[str]]:
     """The memory's slope with the straight line's standard error, and whether it is too steep."""
     line, spread = np.polyfit(hours, mib, 1, cov=True)
@@ -194,6 +224,9 @@ def tell_load(
 
     Where the queue overflows, the pace is what was measured there: client and server share the
     machine, and refusing takes time too. Below that the pace is the clients', not the server's.
+
+    Refusals of which nobody's turn came after the load prove nothing of Retry-After. Where the load
+    is not above the capacity they may be few and early, and another load's returns suffice.
     """
     lines = [
         "| load | sent | 200 | 429 | else | no answer, or two | answers/s "
@@ -201,6 +234,7 @@ def tell_load(
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     broken = []
+    returned = any(phase.retries for phase in phases)
     for phase in phases:
         p50, p99 = np.percentile(phase.latencies, [50, 99])
         pace = phase.throughput if phase.count(429) else capacity
@@ -220,6 +254,10 @@ def tell_load(
             broken.append(f"{name}: {others} requests met neither 200 nor 429")
         if p99 > bound:
             broken.append(f"{name}: p99 {p99:.2f} s is above {bound:.2f} s")
+        if phase.untold:
+            broken.append(f"{name}: {phase.untold} were refused and not told when to come back")
+        if phase.count(429) and not phase.retries and (phase.factor > 1 or not returned):
+            broken.append(f"{name}: none of the refused came back, so Retry-After is not proven")
         if phase.let_in is not None and phase.let_in < RETRIED:
             broken.append(f"{name}: {phase.let_in:.0%} of the retries were let in")
     return lines, broken
@@ -250,13 +288,10 @@ async def run(service: Service, options: argparse.Namespace, command: str) -> in
     queue, batch = limits["max_queue_size"], limits["max_batch_size"]
     facts = f"Capacity: {capacity:.2f} requests a second, closed loop. {machine()}"
     if options.soak:
+        before = service.pids()
         phase, samples = await soak(service, request, capacity, options.soak * 60)
         hours, api, workers = np.array(samples).T
-        lines = [
-            f"- {len(phase.records)} requests at {SOAK_LOAD:g}x for {options.soak:g} minutes: "
-            f"{phase.count(200)} answered 200; below, the first {WARM_UP:.0%} is left out",
-        ]
-        broken = [] if phase.single else ["a request had no answer, or two"]
+        lines, broken = tell_soak(phase, options.soak, service.pids() == before)
         for name, mib in (("API process", api), ("worker", workers)):
             line, grows = tell_slope(name, hours, mib)
             lines.append(line)

@@ -1,4 +1,5 @@
-"""The load generator: on time, one record a request, and it sees what should not happen."""
+"""The load generator: on time, one record a request, and it sees what should not happen; and what
+the benchmarks of load, endurance and faults make of its records."""
 
 import asyncio
 
@@ -6,6 +7,7 @@ import pytest
 from conftest import Server
 
 from benchmarks.faults import Trial
+from benchmarks.load import Phase, tell_load, tell_soak
 from benchmarks.openloop import Record, drive, poisson, post, steady
 
 
@@ -47,6 +49,50 @@ def test_lost_and_double_answers_are_seen(sent: bytes, answers: int, retry: floa
         assert (record.answers, record.retry_after) == (answers, retry)
 
     asyncio.run(scenario())
+
+
+def phase(statuses: list[int], retry: float | None, back: int = 0, factor: float = 2.0) -> Phase:
+    """Records with these statuses, the refused told to wait `retry`; `back` came back, let in."""
+    records = [Record(0, 0, 1, code, retry if code == 429 else None, 1) for code in statuses]
+    return Phase(factor, records, [Record(0, 0, 1, 200, None, 1)] * back)
+
+
+UNPROVEN = "none of the refused came back, so Retry-After is not proven"
+
+
+@pytest.mark.parametrize(
+    ("phases", "broken"),
+    [
+        ([phase([200, 429], 9.0, back=1)], []),
+        (
+            [phase([200, 429, 429], None, back=1)],
+            ["at 2x: 2 were refused and not told when to come back"],
+        ),
+        ([phase([200, 429], 1.0), phase([200, 429], 9.0, back=1)], [f"at 2x: {UNPROVEN}"]),
+        ([phase([200, 429], 1.0, factor=1.0)], [f"at 1x: {UNPROVEN}"]),
+        ([phase([200, 429], 1.0, factor=1.0), phase([200, 429], 9.0, back=1)], []),
+    ],
+    ids=["told", "untold", "told too soon", "alone", "proven by another load"],
+)
+def test_a_load_is_broken_where_the_refused_are_untold_or_never_return(
+    phases: list[Phase], broken: list[str]
+) -> None:
+    assert tell_load(phases, capacity=1.0, queue=64, batch=16)[1] == broken
+
+
+def test_a_soak_counts_every_status_and_is_broken_by_other_ones_and_by_lost_processes() -> None:
+    (line,), broken = tell_soak(phase([200, 200, 429], 9.0), 30, same=True)
+    assert "3 requests at 2x for 30 minutes: 2 answered 200, 1 429, 0 else" in line
+    assert broken == []
+    assert tell_soak(phase([200, 503], 9.0), 30, same=True)[1] == [
+        "1 requests met neither 200 nor 429"
+    ]
+    assert tell_soak(phase([429], None), 30, same=True)[1] == [
+        "1 were refused and not told when to come back"
+    ]
+    assert tell_soak(phase([200], None), 30, same=False)[1] == [
+        "the API process or a worker was lost"
+    ]
 
 
 def trial(statuses: list[int | None], answers: int = 1, **facts: object) -> Trial:
