@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.activations import QuickGELUActivation
+
+QUICK = 1.702  # of CLIP's activation
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values, [N, heads, tokens, head width] each."""
@@ -46,7 +49,23 @@ def run_block(
     query = project(attention.q_proj, normed)
     mixed = _attend(query, key, value, mask)
     hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-    return hidden + block.mlp(block.layer_norm2(hidden)), own
+    return hidden + _feed_forward(block.mlp, block.layer_norm2(hidden)), own
+
+
+def _feed_forward(mlp: Any, tokens: Tensor) -> Tensor:
+    """A block's two layers, [N, T, W] to [N, T, W].
+
+    CLIP's usual activation, x sigmoid(1.702 x), is silu(1.702 x) / 1.702. With the factors in the
+    products around it, one pass over the widest values is left of three, and half as many of them
+    wait for the backward pass.
+    """
+    if not isinstance(mlp.activation_fn, QuickGELUActivation):
+        result: Tensor = mlp(tokens)
+        return result
+    first, second = mlp.fc1, mlp.fc2
+    wide = torch.addmm(QUICK * first.bias, tokens.flatten(0, 1), first.weight.T, alpha=QUICK)
+    narrow = torch.addmm(second.bias, F.silu(wide), second.weight.T, alpha=1 / QUICK)
+    return narrow.unflatten(0, tokens.shape[:2])
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
