@@ -2,6 +2,7 @@
 the server goes on."""
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -315,6 +316,52 @@ def test_hostile_http_is_refused(server: Server, head: bytes) -> None:
         client.sendall(head)
         status = client.recv(65536).split()[1]
     assert status[:1] == b"4", status
+    assert server.http.get("/livez").status_code == 200
+
+
+INNER = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+HIDDEN = b"0\r\n\r\n" + INNER
+LENGTH = b"Content-Length: %d\r\n" % len(HIDDEN)
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+SMUGGLED = {
+    "behind the last chunk": (b"POST / HTTP/1.1", LENGTH + CHUNKED, HIDDEN),
+    "in the other order": (b"POST / HTTP/1.1", CHUNKED + LENGTH, HIDDEN),
+    "in a chunk": (
+        b"POST / HTTP/1.1", b"Content-Length: 4\r\n" + CHUNKED,
+        b"%x\r\n%s\r\n" % (len(INNER), INNER) + HIDDEN),
+    "where no body belongs": (b"GET /livez HTTP/1.1", LENGTH + CHUNKED, HIDDEN),
+    "an encoding that is none": (
+        b"POST / HTTP/1.1", LENGTH + CHUNKED.replace(b"chunked", b"xchunked"), HIDDEN),
+    "a blank before the colon": (
+        b"POST / HTTP/1.1", LENGTH + CHUNKED.replace(b":", b" :"), HIDDEN),
+    "an old version": (b"POST / HTTP/1.0", LENGTH + CHUNKED, HIDDEN),
+}  # fmt: skip
+
+
+GOES_ON = pytest.mark.xfail(
+    strict=True, reason="the length is overlooked, and the connection goes on behind the chunks"
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "headers", "rest"),
+    [
+        pytest.param(*sent, id=name, marks=GOES_ON if at < 4 else ())
+        for at, (name, sent) in enumerate(SMUGGLED.items())
+    ],
+)
+def test_a_request_smuggled_between_two_lengths_is_not_answered(
+    server: Server, line: bytes, headers: bytes, rest: bytes
+) -> None:
+    """Where a proxy and the server differ on where a body ends, the one behind it is somebody
+    else's. So a request with both lengths is the last on its connection."""
+    received = b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as client:
+        client.sendall(line + b"\r\nHost: x\r\n" + headers + b"\r\n" + rest)
+        with contextlib.suppress(ConnectionResetError):
+            while data := client.recv(65536):
+                received += data
+    assert re.findall(rb"HTTP/1.1 (\d)", received) in ([], [b"4"]), received
     assert server.http.get("/livez").status_code == 200
 
 
