@@ -5,8 +5,9 @@ python -m benchmarks.faults --seconds 30
 At half of the capacity, open loop, each fault a quarter of the way through. Everybody must be
 answered once, with 200, or 429 or 503 and a time to come back, and the service be ready again; only
 who was held by an API process that was killed, or came while none listened, may have no answer.
-Writes docs/reliability.md; the exit status is 1 where a promise is broken. Faults that need a model
-that misbehaves are tests (tests/test_faults.py).
+Slow uploads are cut off at the limit, which is a short one on the server of that trial. Writes
+docs/reliability.md; the exit status is 1 where a promise is broken. Faults that need a model that
+misbehaves are tests (tests/test_faults.py).
 """
 
 import argparse
@@ -17,9 +18,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from benchmarks.load import Service, measure_capacity, photograph
@@ -32,57 +33,92 @@ LOOK = 0.05  # seconds between two looks at the readiness
 STEADY = 1.0  # seconds of readiness that count as for good
 PATIENCE = 120.0  # seconds for it to be ready again
 KNOWN = (200, 429, 503)
+KNOBS = ["--log-format", "json"]
+UPLOAD_SECONDS = 5.0  # the limit of the server that slow uploads meet
+LATE = 5.0  # seconds after which an upload is not cut off by that limit any more
 
-Fault = Callable[[Service, bytes], AbstractAsyncContextManager[None]]
-"""Injected on entry; what it still holds is let go on exit."""
+
+@dataclass(slots=True)
+class Effect:
+    """What a fault did that the load's clients cannot see. Instants are of the monotonic clock.
+
+    `outage`: from the kill of the API process until the next one listened. `slow`: uploads that
+    outlast the limit; `cut`: after how many seconds each was answered 408.
+    """
+
+    outage: tuple[float, float] | None = None
+    slow: int = 0
+    cut: list[float] = field(default_factory=list)
+
+
+Fault = Callable[[Service, bytes], AbstractAsyncContextManager[Effect]]
+"""Injected on entry; what it still holds is let go on exit, and its effect is known then."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What one fault did. `unready`: seconds from the fault until it was ready for good."""
+    """What one fault did. `unready`: seconds from the fault until it was ready for good. `began`:
+    the load's beginning, from which the records count, by the clock of the effect."""
 
     name: str
     records: list[Record]
     unready: float
-    excused: bool
+    effect: Effect
+    began: float = 0.0
 
     def count(self, *statuses: int | None) -> int:
         return sum(record.status in statuses for record in self.records)
 
     @property
+    def twice(self) -> int:
+        return sum(record.answers > 1 for record in self.records)
+
+    def excused(self, record: Record) -> bool:
+        """Whether it was held by the process that was killed, or came while none listened."""
+        if self.effect.outage is None:
+            return False
+        killed, listened = (instant - self.began for instant in self.effect.outage)
+        return record.ended >= killed and record.started < listened
+
+    @property
     def broken(self) -> list[str]:
-        lost, twice = (sum(r.answers == n for r in self.records) for n in (0, 2))
+        lost = sum(r.answers == 0 and not self.excused(r) for r in self.records)
         others = len(self.records) - self.count(*KNOWN, None)
+        untold = sum(r.status in (429, 503) and r.retry_after is None for r in self.records)
+        uncut = self.effect.slow - len(self.effect.cut)
         found = {
-            f"{lost} without an answer": lost and not self.excused,
-            f"{twice} answered twice": twice,
+            f"{lost} without an answer": lost,
+            f"{self.twice} answered twice": self.twice,
             f"{others} answered otherwise": others,
+            f"{untold} refused and not told when to come back": untold,
+            f"{uncut} slow uploads not cut off": uncut,
             "never ready again": self.unready >= PATIENCE,
         }
         return [f"{self.name}: {what}" for what, holds in found.items() if holds]
 
 
 @asynccontextmanager
-async def kill_worker(service: Service, request: bytes) -> AsyncIterator[None]:
+async def kill_worker(service: Service, request: bytes) -> AsyncIterator[Effect]:
     os.kill(service.workers()[0], signal.SIGKILL)
-    yield
+    yield Effect()
 
 
 @asynccontextmanager
-async def stop_worker(service: Service, request: bytes) -> AsyncIterator[None]:
+async def stop_worker(service: Service, request: bytes) -> AsyncIterator[Effect]:
     os.kill(service.workers()[0], signal.SIGSTOP)
-    yield
+    yield Effect()
 
 
 @asynccontextmanager
-async def kill_server(service: Service, request: bytes) -> AsyncIterator[None]:
+async def kill_server(service: Service, request: bytes) -> AsyncIterator[Effect]:
     """And start it again on its port, as whoever watches over it does."""
+    killed = time.monotonic()
     await asyncio.to_thread(service.restart)
-    yield
+    yield Effect(outage=(killed, service.listening))
 
 
 @asynccontextmanager
-async def leave(service: Service, request: bytes) -> AsyncIterator[None]:
+async def leave(service: Service, request: bytes) -> AsyncIterator[Effect]:
     """Forty clients that go in the middle of their upload or of their wait."""
     for share in (0.1, 0.5, 0.9, 1.0):
         for _ in range(10):
@@ -92,61 +128,77 @@ async def leave(service: Service, request: bytes) -> AsyncIterator[None]:
                 await writer.drain()
             await asyncio.sleep(0.02)
             writer.transport.abort()
-    yield
+    yield Effect()
 
 
 @asynccontextmanager
-async def idle(service: Service, request: bytes) -> AsyncIterator[None]:
+async def idle(service: Service, request: bytes) -> AsyncIterator[Effect]:
     """A thousand connections that say nothing."""
     opened = [await _connect(service) for _ in range(1000)]
-    yield
+    yield Effect()
     for _, writer in opened:
         writer.transport.abort()
 
 
 @asynccontextmanager
-async def dawdle(service: Service, request: bytes) -> AsyncIterator[None]:
-    """A hundred uploads of a few bytes a second."""
+async def dawdle(service: Service, request: bytes) -> AsyncIterator[Effect]:
+    """A hundred uploads of a few bytes a second, after a head that comes at once."""
+    effect = Effect(slow=100)
+    body = request.index(b"\r\n\r\n") + 4
 
     async def one() -> None:
-        _, writer = await _connect(service)
+        reader, writer = await _connect(service)
+        began = time.monotonic()
+        writer.write(request[:body])
+        answer = asyncio.create_task(reader.read(-1))
         try:
-            for at in range(0, len(request), 16):
+            for at in range(body, len(request), 16):
                 writer.write(request[at : at + 16])
-                await writer.drain()
-                await asyncio.sleep(1)
-        except OSError:  # cut off, as it should be
+                await asyncio.wait([answer], timeout=1)
+                if answer.done():
+                    break
+            if (await answer).startswith(b"HTTP/1.1 408 "):
+                effect.cut.append(time.monotonic() - began)
+        except OSError:  # cut off without a word, which is not what is promised
             pass
         finally:
+            answer.cancel()
             writer.transport.abort()
 
-    slow = [asyncio.create_task(one()) for _ in range(100)]
-    yield
+    slow = [asyncio.create_task(one()) for _ in range(effect.slow)]
+    until = time.monotonic() + UPLOAD_SECONDS + LATE
+    yield effect
+    await asyncio.wait(slow, timeout=max(0.0, until - time.monotonic()))
     for task in slow:
         task.cancel()
     await asyncio.gather(*slow, return_exceptions=True)
 
 
-FAULTS: dict[str, tuple[Fault, bool]] = {
-    "worker killed": (kill_worker, False),
-    "worker stopped (SIGSTOP)": (stop_worker, False),
-    "API process killed, started again": (kill_server, True),
-    "40 clients leave in the middle": (leave, False),
-    "1,000 idle connections": (idle, False),
-    "100 uploads of 16 bytes a second": (dawdle, False),
+FAULTS: dict[str, tuple[Fault, list[str]]] = {
+    "worker killed": (kill_worker, []),
+    "worker stopped (SIGSTOP)": (stop_worker, []),
+    "API process killed, started again": (kill_server, []),
+    "40 clients leave in the middle": (leave, []),
+    "1,000 idle connections": (idle, []),
+    "100 uploads of 16 bytes a second": (
+        dawdle,
+        ["--upload-timeout-ms", f"{UPLOAD_SECONDS * 1000:.0f}"],
+    ),
 }
-"""Each with whether an answer may be missing."""
+"""Each with what its server is told besides, if that needs a server of its own."""
 
 
 async def inject(service: Service, request: bytes, rate: float, seconds: float, name: str) -> Trial:
     """One fault under load."""
-    fault, excused = FAULTS[name]
+    fault, _ = FAULTS[name]
     driving = asyncio.create_task(drive(service.url, steady(rate, seconds), [request]))
+    await asyncio.sleep(0)  # it begins
+    began = time.monotonic()
     await asyncio.sleep(seconds / 4)
     watching = asyncio.create_task(watch(service, driving))
-    async with fault(service, request):
+    async with fault(service, request) as effect:
         records, unready = await asyncio.gather(driving, watching)
-    return Trial(name, records, unready, excused)
+    return Trial(name, records, unready, effect, began)
 
 
 async def watch(service: Service, driving: asyncio.Task[list[Record]]) -> float:
@@ -174,21 +226,48 @@ def tell(trials: list[Trial]) -> str:
                 trial.name,
                 str(len(trial.records)),
                 *(str(trial.count(status)) for status in (*KNOWN, None)),
-                str(sum(record.answers == 2 for record in trial.records)),
+                str(trial.twice),
                 f"{max(answered, default=0.0):.1f}",
                 f"{trial.unready:.1f}",
             )
         )
     heads = ("fault", "sent", "200", "429", "503", "no answer", "twice", "slowest s", "not ready s")
-    return tabulate(heads, rows)
+    text = tabulate(heads, rows)
+    for trial in trials:
+        if slow := trial.effect.slow:
+            cut = trial.effect.cut
+            last = f", the last after {max(cut):.1f} s" if cut else ""
+            text += (
+                f"\n\nOf the {slow} slow uploads {len(cut)} were cut off with 408{last}; the limit "
+                f"of that trial's server is {UPLOAD_SECONDS:g} s."
+            )
+    return text
 
 
-async def run(service: Service, seconds: float) -> tuple[list[Trial], float]:
+@contextlib.contextmanager
+def serving(knobs: list[str]) -> Iterator[Service]:
+    service = Service([*KNOBS, *knobs])
+    try:
+        yield service
+    finally:
+        service.stop()
+
+
+def run(seconds: float) -> tuple[list[Trial], float]:
+    """Every trial, and the capacity whose half they were under."""
     request = photograph()
-    capacity = await measure_capacity(service, request, seconds)
-    return [
-        await inject(service, request, capacity / 2, seconds, name) for name in FAULTS
-    ], capacity
+    trials = []
+    with serving([]) as service:
+        capacity = asyncio.run(measure_capacity(service, request, seconds))
+        for name, (_, knobs) in FAULTS.items():
+            if not knobs:
+                trials.append(asyncio.run(inject(service, request, capacity / 2, seconds, name)))
+    for name, (_, knobs) in FAULTS.items():
+        if knobs:
+            with serving(knobs) as service:
+                asyncio.run(measure_capacity(service, request, seconds / 4))  # warm, as the others
+                trials.append(asyncio.run(inject(service, request, capacity / 2, seconds, name)))
+    return trials, capacity
 
 
 def main() -> int:
@@ -199,11 +278,7 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="do not write docs/reliability.md")
     options = parser.parse_args()
     command = f"python -m benchmarks.faults {shlex.join(a for a in sys.argv[1:] if a != '--dry')}"
-    service = Service(["--log-format", "json"])
-    try:
-        trials, capacity = asyncio.run(run(service, options.seconds))
-    finally:
-        service.stop()
+    trials, capacity = run(options.seconds)
     broken = [what for trial in trials for what in trial.broken]
     verdict = "Broken: " + "; ".join(broken) + "." if broken else "Every promise above held."
     text = (

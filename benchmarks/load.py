@@ -98,6 +98,7 @@ class Service:
         found = re.search(r"http://\S+", self.process.stdout.readline())
         if found is None:
             raise SystemExit("the service did not start")
+        self.listening = time.monotonic()
         self.url = found.group()
         with urllib.request.urlopen(f"{self.url}/info") as answer:
             self.info: dict[str, Any] = json.load(answer)

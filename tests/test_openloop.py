@@ -2,11 +2,12 @@
 the benchmarks of load, endurance and faults make of its records."""
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 from conftest import Server
 
-from benchmarks.faults import Trial
+from benchmarks.faults import Effect, Trial, dawdle
 from benchmarks.load import Phase, tell_load, tell_soak
 from benchmarks.openloop import Record, drive, poisson, post, steady
 
@@ -95,15 +96,66 @@ def test_a_soak_counts_every_status_and_is_broken_by_other_ones_and_by_lost_proc
     ]
 
 
-def trial(statuses: list[int | None], answers: int = 1, **facts: object) -> Trial:
-    records = [Record(0, 0, 1, status, None, answers) for status in statuses]
-    return Trial("fault", records, **({"unready": 0.5, "excused": False} | facts))
+def trial(
+    statuses: list[int | None],
+    answers: int = 1,
+    unready: float = 0.5,
+    retry: float | None = 2.0,
+    effect: Effect | None = None,
+) -> Trial:
+    """Of requests from second 103 to second 104 by the clock of the effect."""
+    records = [Record(3, 3, 4, status, retry, answers) for status in statuses]
+    return Trial("fault", records, unready, effect or Effect(), began=100.0)
 
 
 def test_a_fault_breaks_a_promise_where_somebody_is_lost_told_twice_or_told_else() -> None:
     assert trial([200, 429, 503]).broken == []
     assert trial([None], answers=0).broken == ["fault: 1 without an answer"]
-    assert trial([None], answers=0, excused=True).broken == []
     assert trial([200], answers=2).broken == ["fault: 1 answered twice"]
+    assert trial([200], answers=3).broken == ["fault: 1 answered twice"]
     assert trial([500, 200]).broken == ["fault: 1 answered otherwise"]
     assert trial([200], unready=120.0).broken == ["fault: never ready again"]
+    untold = trial([200, 429, 503], retry=None).broken
+    assert untold == ["fault: 2 refused and not told when to come back"]
+
+
+@pytest.mark.parametrize(
+    ("outage", "excused"),
+    [
+        ((103.5, 107.0), True),
+        ((101.0, 103.5), True),
+        ((101.0, 102.5), False),
+        ((104.5, 107.0), False),
+    ],
+    ids=["in flight", "while none listened", "afterwards", "before"],
+)
+def test_only_an_outage_that_a_request_met_excuses_its_loss(
+    outage: tuple[float, float], excused: bool
+) -> None:
+    lost = trial([None], answers=0, effect=Effect(outage))
+    assert lost.broken == ([] if excused else ["fault: 1 without an answer"])
+
+
+def test_every_slow_upload_is_to_be_cut_off() -> None:
+    assert trial([200], effect=Effect(slow=2, cut=[5.0, 5.1])).broken == []
+    uncut = trial([200], effect=Effect(slow=2, cut=[5.0])).broken
+    assert uncut == ["fault: 1 slow uploads not cut off"]
+
+
+def test_slow_uploads_are_seen_to_be_cut_off(
+    start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.faults.UPLOAD_SECONDS", 0.3)
+    request = post("/v1/classify", b"x" * 5000)
+
+    async def scenario(server: Server) -> Effect:
+        async with dawdle(server, request) as effect:  # type: ignore[arg-type]
+            pass
+        return effect
+
+    effect = asyncio.run(scenario(start(upload_timeout_ms=300)))
+    assert len(effect.cut) == effect.slow == 100
+    assert min(effect.cut) >= 0.3
+
+    monkeypatch.setattr("benchmarks.faults.LATE", 0.2)
+    assert asyncio.run(scenario(start())).cut == []
