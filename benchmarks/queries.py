@@ -12,6 +12,7 @@ import argparse
 import base64
 import io
 import json
+import math
 import os
 import re
 import statistics
@@ -163,6 +164,12 @@ def summarize(held: Sequence[Siege], limit: int) -> dict[str, Any]:
     }
 
 
+def hours(queries: int, throttle: int) -> int:
+    """That so many pictures alike take of a key which gets `throttle` in any hour: the first of
+    them at once, the next each an hour after."""
+    return max(0, math.ceil(queries / throttle) - 1)
+
+
 def tell(figures: dict[str, Any]) -> str:
     """What SECURITY.md shows."""
     rows = []
@@ -173,7 +180,7 @@ def tell(figures: dict[str, Any]) -> str:
         rows.append((f"`{one['method']}`", one["setting"], share, median, str(one["stopped"])))
     heads = ("defense", "answers", "broken (95%)", "median queries", "stopped by 429")
     asked = figures["options"]
-    hours = asked["queries"] / asked["throttle"]
+    waits = hours(asked["queries"], asked["throttle"])
     parts = [
         tabulate(heads, rows),
         f"Square over HTTP, {asked['epsilon']:g}/255, at most {asked['queries']} queries a "
@@ -181,7 +188,7 @@ def tell(figures: dict[str, Any]) -> str:
         "were right at first; broken means that a wrong label came first once. Not attacked, the "
         "same file is sent as often. Throttled, a "
         f"key gets {asked['throttle']} pictures alike in an hour, so that {asked['queries']} "
-        f"queries take {hours:.0f} hours. Made by `{figures['attacked_by']}`.",
+        f"queries take {waits} hours. Made by `{figures['attacked_by']}`.",
     ]
     rows = [
         (name, str(one["n"]), f"{100 * one['alike']:.0f}", f"{100 * one['refused']:.0f}")
