@@ -59,13 +59,14 @@ def _feed_forward(mlp: Any, tokens: Tensor) -> Tensor:
     products around it, one pass over the widest values is left of three, and half as many of them
     wait for the backward pass.
     """
+    result: Tensor
     if not isinstance(mlp.activation_fn, QuickGELUActivation):
-        result: Tensor = mlp(tokens)
+        result = mlp(tokens)
         return result
     first, second = mlp.fc1, mlp.fc2
     wide = torch.addmm(QUICK * first.bias, tokens.flatten(0, 1), first.weight.T, alpha=QUICK)
-    narrow = torch.addmm(second.bias, F.silu(wide), second.weight.T, alpha=1 / QUICK)
-    return narrow.unflatten(0, tokens.shape[:2])
+    result = torch.addmm(second.bias, F.silu(wide), second.weight.T, alpha=1 / QUICK)
+    return result.view(tokens.shape)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
