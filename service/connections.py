@@ -1,4 +1,4 @@
-"""Connections that are waited for only so long.
+"""Connections that are waited for only so long, and whose requests end at one place only.
 
 Uvicorn gives a connection its time between two requests, but any time it likes for the head of one,
 or to send nothing at all; a thousand such clients would hold all the descriptors of the process.
@@ -8,7 +8,22 @@ import asyncio
 import resource
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+class _OneLength(h11.Connection):
+    """Refuses a request that gives its body both a length and chunks: h11 would go by the chunks
+    and read on behind them, where a proxy that goes by the length still sees the body, so that one
+    client could put a request into another's mouth (RFC 9112, section 6.3)."""
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if names.issuperset((b"content-length", b"transfer-encoding")):
+                raise h11.RemoteProtocolError("a body of two lengths")
+        return event
 
 
 def hasty(patience: float) -> type[H11Protocol]:
@@ -17,6 +32,10 @@ def hasty(patience: float) -> type[H11Protocol]:
 
     class Hasty(H11Protocol):
         waiting: asyncio.TimerHandle | None = None
+
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            self.conn = _OneLength(h11.SERVER)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
