@@ -28,6 +28,9 @@ FETCHES = 16  # at once; each may hold max_body_bytes
 MAX_URL = 2048  # characters
 MAX_HEAD = 16_384  # bytes of an answer's header
 PORTS = {"https": 443, "http": 80}
+WIRE_SERVER = ipaddress.ip_address("168.63.129.16")
+"""Azure's host, which every machine there reaches at this global address, behind no firewall, and
+which hands out the machine's certificates and settings: metadata like those at 169.254.169.254."""
 
 log = logging.getLogger("tapt.fetch")
 
@@ -57,10 +60,10 @@ def read_source(text: str) -> bytes | Link:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address belongs to the internet at large: global unicast, and no wrapping of an
-    IPv4 address (mapped, 6to4, Teredo, NAT64), behind which anything may be."""
+    """Whether an address belongs to the internet at large: global unicast, no cloud's own host, and
+    no wrapping of an IPv4 address (mapped, 6to4, Teredo, NAT64), behind which anything may be."""
     ip = ipaddress.ip_address(address)
-    if not ip.is_global or ip.is_multicast:
+    if not ip.is_global or ip.is_multicast or ip == WIRE_SERVER:
         return False
     if isinstance(ip, ipaddress.IPv4Address):
         return True
