@@ -1,14 +1,20 @@
 """Labels that a tokenizer may stumble over, through a real model: each is answered, those beyond
 the context are cut and counted, and none changes what its neighbours are told."""
 
+import base64
+import io
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+from conftest import Server
+from fake_worker import FakeWorker
+from PIL import Image
 
 from service.runner import Runner
 from service.settings import Settings
@@ -76,6 +82,31 @@ def test_what_is_beyond_the_context_is_cut_and_counted(runner: Runner) -> None:
     assert both.scores[0] != both.scores[1]
     (template,) = ask(runner, ("cat", "dog"), template=LONG + "{}")
     assert template.labels_truncated == 2
+
+
+def test_a_client_is_told_of_labels_that_were_cut(
+    runner: Runner, start: Callable[..., Server]
+) -> None:
+    """Within the limit of characters, and beyond the context, as these have several tokens each."""
+
+    def reply(work: Work) -> Answer | Failure:
+        settled: dict[str, Answer | Failure] = {}
+        runner.run([work], settled.__setitem__, lambda id: False)
+        return settled[work.id]
+
+    server = start(FakeWorker(reply, ready=runner.ready))
+    buffer = io.BytesIO()
+    Image.fromarray(tiny.draw_image(0)).save(buffer, "PNG")
+    image = base64.b64encode(buffer.getvalue()).decode()
+    for label, cut in (("\u4e00" * 256, 1), ("\u20bf\u16a0" * 100, 1), ("\u4e00", 0)):
+        labels = {"candidate_labels": [label, "cat"]}
+        native = server.http.post("/v1/classify", json={"image": image} | labels)
+        assert native.status_code == 200, native.text
+        assert native.json()["defense"]["labels_truncated"] == cut
+        hugging = server.http.post("/", json={"inputs": image, "parameters": labels})
+        assert hugging.status_code == 200, hugging.text
+        assert hugging.headers["x-labels-truncated"] == str(cut)
+        assert {each["label"] for each in hugging.json()} == {label, "cat"}  # whole all the same
 
 
 def test_any_text_is_answered(runner: Runner) -> None:
