@@ -204,21 +204,19 @@ def test_a_second_signal_ends_it_now() -> None:
         eventually(lambda: not any(alive(pid) for pid in workers))
 
 
-@pytest.mark.parametrize("full", ["standard error", "both"])
-def test_a_full_disk_under_the_log_harms_nobody(full: str) -> None:
+@pytest.mark.parametrize("kind", ["slow", "EchoRunner"], ids=["the server's", "its worker's too"])
+def test_a_full_disk_under_the_log_harms_nobody(kind: str) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    with open("/dev/full", "w") as sink:
-        if full == "standard error":
-            service = Service("slow", stderr=sink)
-        else:
-            service = Service("slow", stderr=sink, limit="exec 2>/dev/full")
-        with service:
-            for _ in range(5):
-                assert service.http.post("/v1/classify", json=body()).status_code == 200
-                assert service.http.post("/v1/classify", content=b"{").status_code == 400
-            service.signal()
-            assert service.process.wait(PATIENCE) == 0
+    with open("/dev/full", "w") as sink, Service(kind, stderr=sink) as service:
+        for _ in range(5):
+            assert service.http.post("/v1/classify", json=body()).status_code == 200
+            assert service.http.post("/v1/classify", content=b"{").status_code == 400
+        if kind == "EchoRunner":  # its process has a traceback to write
+            assert service.http.post("/v1/classify", json=body("raise")).status_code == 500
+            assert service.http.post("/v1/classify", json=body()).status_code == 200
+        service.signal()
+        assert service.process.wait(PATIENCE) == 0
 
 
 def test_the_address_need_not_be_read_by_anybody(tmp_path: Path) -> None:
