@@ -141,6 +141,43 @@ def _command(pid: int) -> bytes:
         return b""
 
 
+def test_a_worker_that_never_starts_is_tried_and_then_given_up() -> None:
+    """What clients and the orchestrator are told meanwhile: to come back, as long as it is tried;
+    and at the end that only a new process will do."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    script = Path(__file__).with_name("fake_server.py")
+    command = [sys.executable, str(script), "CrashingRunner", f"--port={port}"]
+    with (
+        subprocess.Popen(command, stderr=subprocess.DEVNULL) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as http,
+    ):
+
+        def status(path: str) -> int | None:
+            try:
+                return http.get(path).status_code
+            except httpx.TransportError:
+                return None
+
+        def assert_refused() -> None:
+            answer = http.post("/v1/classify", json=body())
+            assert (answer.status_code, answer.json()["error_type"]) == (503, "not_ready")
+            assert int(answer.headers["retry-after"]) >= 1
+            assert status("/readyz") == status("/startupz") == 503
+
+        try:
+            eventually(lambda: status("/livez"))
+            assert status("/livez") == 200  # five starts of a process take seconds
+            assert_refused()
+            eventually(lambda: status("/livez") == 503)
+            assert "tapt_worker_restarts_total 4.0" in http.get("/metrics").text
+            assert_refused()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+
+
 # The server.
 
 
