@@ -113,23 +113,35 @@ image-local:
 smoke:
 	docker/smoke.sh $(TARGET)
 
-# What the images install, with hashes but for torch: after any change of the constraints.
+# What the images install, with hashes, after any change of the constraints: what both have, and
+# for CUDA torch with its libraries as PyPI has them; --no-config, because pyproject.toml leaves
+# those out. docker/requirements-cpu.txt is kept by hand, and says how.
+COMPILE = $(BIN)/uv pip compile --python-version 3.11 --python-platform linux --generate-hashes \
+    --constraints constraints.txt --no-annotate --custom-compile-command 'make lock' --quiet
 lock: setup
-	$(BIN)/uv pip compile pyproject.toml --extra otel --constraints constraints.txt \
-	    --python-version 3.11 --python-platform linux --generate-hashes --no-annotate \
-	    --no-emit-package torch --custom-compile-command 'make lock' --quiet \
+	$(COMPILE) pyproject.toml --extra otel --no-emit-package torch \
 	    --output-file docker/requirements.txt
+	grep '^torch==' constraints.txt | $(COMPILE) - --no-config \
+	    --constraints docker/requirements.txt \
+	    $$(sed -n 's/^\([^ =]*\)==.*/--no-emit-package \1/p' docker/requirements.txt) \
+	    --output-file docker/requirements-cuda.txt
 
-# Known vulnerabilities of every pinned package; asks PyPI. A package it cannot judge fails it too.
+# Known vulnerabilities of every pinned package, first those of the images (torch's by CUDA's list,
+# whose version has no `+cpu`), then all that is tested; asks PyPI. A package it cannot judge fails
+# it too.
+AUDIT = $(BIN)/uv tool run --from pip-audit==2.10.1 pip-audit --disable-pip --strict \
+    --progress-spinner off
 audit: setup
-	$(BIN)/uv tool run --from pip-audit==2.10.1 pip-audit --requirement constraints.txt \
-	    --no-deps --disable-pip --strict --progress-spinner off
+	$(AUDIT) --require-hashes --requirement docker/requirements.txt \
+	    --requirement docker/requirements-cuda.txt
+	$(AUDIT) --no-deps --requirement constraints.txt
 
-# The bill of materials of the images, CycloneDX: what they install, with its hashes, and torch.
-SBOM ?= runs/sbom.json
+# The bill of materials of an image, CycloneDX: the Python packages it installs, with their hashes:
+# make sbom [TARGET=cuda]
+SBOM ?= runs/sbom-$(TARGET).json
 sbom: setup
 	mkdir -p $(dir $(SBOM))
-	(cat docker/requirements.txt; grep '^torch==' constraints.txt) | $(BIN)/uv tool run \
+	cat docker/requirements.txt docker/requirements-$(TARGET).txt | $(BIN)/uv tool run \
 	    --from cyclonedx-bom==7.5.0 cyclonedx-py requirements - --pyproject pyproject.toml \
 	    --mc-type application --output-reproducible --output-file $(SBOM)
 

@@ -44,25 +44,56 @@ def test_hadolint_finds_nothing(name: str) -> None:
     assert not run.stdout
 
 
-def test_the_lock_is_the_constraints_with_hashes() -> None:
-    """`make lock` was run after the last change: same versions, nothing missing, all hashed."""
+@pytest.mark.parametrize("name", [file.name for file in sorted(DOCKER.glob("requirements*.txt"))])
+def test_every_requirement_of_the_images_is_one_version_with_hashes(name: str) -> None:
+    text = re.sub(r"^#.*\n", "", (DOCKER / name).read_text(), flags=re.MULTILINE)
+    lines = text.replace("\\\n", "").splitlines()
+    pin = re.compile(r"[\w.-]+==[\w.!+]+( +--hash=sha256:[0-9a-f]{64})+")
+    assert not [line for line in lines if not pin.fullmatch(line)]
+    assert len(lines) == len(pins(DOCKER / name)) > 0
+
+
+def test_the_lock_is_the_constraints() -> None:
+    """`make lock` was run after the last change: same versions, nothing missing."""
     locked, tested = pins(DOCKER / "requirements.txt"), pins(ROOT / "constraints.txt")
     tested["setuptools"] = locked["setuptools"]  # pip's own; freeze leaves it out
     assert locked.items() <= tested.items()
-    text = (DOCKER / "requirements.txt").read_text()
-    entries = re.findall(r"^(\S+==\S+)(.*(?:\n    .*)*)", text, re.MULTILINE)
-    assert len(entries) == len(locked)
-    assert not [name for name, rest in entries if "--hash=sha256:" not in rest]
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + project["optional-dependencies"]["otel"]
     names = {plain(re.split(r"[<>=\[; ]", line)[0]) for line in wanted}
     assert names - locked.keys() == {"torch"}  # comes with the target
 
 
-def test_the_image_has_the_torch_that_was_tested() -> None:
+def test_the_images_have_the_torch_that_was_tested() -> None:
     tested = pins(ROOT / "constraints.txt")["torch"]
-    assert set(re.findall(r"^ARG TORCH=(.*)$", IMAGE, re.MULTILINE)) == {tested}
+    assert pins(DOCKER / "requirements-cpu.txt") == {"torch": f"{tested}+cpu"}
+    cuda = pins(DOCKER / "requirements-cuda.txt")
+    assert cuda["torch"] == tested  # PyPI's wheel, which has no local version
+    libraries = ("nvidia-", "cuda-", "triton", "torch")
+    assert not [name for name in cuda if not name.startswith(libraries)]
+    assert {"nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-nccl-cu13", "triton"} <= cuda.keys()
+    assert not cuda.keys() & pins(DOCKER / "requirements.txt").keys()
+
+
+def test_nothing_gets_into_an_image_without_a_hash() -> None:
+    """Each stage installs one locked file, which it alone copies; no name comes from elsewhere."""
+    stages = re.split(r"^FROM \S+ AS ", IMAGE, flags=re.MULTILINE)[1:]
+    found = {}
+    for stage in stages:
+        commands = re.sub(r"\\\n\s*", "", stage)
+        for line in re.findall(r"pip \S+ \S+ install (.*?)(?:&&|$)", commands, re.MULTILINE):
+            if "/tmp/*.whl" not in line:  # our own, made in that stage
+                assert "--require-hashes " in line
+                (file,) = re.findall(r"--requirement (\S+)", line)
+                assert re.findall(r"^COPY docker/(req\S+) \.$", stage, re.MULTILINE) == [file]
+                rest = re.sub(r"--(require-hashes|no-deps|(requirement|index-url) \S+)", "", line)
+                assert not rest.strip()
+                found[stage.split()[0]] = file
+    assert found == {
+        "build": "requirements.txt",
+        "build-cpu": "requirements-cpu.txt",
+        "build-cuda": "requirements-cuda.txt",
+    }
 
 
 def test_the_image_is_hardened_and_watched() -> None:
