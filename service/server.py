@@ -60,8 +60,9 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int:
-    config = uvicorn.Config(
+def configure(app: FastAPI, settings: Settings, last_words: int = LAST_WORDS) -> uvicorn.Config:
+    """How HTTP is spoken, here and in the tests."""
+    return uvicorn.Config(
         app,
         http=hasty(settings.upload_timeout_ms / 1000),
         log_config=None,
@@ -70,9 +71,12 @@ async def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int
         ws="none",
         lifespan="on",
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=LAST_WORDS,
+        timeout_graceful_shutdown=last_words,
     )
-    server = _Server(config)
+
+
+async def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int:
+    server = _Server(configure(app, settings))
     watch = asyncio.create_task(_watch(server, app.state.engine, settings, _url(listener)))
     try:
         await server.serve(sockets=[listener])

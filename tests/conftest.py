@@ -15,8 +15,7 @@ from PIL import Image
 from skimage import data
 
 from service.app import create_app
-from service.connections import hasty
-from service.server import KEEP_ALIVE, listen
+from service.server import configure, listen
 from service.settings import Settings
 
 # For torch, here and in the processes that tests start: tiny models run faster on one thread.
@@ -33,20 +32,8 @@ class Server:
         self._listener = listen("127.0.0.1", 0)
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        # As in `service.server`, or the tests would prove a protocol that nobody is served by; only
-        # the last words are cut short, because no test that has ended waits for one.
-        config = uvicorn.Config(
-            self.app,
-            http=hasty(settings.upload_timeout_ms / 1000),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            ws="none",
-            lifespan="on",
-            timeout_keep_alive=KEEP_ALIVE,
-            timeout_graceful_shutdown=1,
-        )
-        self._uvicorn = uvicorn.Server(config)
+        # The last words are cut short, because no test that has ended waits for one.
+        self._uvicorn = uvicorn.Server(configure(self.app, settings, last_words=1))
         self._running = threading.Event()
         self._thread = threading.Thread(target=asyncio.run, args=(self._run(),))
         self._thread.start()
