@@ -32,6 +32,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: setup
 	$(BIN)/ruff format .
@@ -43,7 +44,7 @@ parity: setup
 # Train the embedded model: make embedded DATA=DIR [WORDNET=DIR]
 WORDNET ?= /usr/share/wordnet
 embedded: setup
-	GOMP_SPINCOUNT=1000 $(BIN)/python -m models.training.embedded --data $(DATA) \
+	GOMP_SPINCOUNT=1000 $(BIN)/python -m research.embedded.train --data $(DATA) \
 	    --wordnet $(WORDNET)
 
 # Learn the embedded model's defense bundle, through the views that serving reads: make bundle
@@ -56,7 +57,7 @@ bundle: setup
 
 # The README's picture, taken of the page by its own test (Debian's chromium).
 picture: setup
-	$(BIN)/python -m pytest tests/test_playground.py -k its_defense_are_seen
+	$(BIN)/python -m pytest tests/service/playground/test_playground.py -k its_defense_are_seen
 	cp build/screenshots/playground.png docs/figures/playground.png
 
 # Defenses under attack: make robustness DATA=DIR [LIMIT=100 THREATS=clean,adaptive ...]. A run
@@ -98,7 +99,7 @@ static: setup
 search: setup
 	$(LEARN) --shots 100 --steps 300 --rate 1e-2 --views 8 --batch 32 --clean-share 0.2 \
 	    --out runs/bundles/attacked
-	$(BIN)/python -m benchmarks.search --data $(DATA)/tiny_imagenet_train_3of4.parquet \
+	$(BIN)/python -m research.search --data $(DATA)/tiny_imagenet_train_3of4.parquet \
 	    --bundle single=runs/static/published --bundle attacked=runs/bundles/attacked
 
 # The service's image by a Docker engine, or by buildah as root where there is none; smoke builds it

@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from benchmarks.sections import write_section
 from models.evaluation.table import tabulate
-from service.process import prepare_torch
+from service.worker.process import prepare_torch
 
 SIDES = ("published", "ours")
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"

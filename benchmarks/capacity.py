@@ -28,8 +28,8 @@ from benchmarks.replica import draw_requests, measure_bare, serve
 from benchmarks.sections import write_section
 from benchmarks.service import describe_requests, percentile, summarize
 from models.evaluation.table import tabulate
-from service.process import prepare_torch
 from service.settings import Settings
+from service.worker.process import prepare_torch
 
 PAGE = Path(__file__).parent.parent / "docs" / "capacity.md"
 CELL = 16  # replicas behind one gateway
@@ -125,7 +125,7 @@ def one_by_one(workers: int) -> float:
     return percentile(latencies, 0.99)
 
 
-def plan(replica: Replica, rate: float, target: float) -> tuple[int, float] | None:
+def resolve_options(replica: Replica, rate: float, target: float) -> tuple[int, float] | None:
     """The fewest replicas whose p99 is within the target, and that p99; beyond one gateway whole
     cells. None where one request alone takes longer."""
     if replica.time(1) + replica.max_delay > target:
@@ -209,7 +209,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     replica = Replica(seconds, settings.max_batch_size, settings.max_queue_delay_ms / 1000)
     rows = []
     for rate in LOADS:
-        planned = plan(replica, rate, options.target)
+        planned = resolve_options(replica, rate, options.target)
         row: dict[str, Any] = {"rate": rate, "replicas": None}
         if planned is not None:
             replicas, row["p99"] = planned

@@ -71,9 +71,11 @@ def attack(pictures: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
     from models.attacks.pgd import ascend
     from models.attacks.threats import transfer
     from models.checkpoint import load_checkpoint
-    from models.guard import Guard
+    from models.classifier import DefendedClassifier
 
-    model = transfer(Guard(load_checkpoint("embedded", torch.device("cpu")), None), tuple(LABELS))
+    model = transfer(
+        DefendedClassifier(load_checkpoint("embedded", torch.device("cpu")), None), tuple(LABELS)
+    )
     small = [np.asarray(Image.fromarray(picture).resize((SIDE, SIDE))) for picture in pictures]
     pixels = torch.tensor(np.stack(small)).permute(0, 3, 1, 2) / 255
     with torch.no_grad():

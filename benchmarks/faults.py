@@ -7,7 +7,7 @@ answered once, with 200, or 429 or 503 and a time to come back, and the service 
 who was held by an API process that was killed, or came while none listened, may have no answer.
 Slow uploads are cut off at the limit, which is a short one on the server of that trial. Writes
 docs/reliability.md; the exit status is 1 where a promise is broken. Faults that need a model that
-misbehaves are tests (tests/test_faults.py).
+misbehaves are tests (tests/service/test_faults.py).
 """
 
 import argparse

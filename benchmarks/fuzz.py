@@ -22,9 +22,9 @@ from PIL import Image
 from skimage import data
 
 from benchmarks.sections import machine, write_section
-from service import logs
 from service.errors import ServiceError
-from service.images import FORMATS, decode
+from service.intake.decode import FORMATS, decode
+from service.telemetry import logs
 
 MAX_PIXELS = 4_000_000
 MAX_SECONDS = 5.0  # of the processor, for one small file

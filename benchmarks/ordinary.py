@@ -1,5 +1,4 @@
-"""Ordinary traffic before the fingerprints of `service.similarity`: whom it takes for an attacker,
-and what it costs."""
+"""What the fingerprints of `service.intake.similarity` make of ordinary traffic, and their cost."""
 
 import io
 import statistics
@@ -12,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.errors import RateLimited
-from service.metrics import NEAR, Metrics
+from service.intake.similarity import RECENT, WINDOW, Similarity
 from service.settings import Settings
-from service.similarity import RECENT, WINDOW, Similarity
+from service.telemetry.metrics import NEAR, Metrics
 
 FRAMES = 300  # of a stream
 

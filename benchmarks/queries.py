@@ -38,7 +38,7 @@ from models.attacks.square import search
 from models.data import open_dataset
 from models.evaluation.scores import wilson
 from models.evaluation.table import tabulate
-from service.keys import entry
+from service.http.authentication import entry
 
 PAGE = Path(__file__).parent.parent / "SECURITY.md"
 LABELS = 10  # a picture's own and others, drawn

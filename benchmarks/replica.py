@@ -22,13 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-import service.plan
+import service.intake.options
 from benchmarks.openloop import post
-from service.images import decode
-from service.process import prepare_torch
+from service.intake.decode import decode
+from service.messages import Answer, Finished, Ready, Settled, Task
 from service.settings import Settings
-from service.work import Answer, Finished, Ready, Settled, Work
-from service.worker import Event
+from service.worker.process import prepare_torch
+from service.worker.supervisor import Event
 
 LABELS = ("cat", "dog", "school bus", "lemon", "espresso", "cliff", "volleyball", "reel", "fog",
           "keyboard")  # fmt: skip
@@ -104,10 +104,10 @@ class Instant:
         ready = Ready({"model": {"name": "instant"}}, 10**9, 10, 77)
         asyncio.get_running_loop().call_soon(deliver, ready)
 
-    def run(self, batch: list[Work]) -> None:
+    def run(self, batch: list[Task]) -> None:
         asyncio.get_running_loop().call_soon(self._answer, batch)
 
-    def _answer(self, batch: list[Work]) -> None:
+    def _answer(self, batch: list[Task]) -> None:
         for work in batch:
             scores = [1.0, *[0.0] * (len(work.labels) - 1)]
             answer = Answer(
@@ -139,14 +139,14 @@ def _measure_bare(
 ) -> dict[str, Any]:
     prepare_torch(settings.workers)
     from models.evaluation.provenance import describe_machine
-    from service.runner import Runner
+    from service.worker.runner import Runner
 
     runner = Runner(settings, index)
     images = [decode(draw_file(number), settings.max_image_pixels) for number in range(max(sizes))]
 
     def run(size: int) -> float:
         batch = [
-            Work(
+            Task(
                 id=str(number), image=images[number], labels=LABELS, template=None,
                 method=settings.method, steps=settings.steps, views=settings.views,
                 readout=settings.readout, seed=number, deadline=time.monotonic() + 3600,
@@ -177,7 +177,7 @@ def clock_decoding() -> list[float]:
         finally:
             spent.append(time.thread_time() - begun)
 
-    service.plan.decode = clocked
+    service.intake.options.decode = clocked
     return spent
 
 

@@ -23,8 +23,8 @@ from benchmarks.openloop import Record, drive, poisson
 from benchmarks.replica import draw_requests, measure_bare, serve
 from benchmarks.sections import write_section
 from models.evaluation.table import tabulate
-from service.process import prepare_torch
 from service.settings import Settings
+from service.worker.process import prepare_torch
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 PICTURES = 32  # different ones

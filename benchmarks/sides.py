@@ -25,10 +25,10 @@ from benchmarks import published
 from models import tapt
 from models.bundle import DefenseBundle
 from models.checkpoint import EMBEDDED, OPENAI_MEAN, OPENAI_STD, Checkpoint, load_checkpoint
+from models.classifier import DefendedClassifier, Picture
 from models.clip import PromptedCLIP
 from models.data import open_dataset
 from models.evaluation.provenance import describe_machine
-from models.guard import Guard, Picture
 from models.objective import Objective
 from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics
@@ -74,7 +74,7 @@ def draw_picture(number: int, side: int) -> NDArray[np.uint8]:
     return (0.7 * coarse + 0.3 * source.integers(0, 256, coarse.shape)).astype(np.uint8)
 
 
-def build_guard(size: str, device: str, dtype: str) -> Guard:
+def build_guard(size: str, device: str, dtype: str) -> DefendedClassifier:
     """The defense at a size: the embedded model with its bundle, or a ViT-B with random weights,
     prompts and statistics; published settings beside."""
     place = torch.device(device)
@@ -92,7 +92,7 @@ def build_guard(size: str, device: str, dtype: str) -> Guard:
         bundle = _draw_bundle(prompted)
     assert bundle.statistics is not None
     objective = Objective(reference=bundle.statistics.to(place), layers=bundle.layers)
-    return Guard(checkpoint, bundle, objective)
+    return DefendedClassifier(checkpoint, bundle, objective)
 
 
 def _draw_model(patch: int, embedded: Checkpoint) -> CLIPModel:
@@ -201,9 +201,9 @@ class Ours:
 
     def stages(self, stages: Stages) -> None:
         clip = self.guard.checkpoint.clip
-        import models.guard
+        import models.classifier
 
-        stages.watch(models.guard, "make_views", lambda *_: "making views")
+        stages.watch(models.classifier, "make_views", lambda *_: "making views")
         stages.watch(tapt, "gradients", lambda *_: "image: backward of the kept views")
         stages.watch(clip, "text_gradient", lambda *_: "text: forward and backward in chunks")
         stages.watch(clip, "encode_labels", lambda *_, **__: "text: readout")

@@ -61,7 +61,7 @@ class Losses:
     align_clean: Tensor
 
 
-class Stillness:
+class EarlyStopping:
     """Which requests a step no longer moves: `rows`, of those watched last."""
 
     def __init__(self, settled: float) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from models import adamw
 from models.clip import PromptedCLIP
 from models.labels import LabelBatch
-from models.objective import Losses, Objective, Stillness, prompt_gradients
+from models.objective import EarlyStopping, Losses, Objective, prompt_gradients
 from models.prompts import DefensePrompts
 
 
@@ -139,7 +139,7 @@ def adapt(
             indices into the batch; returns those that leave now.
     """
     rows, steps, moments = list(range(len(views))), 0, adamw.begin(prompts.tensors)
-    still = Stillness(objective.settled)
+    still = EarlyStopping(objective.settled)
     while rows:
         gone = leaving(steps, rows) | still.rows
         if out := [place for place, row in enumerate(rows) if row in gone]:

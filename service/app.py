@@ -9,16 +9,16 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from service.door import Door
-from service.engine import Engine
+from service.engine.engine import Engine
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, Unauthorized
-from service.journal import Journal, error_body
-from service.keys import Keys
-from service.metrics import Metrics
-from service.routes import classify, demo, docs, health, hf, info, page
+from service.http.access_log import Journal, error_body
+from service.http.authentication import Keys
+from service.http.routes import classify, demo, docs, health, huggingface, info, page
+from service.intake.intake import Intake
 from service.settings import Settings
-from service.traces import TELEMETRY
-from service.worker import Backend, WorkerProcess
+from service.telemetry.metrics import Metrics
+from service.telemetry.traces import TELEMETRY
+from service.worker.supervisor import Backend, WorkerProcess
 
 
 def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
@@ -33,7 +33,7 @@ def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
     )
     metrics = Metrics()
     engine = Engine(settings, metrics, backends)
-    door = Door(settings, metrics, engine)
+    intake = Intake(settings, metrics, engine)
     keys = Keys(settings, metrics)
 
     @asynccontextmanager
@@ -41,7 +41,7 @@ def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
         await engine.start()
         yield
         await engine.stop(settings.drain_timeout_s)
-        door.close()
+        intake.close()
 
     app = FastAPI(
         title="tapt-serve",
@@ -57,9 +57,9 @@ def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.engine = engine
-    app.state.door = door
+    app.state.intake = intake
     app.state.keys = keys
-    for routes in (classify, hf, health, info, docs, page):
+    for routes in (classify, huggingface, health, info, docs, page):
         app.include_router(routes.router)
     if settings.enable_attack_demo:
         app.include_router(demo.router)

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["calibrate"]:
-        from models.training.calibrate import main as calibrate
+        from models.calibration.calibrate import main as calibrate
 
         return calibrate(arguments[1:])
     if arguments[:1] == ["evaluate"]:
@@ -62,7 +62,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _classify(options: argparse.Namespace, settings: Settings) -> int:
-    from service import shell
+    from service import commands
     from service.schemas import Choices
 
     asked = _choices(options)
@@ -73,33 +73,33 @@ def _classify(options: argparse.Namespace, settings: Settings) -> int:
     if options.seed is not None:  # whoever sits at the machine is its operator
         settings = settings.model_copy(update={"allow_client_seed": True})
     if options.url:
-        answer = shell.classify_there(options.url, options.image, asked, settings)
+        answer = commands.classify_there(options.url, options.image, asked, settings)
     else:
-        answer = shell.classify_here(options.image, choices, settings)
+        answer = commands.classify_here(options.image, choices, settings)
     if options.json:
         print(answer.model_dump_json(indent=2))
     else:
-        shell.show_classification(answer)
+        commands.show_classification(answer)
     return 0
 
 
 def _info(options: argparse.Namespace, settings: Settings) -> int:
-    from service import shell
+    from service import commands
 
     there = options.url
-    facts = shell.info_there(there, settings) if there else shell.info_here(settings)
+    facts = commands.info_there(there, settings) if there else commands.info_here(settings)
     if options.json:
         import json
 
         print(json.dumps(facts, indent=2))
     else:
-        shell.show_info(facts)
+        commands.show_info(facts)
     return 0
 
 
 def _key(options: argparse.Namespace, settings: Settings) -> int:
     """The line for the server goes to stdout, to be appended to a file; a new key is shown once."""
-    from service.keys import DIAGNOSTICS, entry, make_key
+    from service.http.authentication import DIAGNOSTICS, entry, make_key
 
     key = sys.stdin.readline().strip() if options.stdin else make_key()
     if len(key.split()) != 1:

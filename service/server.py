@@ -11,13 +11,13 @@ from fastapi import FastAPI
 from rich.console import Console
 from rich.markup import escape
 
-from service import logs
-from service.allocator import keep_buffers
 from service.app import create_app
-from service.connections import hasty, raise_descriptor_limit
-from service.engine import Engine
+from service.engine.engine import Engine
+from service.http.connections import limit_connections, raise_descriptor_limit
+from service.intake.malloc import keep_freed_memory
 from service.settings import Settings
-from service.worker import Backend
+from service.telemetry import logs
+from service.worker.supervisor import Backend
 
 TICK = 0.05  # seconds
 KEEP_ALIVE = 75  # seconds; longer than a usual proxy's, so that the proxy closes first
@@ -45,7 +45,7 @@ def serve(settings: Settings, backend: Backend | None = None) -> int:
     """
     logs.configure(settings.log_format)
     raise_descriptor_limit()
-    keep_buffers()
+    keep_freed_memory()
     with listen(settings.host, settings.port) as listener:
         return asyncio.run(_run(create_app(settings, backend), settings, listener))
 
@@ -64,7 +64,7 @@ def configure(app: FastAPI, settings: Settings, last_words: int = LAST_WORDS) ->
     """How HTTP is spoken, here and in the tests."""
     return uvicorn.Config(
         app,
-        http=hasty(settings.upload_timeout_ms / 1000),
+        http=limit_connections(settings.upload_timeout_ms / 1000),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -57,7 +57,7 @@ def main() -> int:
 
     from service.server import serve
     from service.settings import Settings
-    from service.worker import WorkerProcess
+    from service.worker.supervisor import WorkerProcess
 
     parser = argparse.ArgumentParser()
     parser.add_argument("kind")

@@ -12,16 +12,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from service.errors import ModelError
+from service.messages import Answer, Beat, Failure, Fatal, Finished, Ready, Settled, Task
 from service.settings import Settings
-from service.work import Answer, Beat, Failure, Fatal, Finished, Ready, Settled, Work
-from service.worker import Event, Lost
+from service.worker.supervisor import Event, Lost
 
 READY = Ready(
     info={"model": {"name": "fake"}}, max_batch_tokens=10_000, image_tokens=10, context_length=77
 )
 
 
-def answer(work: Work) -> Answer:
+def answer(work: Task) -> Answer:
     """The first label wins, undefended too, unless it is 'attacked'."""
     first = [1.0] + [0.0] * (len(work.labels) - 1)
     return Answer(
@@ -52,8 +52,8 @@ class FakeWorker:
 
     def __init__(
         self,
-        reply: Callable[[Work], Answer | Failure] = answer,
-        seconds: Callable[[list[Work]], float] = lambda batch: 0.0,
+        reply: Callable[[Task], Answer | Failure] = answer,
+        seconds: Callable[[list[Task]], float] = lambda batch: 0.0,
         automatic: bool = True,
         ready: Ready = READY,
     ) -> None:
@@ -61,8 +61,8 @@ class FakeWorker:
         self.seconds = seconds
         self.automatic = automatic
         self.ready = ready
-        self.batches: list[list[Work]] = []
-        self.begun: list[list[Work]] = []  # those of them that were begun, but for the cancelled
+        self.batches: list[list[Task]] = []
+        self.begun: list[list[Task]] = []  # those of them that were begun, but for the cancelled
         self._finished = 0  # of the batches, in their order
         self.cancelled: set[str] = set()
         self.stopped = False
@@ -75,11 +75,11 @@ class FakeWorker:
             asyncio.get_running_loop().call_soon(self.be_ready)
 
     @property
-    def running(self) -> list[Work]:
+    def running(self) -> list[Task]:
         """The first batch that is not finished."""
         return self.batches[self._finished]
 
-    def run(self, batch: list[Work]) -> None:
+    def run(self, batch: list[Task]) -> None:
         self.batches.append(batch)
         if self.automatic and self.running is batch:
             self._begin()
@@ -102,7 +102,7 @@ class FakeWorker:
     def beat(self, memory_bytes: int = 0) -> None:
         self.deliver(Beat(0.0, memory_bytes))
 
-    def settle(self, *works: Work) -> None:
+    def settle(self, *works: Task) -> None:
         """Settle these, by default all of the batch that runs."""
         for work in works or self.running:
             self.deliver(Settled(work.id, self.reply(work)))
@@ -142,7 +142,7 @@ class EchoRunner:
 
     def run(
         self,
-        batch: list[Work],
+        batch: list[Task],
         settle: Callable[[str, Answer | Failure], None],
         cancelled: Callable[[str], bool],
     ) -> dict[str, int]:
@@ -175,7 +175,7 @@ class FaultyRunner(EchoRunner):
 
     def run(
         self,
-        batch: list[Work],
+        batch: list[Task],
         settle: Callable[[str, Answer | Failure], None],
         cancelled: Callable[[str], bool],
     ) -> dict[str, int]:

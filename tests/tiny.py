@@ -11,10 +11,10 @@ from transformers import CLIPConfig, CLIPModel
 
 from models.bundle import DefenseBundle
 from models.checkpoint import Checkpoint, load_checkpoint
-from models.guard import Picture
+from models.classifier import Picture
 from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics
-from models.training.tokenizer import train_tokenizer
+from research.embedded.tokenizer import train_tokenizer
 
 LABELS = ("cat", "dog", "school bus", "a red sports car", "lemon", "cliff", "volleyball", "reel")
 CPU = torch.device("cpu")

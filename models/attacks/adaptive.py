@@ -20,9 +20,9 @@ from models import tapt
 from models.attacks.attack import LEVELS, Model
 from models.attacks.threats import encode
 from models.attacks.unrolled import unroll
+from models.classifier import DefendedClassifier, Picture
 from models.defenses import DEFENSES, gate, rtpt, thrift, tpt, ttc
-from models.encoder import EncodedLabels, join_encoded
-from models.guard import Guard, Picture
+from models.label_encoder import EncodedLabels, join_encoded
 from models.objective import Objective
 from models.readout import view_weights
 from models.views import cut_views, round_levels
@@ -41,7 +41,7 @@ class Defended:
     `guard` takes S x S pictures without resizing them.
     """
 
-    guard: Guard
+    guard: DefendedClassifier
     names: tuple[str, ...]
     method: str
     views: int
@@ -211,8 +211,8 @@ class Defended:
         return self.steps if self.guard.adaptable(picture, self.method) else 0
 
 
-def ways(
-    guard: Guard,
+def surrogates(
+    guard: DefendedClassifier,
     names: tuple[str, ...],
     method: str,
     views: int,

@@ -10,26 +10,28 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from models.attacks.attack import Model
-from models.encoder import EncodedLabels, Prompting
-from models.guard import Guard
+from models.classifier import DefendedClassifier
+from models.label_encoder import EncodedLabels, Prompting
 
 Threat = Literal["transfer", "static", "adaptive"]
 THREATS: tuple[Threat, ...] = get_args(Threat)
 
 
-def encode(guard: Guard, labels: tuple[str, ...], prompting: Prompting) -> EncodedLabels:
+def encode(
+    guard: DefendedClassifier, labels: tuple[str, ...], prompting: Prompting
+) -> EncodedLabels:
     """Labels as the guard reads them in the template that goes with such prompts."""
     learned = guard.bundle if prompting == "learned" else None
     template = learned.template if learned else guard.template
     return guard.encoder.encode(labels, template, prompting)
 
 
-def transfer(guard: Guard, labels: tuple[str, ...]) -> Model:
+def transfer(guard: DefendedClassifier, labels: tuple[str, ...]) -> Model:
     """Undefended CLIP's logits of pixels [N, 3, S, S]."""
     return _single_view(guard, encode(guard, labels, "none"))
 
 
-def static(guard: Guard, labels: tuple[str, ...]) -> Model:
+def static(guard: DefendedClassifier, labels: tuple[str, ...]) -> Model:
     """The logits of CLIP with the learned prompts.
 
     Raises:
@@ -40,7 +42,7 @@ def static(guard: Guard, labels: tuple[str, ...]) -> Model:
     return _single_view(guard, encode(guard, labels, "learned"))
 
 
-def _single_view(guard: Guard, labels: EncodedLabels) -> Model:
+def _single_view(guard: DefendedClassifier, labels: EncodedLabels) -> Model:
     clip = guard.checkpoint.clip
 
     def logits(pixels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from models.clip import PromptedCLIP
-from models.encoder import Prompting
+from models.label_encoder import Prompting
 from models.labels import LabelBatch
 from models.objective import Objective
 from models.prompts import DefensePrompts

@@ -24,13 +24,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from models.attacks import ATTACKS
-from models.attacks.adaptive import ways
+from models.attacks.adaptive import surrogates
 from models.attacks.attack import LEVELS, Budget
 from models.attacks.autoattack import MissingExtra, require
 from models.attacks.preflight import preflight
 from models.attacks.threats import THREATS
 from models.bundle import load_bundle
 from models.checkpoint import ModelError, load_checkpoint
+from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier
 from models.data import DataError
 from models.defenses import DEFENSES
 from models.evaluation.detection import Detection, detect, write_detection
@@ -38,8 +39,7 @@ from models.evaluation.hub import open_anywhere
 from models.evaluation.journal import CLEAN, Journal
 from models.evaluation.provenance import describe_machine, describe_settings, tell_command
 from models.evaluation.table import Row, draw, tally, write_markdown
-from models.evaluation.trial import Protocol, Subject, Trial, as_shown, gather, suspect
-from models.guard import DEFAULT_TEMPLATE, Guard
+from models.evaluation.trial import Protocol, Subject, Trial, gather, suspect, without_resize
 from models.objective import ADAPTS, Objective
 from models.readout import READOUTS
 from models.views import AREA
@@ -71,7 +71,7 @@ def evaluate(options: argparse.Namespace, command: str) -> int:
     settings = describe_settings(guard, names, protocol)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     journal = Journal(options.json.with_suffix(".jsonl"), key)
-    shown = as_shown(guard)
+    shown = without_resize(guard)
     warnings = check(shown, names, protocol, subjects[: options.preflight])
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(TextColumn("attacking"), *columns) as bar:
@@ -99,7 +99,7 @@ def evaluate(options: argparse.Namespace, command: str) -> int:
     return 0
 
 
-def load_guard(options: argparse.Namespace) -> Guard:
+def load_guard(options: argparse.Namespace) -> DefendedClassifier:
     """Checkpoint, bundle and objective; without `--bundle` the one beside the checkpoint."""
     device = torch.device(options.device)
     checkpoint = load_checkpoint(options.model, device, getattr(torch, options.dtype))
@@ -119,7 +119,9 @@ def load_guard(options: argparse.Namespace) -> Guard:
         of_mean=options.entropy == "of-mean",
         learning_rate=options.learning_rate,
     )
-    return Guard(checkpoint, bundle, objective, options.selection_ratio, options.template)
+    return DefendedClassifier(
+        checkpoint, bundle, objective, options.selection_ratio, options.template
+    )
 
 
 def read_area(given: Sequence[str]) -> tuple[float, float]:
@@ -166,7 +168,7 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
 
 
 def check(
-    guard: Guard, names: Sequence[str], protocol: Protocol, subjects: Sequence[Subject]
+    guard: DefendedClassifier, names: Sequence[str], protocol: Protocol, subjects: Sequence[Subject]
 ) -> list[str]:
     """What the preflight says of attacking each defense adaptively at the largest epsilon, every
     way."""
@@ -177,7 +179,7 @@ def check(
     pixels = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1) for s in subjects])
     labels = torch.tensor([subject.label for subject in subjects], device=device)
     for defense in protocol.defenses:
-        targets = ways(
+        targets = surrogates(
             guard,
             tuple(names),
             defense,

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from models.bundle import DefenseBundle
+from models.classifier import DefendedClassifier
 from models.evaluation.trial import Protocol
-from models.guard import Guard
 
 PACKAGES = ("tapt-serve", "torch", "transformers", "numpy", "pyautoattack")
 
 
-def describe_settings(guard: Guard, names: Sequence[str], protocol: Protocol) -> dict[str, Any]:
+def describe_settings(
+    guard: DefendedClassifier, names: Sequence[str], protocol: Protocol
+) -> dict[str, Any]:
     """All that an outcome hangs on, but for the picture, the row and the attack."""
     checkpoint, objective = guard.checkpoint, guard.objective
     return {
@@ -48,7 +50,7 @@ def describe_settings(guard: Guard, names: Sequence[str], protocol: Protocol) ->
     }
 
 
-def describe_machine(guard: Guard) -> dict[str, Any]:
+def describe_machine(guard: DefendedClassifier) -> dict[str, Any]:
     """What the times were measured on, and with which versions."""
     cpu = platform.processor() or platform.machine()
     listed = Path("/proc/cpuinfo")
@@ -85,10 +87,10 @@ def _describe_bundle(bundle: DefenseBundle) -> dict[str, Any]:
 
 def _hash_code() -> str:
     """Of the code that outcomes come from, so that none is taken over from an attack or a defense
-    that has changed since; what trains has no part in them."""
+    that has changed since; what calibrates has no part in them."""
     digest, root = hashlib.sha256(), Path(__file__).parent.parent
     for file in sorted(root.rglob("*.py")):
-        if "training" not in file.relative_to(root).parts:
+        if "calibration" not in file.relative_to(root).parts:
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

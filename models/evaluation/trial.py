@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.attacks import ATTACKS
-from models.attacks.adaptive import Defended, ways
+from models.attacks.adaptive import Defended, surrogates
 from models.attacks.attack import LEVELS, Budget, Model
 from models.attacks.threats import static, transfer
+from models.classifier import DefendedClassifier, Picture
 from models.data import DataError, Dataset
 from models.defenses.ttc import PUBLISHED
 from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
-from models.guard import Guard, Picture
 from models.views import make_views
 
 # Shared attacks that are made on just the model that such a defense is.
@@ -76,7 +76,7 @@ class Protocol:
         return [Cell(name, threat, eps) for threat, eps in pairs for name in self.defenses]
 
 
-def gather(guard: Guard, data: Dataset, limit: int | None, seed: int) -> list[Subject]:
+def gather(guard: DefendedClassifier, data: Dataset, limit: int | None, seed: int) -> list[Subject]:
     """A random sample of labelled pictures, drawn by `seed`, as the model sees them.
 
     Raises:
@@ -95,11 +95,11 @@ def gather(guard: Guard, data: Dataset, limit: int | None, seed: int) -> list[Su
     return subjects
 
 
-def as_shown(guard: Guard) -> Guard:
+def without_resize(guard: DefendedClassifier) -> DefendedClassifier:
     """The same guard for pictures that are S x S already: it neither resizes nor cuts view 0."""
     checkpoint = guard.checkpoint
     shown = replace(checkpoint.preprocessing, short_side=None, size=None)
-    return Guard(
+    return DefendedClassifier(
         replace(checkpoint, preprocessing=shown),
         guard.bundle,
         guard.objective,
@@ -119,7 +119,7 @@ class Trial:
 
     def __init__(
         self,
-        guard: Guard,
+        guard: DefendedClassifier,
         names: Sequence[str],
         protocol: Protocol,
         journal: Journal,
@@ -127,7 +127,7 @@ class Trial:
     ) -> None:
         self._guard, self._names, self._protocol = guard, tuple(names), protocol
         self._journal, self._advance = journal, advance
-        self._shared: Mapping[str, Callable[[Guard, tuple[str, ...]], Model]] = {
+        self._shared: Mapping[str, Callable[[DefendedClassifier, tuple[str, ...]], Model]] = {
             "transfer": transfer,
             "static": static,
         }
@@ -177,7 +177,7 @@ class Trial:
             cell = Cell(defense, threat, epsilon)
             for subject in chunk:
                 seed = self._seed(subject, threat, attack, f"{epsilon:g}", "views")
-                targets = ways(
+                targets = surrogates(
                     self._guard,
                     self._names,
                     defense,
@@ -256,7 +256,7 @@ class Trial:
 
 
 def answers(
-    guard: Guard,
+    guard: DefendedClassifier,
     names: tuple[str, ...],
     images: Sequence[NDArray[np.uint8]],
     defense: str,

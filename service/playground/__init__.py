@@ -1,1 +1,1 @@
-"""The playground page; `service/routes/page.py` serves it."""
+"""The playground page; `service/http/routes/page.py` serves it."""

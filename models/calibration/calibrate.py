@@ -1,0 +1,345 @@
+"""Make a defense bundle for a checkpoint: prompts, the statistics taken with them, a threshold.
+
+    tapt-serve calibrate --data DIR --out BUNDLE [--model embedded] ...
+
+Labelled pictures teach prompts. Unlabelled ones take fresh statistics for the prompts of a bundle
+that exists (`--prompts BUNDLE --labels cat,dog,...`). A run that was cut short goes on from
+`BUNDLE.partial` when it is started again with the same settings.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import Progress as Bar
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.bundle import DefenseBundle, load_bundle
+from models.calibration.prompt_tuning import Progress, Tuning, attack, begin, tune
+from models.checkpoint import Checkpoint, ModelError, load_checkpoint
+from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier, Picture
+from models.data import DataError, Dataset, open_dataset
+from models.labels import LabelBatch, tokenize
+from models.prompts import DESIGNS, DefensePrompts
+from models.statistics import TokenStatistics, token_moments
+from models.views import make_views
+
+CHUNK = 64  # pictures at once outside of the tuning
+SAVE_EVERY = 50  # steps
+CPU = torch.device("cpu")
+
+
+@dataclass(slots=True)
+class Pictures:
+    """View 0 of pictures, uint8 [3, S, S] each, and their labels, -1 where there is none."""
+
+    pixels: list[Tensor] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def add(self, view: Tensor, label: int) -> None:
+        self.pixels.append(view)
+        self.labels.append(label)
+
+    def stack(self) -> tuple[Tensor, Tensor]:
+        """uint8 [N, 3, S, S] and [N]."""
+        return torch.stack(self.pixels), torch.tensor(self.labels)
+
+
+def gather(
+    checkpoint: Checkpoint, data: Dataset, shots: int, images: int, seed: int, bar: Bar
+) -> tuple[Pictures, Pictures, int]:
+    """Pictures to learn from, `shots` a class, and at most `images` others for statistics and
+    threshold, in an order drawn by `seed`; and how many of the others are learned from as well,
+    which happens where the data has no more.
+
+    Raises:
+        DataError: there is no picture.
+    """
+    learned, others, seen = Pictures(), Pictures(), Counter[int]()
+    most = shots * len(data.names)
+    task = bar.add_task("reading pictures", total=most + images)
+    for example in data.examples(images if most == 0 else None, seed):
+        pile = learned if seen[example.label] < shots else others
+        if pile is others and len(others) == images:
+            continue
+        seen[example.label] += 1
+        view = make_views(example.pixels, 1, 0, checkpoint.preprocessing, CPU)[0]
+        pile.add((view * 255).round().byte(), example.label)
+        bar.advance(task)
+        if len(learned) == most and len(others) == images:
+            break
+    again = min(images - len(others), len(learned))
+    for place in range(again):
+        others.add(learned.pixels[place], learned.labels[place])
+    if not others:
+        raise DataError("there are no pictures to calibrate with")
+    bar.update(task, total=len(learned) + len(others) - again)
+    return learned, others, again
+
+
+def learn(
+    checkpoint: Checkpoint,
+    texts: LabelBatch,
+    words: Tensor,
+    names: list[str],
+    pixels: Tensor,
+    targets: Tensor,
+    tuning: Tuning,
+    partial: Path,
+    bar: Bar,
+) -> DefensePrompts:
+    """Learn prompts, going on from the files in `partial` and leaving them there as it goes.
+
+    `texts` are the names in their template behind the prompts' slots, `words` as in `begin`.
+    """
+    settings = {**asdict(tuning), "names": names, "checkpoint": checkpoint.sha256}
+    settings["pictures"] = len(pixels)
+    clip = checkpoint.clip
+    progress = _resume(partial, settings, checkpoint) or begin(clip, tuning, words)
+    task = bar.add_task("learning prompts", total=tuning.steps, completed=progress.step)
+
+    def report(progress: Progress) -> None:
+        text = f"learning prompts, loss {progress.losses[-1]:.3f}"
+        bar.update(task, completed=progress.step, description=text)
+        if progress.step % SAVE_EVERY == 0:
+            _save(partial, settings, progress)
+
+    prepared = checkpoint.preprocessing
+    return tune(clip, texts, pixels, targets, prepared, tuning, progress, report)
+
+
+def take_statistics(
+    checkpoint: Checkpoint,
+    texts: LabelBatch,
+    pixels: Tensor,
+    targets: Tensor,
+    prompts: DefensePrompts,
+    tuning: Tuning,
+    bar: Bar,
+) -> TokenStatistics:
+    """Clean and adversarial token moments with exactly these prompts.
+
+    Pictures without a label are attacked away from what the prompted model says of them.
+    """
+    clip = checkpoint.clip
+    text = clip.encode_labels(texts, prompts.text)
+    task = bar.add_task("taking statistics", total=2 * len(pixels))
+
+    def batches(attacked: bool) -> Iterator[Tensor]:
+        for start in range(0, len(pixels), CHUNK):
+            batch = (pixels[start : start + CHUNK].float() / 255).to(clip.device)
+            if attacked:
+                goals = targets[start : start + CHUNK].to(clip.device)
+                with torch.no_grad():
+                    seen = clip.encode_images(batch.unsqueeze(0), prompts.vision).features[0]
+                goals = torch.where(goals < 0, (seen @ text.T).argmax(dim=-1), goals)
+                budget = tuning.epsilon, tuning.attack_steps
+                batch = attack(clip, batch, goals, text, prompts, *budget)
+            yield batch
+            bar.advance(task, len(batch))
+
+    clean = token_moments(clip, batches(False), prompts)
+    return TokenStatistics(*clean, *token_moments(clip, batches(True), prompts))
+
+
+def set_thresholds(
+    checkpoint: Checkpoint,
+    bundle: DefenseBundle,
+    names: list[str],
+    pixels: Tensor,
+    views: int,
+    rate: float,
+    bar: Bar,
+) -> dict[str, float]:
+    """The suspicion that a share `rate` of these clean pictures passes, by the prompts that their
+    views are read with."""
+    guard = DefendedClassifier(checkpoint, bundle)
+    task = bar.add_task("setting the thresholds", total=len(pixels))
+    doubts: dict[str, list[float]] = {"learned": [], "none": []}
+    for number, picture in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        asked = Picture(picture, tuple(names), None, "single", number)
+        for name, method in (("learned", "tapt"), ("none", "ensemble")):
+            (found,) = guard.classify([asked], method, views, lambda _, rows: set(rows))
+            doubts[name].append(found.doubt)
+        bar.advance(task)
+    return {name: float(torch.tensor(seen).quantile(1 - rate)) for name, seen in doubts.items()}
+
+
+def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
+    """The whole way from the command's options to a bundle.
+
+    Raises:
+        ModelError, DataError: checkpoint, bundle or pictures cannot be used.
+    """
+    checkpoint = load_checkpoint(options.model, torch.device(options.device))
+    data = open_dataset(options.data)
+    names = options.labels.split(",") if options.labels else data.names
+    if not names:
+        raise DataError(f"{options.data} has no labels; name some with --labels")
+    tuning = Tuning(**{name: getattr(options, name) for name in asdict(Tuning())})
+    if not (options.prompts or data.names):
+        raise DataError(f"{options.data} has no labels to learn from; see --prompts")
+    shots = 0 if options.prompts else options.shots
+    taught, others, again = gather(checkpoint, data, shots, options.images, tuning.seed, bar)
+    if options.prompts:
+        old = load_bundle(options.prompts, checkpoint.clip, checkpoint.sha256)
+        prompts, template, layers = old.prompts, old.template, old.layers
+        # Statistics of the attack that the prompts were learned against.
+        taught_by = old.provenance.get("tuning", asdict(tuning))
+        tuning = replace(tuning, **{n: taught_by[n] for n in ("epsilon", "attack_steps")})
+        made: dict[str, Any] = {
+            "prompts_from": old.describe(),
+            "epsilon": tuning.epsilon,
+            "attack_steps": tuning.attack_steps,
+            "seed": tuning.seed,
+        }
+    else:
+        pixels, targets = taught.stack()
+        partial = options.out.with_name(options.out.name + ".partial")
+        template, words = _begin_text(checkpoint, tuning.design)
+        slots = {"v": 0, "vli": words.shape[1] - 1}.get(tuning.design, tuning.tokens)
+        texts = _tokenize(checkpoint, names, template, slots)
+        prompts = learn(checkpoint, texts, words, names, pixels, targets, tuning, partial, bar)
+        shape = prompts.vision if prompts.vision is not None else prompts.text
+        layers = 0 if shape is None else shape.shape[1]
+        made = {"tuning": asdict(tuning), "shots": options.shots, "pictures": len(pixels)}
+    pixels, targets = others.stack()
+    slots = 0 if prompts.text is None else prompts.text.shape[2]
+    texts = _tokenize(checkpoint, names, template, slots)
+    statistics = take_statistics(checkpoint, texts, pixels, targets, prompts, tuning, bar)
+    bundle = DefenseBundle(
+        prompts=prompts,
+        statistics=statistics,
+        template=template,
+        layers=layers,
+        checkpoint_sha256=checkpoint.sha256,
+        provenance={
+            **made,
+            "data": options.data.name,
+            "classes": len(names),
+            "statistics_pictures": len(pixels),
+            "statistics_pictures_learned_from": again,
+            "threshold_views": options.threshold_views,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+    rate = options.false_positive_rate
+    views = options.threshold_views
+    thresholds = set_thresholds(checkpoint, bundle, names, pixels, views, rate, bar)
+    return replace(bundle, suspicion=thresholds, false_positive_rate=rate)
+
+
+def _begin_text(checkpoint: Checkpoint, design: str) -> tuple[str, Tensor]:
+    """The template behind the prompts, and the tokens [1, 1 + n] of the words that VLI's prompts
+    begin as and stand for, the start token included."""
+    lead, _, rest = DEFAULT_TEMPLATE.partition("{}")
+    ids = checkpoint.tokenizer(lead.strip())["input_ids"][:-1]
+    words = torch.tensor([ids], device=checkpoint.clip.device)
+    return ("{}" + rest if design == "vli" else DEFAULT_TEMPLATE), words
+
+
+def _tokenize(checkpoint: Checkpoint, names: list[str], template: str, slots: int) -> LabelBatch:
+    clip = checkpoint.clip
+    texts = [template.replace("{}", name) for name in names]
+    end = clip.model.config.text_config.eos_token_id
+    return tokenize(checkpoint.tokenizer, end, texts, clip.context_length, slots).to(clip.device)
+
+
+def _save(partial: Path, settings: dict[str, Any], progress: Progress) -> None:
+    """Tensors first, then the file that says how far they are: one without the other is no
+    progress."""
+    partial.mkdir(parents=True, exist_ok=True)
+    tensors = {f"prompts.{k}": v for k, v in progress.prompts.tensors.items()}
+    for name, (first, second) in progress.moments.items():
+        tensors |= {f"first.{name}": first, f"second.{name}": second}
+    meta = {"settings": settings, "step": progress.step, "losses": progress.losses}
+    scratch = partial / f"{progress.step}.tmp"
+    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, scratch)
+    scratch.replace(partial / f"{progress.step}.safetensors")
+    scratch.write_text(json.dumps(meta))
+    scratch.replace(partial / "progress.json")
+    for old in partial.glob("*.safetensors"):
+        if old.stem != str(progress.step):
+            old.unlink()
+
+
+def _resume(partial: Path, settings: dict[str, Any], checkpoint: Checkpoint) -> Progress | None:
+    """The progress of an earlier run with these very settings, if there is one."""
+    try:
+        meta = json.loads((partial / "progress.json").read_text())
+        if meta["settings"] != settings:
+            return None
+        tensors = load_file(partial / f"{meta['step']}.safetensors")
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return None
+    groups: dict[str, dict[str, Tensor]] = {"prompts": {}, "first": {}, "second": {}}
+    for name, value in tensors.items():
+        group, _, key = name.partition(".")
+        groups[group][key] = value.clone().to(checkpoint.clip.device)
+    moments = {name: (groups["first"][name], groups["second"][name]) for name in groups["first"]}
+    prompts = DefensePrompts(settings["design"], groups["prompts"])
+    return Progress(prompts, moments, meta["step"], meta["losses"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tapt-serve calibrate",
+        description="Make a defense bundle for a checkpoint from pictures.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", default="embedded", help="embedded, a directory, or a hub id")
+    parser.add_argument("--data", type=Path, required=True, help="folder or parquet of pictures")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the new bundle")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--shots", type=int, default=16, help="pictures a class to learn from")
+    parser.add_argument("--images", type=int, default=1000, help="for statistics and threshold")
+    parser.add_argument("--labels", default="", help="class names instead of the data's own")
+    parser.add_argument("--prompts", type=Path, help="take this bundle's prompts, learn none")
+    parser.add_argument("--threshold-views", type=int, default=16, help="views a picture")
+    parser.add_argument("--false-positive-rate", type=float, default=0.05, help="of the threshold")
+    tuning = parser.add_argument_group("learning")
+    for name, value in asdict(Tuning()).items():
+        kind = _number if isinstance(value, float) else type(value)
+        choices = sorted(DESIGNS.keys() - {"text"}) if name == "design" else None
+        tuning.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, default=value, choices=choices, help=" "
+        )
+    return parser
+
+
+def _number(text: str) -> float:
+    """A number, or a fraction such as 2/255."""
+    return float(Fraction(text))
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    try:
+        with Bar() as bar:
+            bundle = calibrate(options, bar)
+    except (ModelError, DataError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    bundle.save(options.out)
+    shutil.rmtree(options.out.with_name(options.out.name + ".partial"), ignore_errors=True)
+    print(f"{options.out}: {bundle.prompts.design} prompts {bundle.prompts_sha256[:12]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

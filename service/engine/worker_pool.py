@@ -1,0 +1,237 @@
+"""The workers as the engine sees them: which are ready, and what each of them runs."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+from service.engine.scheduler import Item
+from service.messages import (
+    Answer,
+    Beat,
+    Failure,
+    Fatal,
+    Finished,
+    Progress,
+    ProgressEvent,
+    Ready,
+    Settled,
+)
+from service.telemetry.metrics import Metrics
+from service.telemetry.record import record_batch, record_counts
+from service.worker.supervisor import Backend, Event, Lost
+
+SMOOTHING = 0.2  # weight of the last batch in the mean seconds per request
+
+
+class Listener(Protocol):
+    """Who gives the batches, and is told what becomes of them."""
+
+    def on_begin(self, items: list[Item]) -> None:
+        """A worker begins with a batch: these of it are still wanted."""
+
+    def on_result(self, item: Item, result: Answer | Failure) -> None:
+        """Called once for each item of a batch, unless it was dropped or lost before."""
+
+    def on_progress(self, item: Item, event: ProgressEvent) -> None:
+        """News of an item whose result is still to come."""
+
+    def on_lost(self, running: list[Item], waiting: list[Item]) -> None:
+        """A worker is gone: what of its batch had no result, and what it had not begun."""
+
+    def on_event(self) -> None:
+        """Called last after every event: a worker may be free, ready, or given up."""
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """`items` are those that have no result yet and are still wanted; `size` is how many were when
+    it began."""
+
+    items: dict[str, Item]
+    size: int = 0
+    began: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    """The first of its batches runs until it is finished, even if nobody waits for it any more; a
+    second one lies ready beside the worker, so that it has work the moment the first one ends."""
+
+    name: str
+    backend: Backend
+    ready: bool = False
+    exhausted: bool = False
+    batches: deque[_Batch] = field(default_factory=deque)
+
+    @property
+    def running(self) -> list[Item]:
+        return list(self.batches[0].items.values()) if self.batches else []
+
+    @property
+    def waiting(self) -> list[Item]:
+        return list(self.batches[1].items.values()) if len(self.batches) > 1 else []
+
+
+class WorkerPool:
+    """All workers; each runs one batch at a time, and may have the next.
+
+    `model` is what the last Ready said, `fatal` the sentence of a model that cannot be served,
+    `seconds_per_request` a running mean of the time of a batch over its size.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        backends: Sequence[Backend],
+        listener: Listener,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model: Ready | None = None
+        self.fatal: str | None = None
+        self.seconds_per_request = 1.0
+        self._metrics = metrics
+        self._listener = listener
+        self._clock = clock
+        self._workers = [_Worker(str(i), backend) for i, backend in enumerate(backends)]
+
+    @property
+    def ready(self) -> int:
+        """How many have their model loaded."""
+        return sum(worker.ready for worker in self._workers)
+
+    @property
+    def free(self) -> bool:
+        """Whether one is ready and has no batch."""
+        return any(worker.ready and not worker.batches for worker in self._workers)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether one is ready and has no batch after the one that it runs."""
+        return any(worker.ready and len(worker.batches) < 2 for worker in self._workers)
+
+    @property
+    def alive(self) -> bool:
+        """False when none will ever be ready again."""
+        return self.fatal is None and not all(worker.exhausted for worker in self._workers)
+
+    @property
+    def running(self) -> int:
+        """How many requests are in batches that were begun, and have no result."""
+        return sum(len(worker.running) for worker in self._workers)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the workers say of the model (nothing before one was ready), and their number."""
+        workers = {"configured": len(self._workers), "ready": self.ready}
+        return {**(self.model.info if self.model else {}), "workers": workers}
+
+    def start(self) -> None:
+        for worker in self._workers:
+            self._set_ready(worker, False)
+            worker.backend.start(partial(self._on_event, worker))
+
+    async def stop(self) -> None:
+        for worker in self._workers:
+            self._set_ready(worker, False)
+        await asyncio.gather(*(worker.backend.stop() for worker in self._workers))
+
+    def run(self, batch: list[Item]) -> None:
+        """Give a batch to a free worker, or else to the one whose batch began first."""
+        fit = (worker for worker in self._workers if worker.ready and len(worker.batches) < 2)
+        worker = min(fit, key=lambda worker: [batch.began for batch in worker.batches])
+        worker.batches.append(_Batch({item.work.id: item for item in batch}))
+        worker.backend.run([item.work for item in batch])
+        if len(worker.batches) == 1:
+            self._begin(worker)
+
+    def _begin(self, worker: _Worker) -> None:
+        batch, items = worker.batches[0], worker.running
+        batch.size, batch.began = len(items), self._clock()
+        if items:
+            record_batch(self._metrics, [item.work for item in items])
+            self._listener.on_begin(items)
+
+    def cancel(self, id: str) -> bool:
+        """Drop an item that nobody waits for any more; whether it was being worked on."""
+        for worker in self._workers:
+            began = bool(worker.batches) and id in worker.batches[0].items
+            if self._drop(worker, [id]):
+                return began
+        return False
+
+    def expire(self, now: float) -> list[Item]:
+        """Drop the items whose deadline has come before their batch was begun."""
+        return [
+            item
+            for worker in self._workers
+            for item in self._drop(worker, [i.work.id for i in worker.waiting if i.deadline <= now])
+        ]
+
+    def recall(self) -> list[Item]:
+        """Take back what lies ready beside one of the workers, for another that is free now."""
+        for worker in self._workers:
+            if waiting := worker.waiting:
+                return self._drop(worker, [item.work.id for item in waiting])
+        return []
+
+    def wake_at(self) -> float | None:
+        """The instant at which `expire` will have something, if any."""
+        waiting = (item for worker in self._workers for item in worker.waiting)
+        return min((item.deadline for item in waiting), default=None)
+
+    def _drop(self, worker: _Worker, ids: list[str]) -> list[Item]:
+        """Take items out of a worker's batches, and tell it."""
+        found = [item for id in ids if (item := self._take(worker, id))]
+        if found:
+            worker.backend.cancel(frozenset(item.work.id for item in found))
+        return found
+
+    def _take(self, worker: _Worker, id: str) -> Item | None:
+        """Take an item out of the batch that it is in."""
+        for batch in worker.batches:
+            if item := batch.items.pop(id, None):
+                return item
+        return None
+
+    def _set_ready(self, worker: _Worker, ready: bool) -> None:
+        worker.ready = ready
+        self._metrics.worker_up.labels(worker.name).set(ready)
+
+    def _on_event(self, worker: _Worker, event: Event) -> None:
+        match event:
+            case Beat(memory_bytes=memory):
+                self._metrics.device_memory_bytes.labels(worker.name).set(memory)
+            case Ready():
+                self.model = event
+                self._set_ready(worker, True)
+            case Progress(id=id, event=update):
+                if worker.batches and (item := worker.batches[0].items.get(id)):
+                    self._listener.on_progress(item, update)
+            case Settled(id=id, result=result):
+                # Taken once: a second result, or one that nobody waits for, finds nothing.
+                if item := self._take(worker, id):
+                    self._listener.on_result(item, result)
+            case Finished(counts=counts) if worker.batches:
+                batch = worker.batches.popleft()
+                if batch.size:
+                    seconds = (self._clock() - batch.began) / batch.size
+                    self.seconds_per_request += SMOOTHING * (seconds - self.seconds_per_request)
+                for item in batch.items.values():
+                    self._listener.on_result(item, Failure("internal", "The worker was silent."))
+                if worker.batches:
+                    self._begin(worker)
+                record_counts(self._metrics, counts)
+            case Lost(restarting=restarting):
+                self._set_ready(worker, False)
+                worker.exhausted = not restarting
+                self._metrics.worker_restarts.inc(restarting)
+                running, waiting = worker.running, worker.waiting
+                worker.batches.clear()
+                self._listener.on_lost(running, waiting)
+            case Fatal(message=message):
+                self.fatal = message
+        self._listener.on_event()

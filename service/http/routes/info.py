@@ -1,0 +1,71 @@
+"""`GET /info` and `GET /metrics`: what runs here, and how it fares."""
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+from prometheus_client.exposition import choose_encoder
+
+from service.http.authentication import check_key, check_metrics
+from service.http.routes.docs import errors_of
+from service.intake.decode import DOOR_LENGTH, DOOR_SIDE, FORMATS, MAX_ASPECT
+from service.settings import Settings
+
+router = APIRouter(tags=["operation"], responses=errors_of(401))
+
+DEFAULTS = ("tier", "method", "steps", "views", "readout", "hypothesis_template")
+LIMITS = (
+    "max_tier",
+    "max_steps",
+    "max_views",
+    "max_labels",
+    "max_label_chars",
+    "max_body_bytes",
+    "max_image_pixels",
+    "max_queue_size",
+    "max_batch_size",
+    "request_timeout_ms",
+    "upload_timeout_ms",
+)
+POLICIES = ("allow_client_seed", "allow_image_urls", "expose", "on_overload")
+
+
+@router.get("/info", summary="Model, limits, defaults, versions", dependencies=[Depends(check_key)])
+async def info(request: Request) -> dict[str, Any]:
+    """What the workers say of the model (nothing of it before one was ready), and the settings
+    that a client may care about."""
+    settings: Settings = request.app.state.settings
+    values = settings.model_dump()
+    images = {
+        "formats": FORMATS,
+        "shorter_side": DOOR_SIDE,
+        "longer_side": DOOR_LENGTH,
+        "max_aspect": MAX_ASPECT,
+    }
+    return {
+        **request.app.state.engine.info,
+        "service": {"name": "tapt-serve", "version": version("tapt-serve")},
+        "defaults": {name: values[name] for name in DEFAULTS},
+        "limits": {name: values[name] for name in LIMITS},
+        "policies": {name: values[name] for name in POLICIES}
+        | {
+            "keys": request.app.state.keys.needed,
+            "attack_demo": settings.enable_attack_demo and request.state.caller.may_see_diagnostics,
+        },
+        "images": images,
+    }
+
+
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    dependencies=[Depends(check_metrics)],
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+async def metrics(request: Request) -> Response:
+    """The service and its workers as one target."""
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    registry = request.app.state.metrics.registry
+    return Response(encode(registry), headers={"Content-Type": content_type})

@@ -1,0 +1,52 @@
+"""`GET /`: the playground, a page that asks the API in the browser. It loads nothing from
+elsewhere, and its policy lets nothing else in."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import Response
+
+from service.errors import NotFound
+from service.http.authentication import check_pages
+
+router = APIRouter(include_in_schema=False, dependencies=[Depends(check_pages)])
+
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+FILES = {
+    file.name: file.read_bytes()
+    for file in files("service.playground").iterdir()
+    if Path(file.name).suffix in TYPES
+}
+"""Every file of the page: named here, so that no path of a client's ever reaches the disk."""
+
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+@router.get("/")
+async def page() -> Response:
+    return _file("index.html")
+
+
+@router.get("/playground/{name}")
+async def file(name: str) -> Response:
+    return _file(name)
+
+
+def _file(name: str) -> Response:
+    if name not in FILES:
+        raise NotFound("There is nothing at this address.")
+    return Response(FILES[name], headers=HEADERS, media_type=TYPES[Path(name).suffix])

@@ -1,0 +1,300 @@
+"""Dashboard and rules: current, about metrics that exist, and tried on a real Prometheus."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from benchmarks.dashboard import fill
+from benchmarks.watched import PROMETHEUS, RULES, Watched, watch
+from k8s.monitoring import rules
+from k8s.monitoring.__main__ import ROOT, files
+from k8s.monitoring.panels import ROWS
+from service.settings import Settings
+from service.telemetry.metrics import SECONDS
+from tests.k8s.test_k8s import exposed
+from tests.service.test_service import COFFEE, LABELS
+
+PROMTOOL = shutil.which("promtool")
+QUERIES = {
+    f"{panel.title}: {query.legend}": fill(query.expr, "30s")
+    for panels in ROWS.values()
+    for panel in panels
+    for query in panel.queries
+}
+SERIES = re.compile(r"\btapt[_:][a-zA-Z0-9_:]+")
+
+
+# Without Prometheus.
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_generated_files_are_current(path: Path) -> None:
+    assert path.read_text() == files()[path], "run `python -m k8s.monitoring`"
+
+
+def test_every_series_named_anywhere_exists() -> None:
+    known = exposed()
+    alerts = {alert["alert"]: alert["expr"] for alert in rules.alerts()}
+    for name, expr in {**QUERIES, **rules.recordings(), **alerts}.items():
+        assert set(SERIES.findall(expr)), name
+        assert set(SERIES.findall(expr)) <= known, name
+    told = (ROOT / "docs/runbook.md").read_text()
+    assert set(SERIES.findall(told)) - {"tapt_serve"} <= known
+
+
+def test_the_dashboard_shows_what_was_promised() -> None:
+    board = json.loads((ROOT / "docker/grafana/dashboards/tapt-serve.json").read_text())
+    panels = [panel for panel in board["panels"] if panel["type"] != "row"]
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    shown = " ".join(target["expr"] for panel in panels for target in panel["targets"])
+    for metric in (
+        *("adaptation_seconds", "queue_depth", "batch_size", "requests_total", "entropy_before"),
+        *("entropy_after", "view_agreement", "suspected_adversarial_total", "label_changed_total"),
+        *("worker_restarts_total", "device_memory_bytes", "text_cache_hits_total", "worker_up"),
+    ):
+        assert f"tapt_{metric}" in shown
+    assert {panel["type"] for panel in panels} == {"stat", "timeseries", "heatmap"}
+    # No two panels on one spot, none beyond the 24 columns.
+    cells = [
+        (x, y)
+        for panel in board["panels"]
+        for place in [panel["gridPos"]]
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) == 23
+
+
+def test_alerts_lead_into_the_runbook() -> None:
+    text = (ROOT / "docs/runbook.md").read_text()
+    anchors = {heading.lower() for heading in re.findall(r"^## (\S+)$", text, re.M)}
+    links = {alert["annotations"]["runbook_url"] for alert in rules.alerts()}
+    assert links == {f"docs/runbook.md#{anchor}" for anchor in anchors}
+    assert set(re.findall(r"\(#(\w+)\)", text)) <= anchors
+    knobs = {name.lower().removeprefix("tapt_") for name in re.findall(r"TAPT_[A-Z_]+", text)}
+    assert knobs <= set(Settings.model_fields)
+
+
+def test_the_target_is_a_bucket() -> None:
+    assert rules.TARGET_SECONDS in SECONDS
+    assert isinstance(rules.TARGET_SECONDS, float), "as the bucket's label is written"
+
+
+# With promtool.
+
+
+def series(selector: str, values: str) -> dict[str, str]:
+    return {"series": selector, "values": values}
+
+
+def requests(ok: str, failed: str) -> list[dict[str, str]]:
+    return [
+        series('tapt_requests_total{namespace="a",route="/v1/classify",code="200"}', ok),
+        series('tapt_requests_total{namespace="a",route="/",code="503"}', failed),
+    ]
+
+
+def times(within: str, all: str) -> list[dict[str, str]]:
+    """A histogram of two buckets."""
+    name = "tapt_request_seconds"
+    return [
+        series(f'{name}_bucket{{namespace="a",le="3.0"}}', within),
+        series(f'{name}_bucket{{namespace="a",le="6.0"}}', all),
+        series(f'{name}_bucket{{namespace="a",le="+Inf"}}', all),
+        series(f'{name}_count{{namespace="a"}}', all),
+    ]
+
+
+def entropy(sums: str, counts: str) -> list[dict[str, str]]:
+    return [
+        series('tapt_entropy_before_sum{namespace="a"}', sums),
+        series('tapt_entropy_before_count{namespace="a"}', counts),
+    ]
+
+
+def suspected(part: str, whole: str) -> list[dict[str, str]]:
+    return [
+        series('tapt_suspected_adversarial_total{namespace="a"}', part),
+        series('tapt_view_agreement_count{namespace="a"}', whole),
+    ]
+
+
+def refused(
+    reason: str, values: str, ok: str = "0+100x90", failed: str = "0+0x90"
+) -> list[dict[str, str]]:
+    return [
+        *requests(ok, failed),
+        series('tapt_requests_total{namespace="a",route="/v1/classify",code="429"}', values),
+        series(f'tapt_rejected_total{{namespace="a",reason="{reason}"}}', values),
+    ]
+
+
+def workers(first: str, second: str) -> list[dict[str, str]]:
+    return [
+        series('tapt_worker_up{namespace="a",pod="1",worker="0"}', first),
+        series('tapt_worker_up{namespace="a",pod="2",worker="0"}', second),
+    ]
+
+
+def restarts(values: str) -> list[dict[str, str]]:
+    return [series('tapt_worker_restarts_total{namespace="a"}', values)]
+
+
+# Alert, what happens (a value a minute), when to look, and whether it fires by then.
+CASES: dict[str, tuple[str, list[dict[str, str]], str, bool]] = {
+    "all workers down": ("TaptNoReadyWorker", workers("1 0x20", "1 0x20"), "10m", True),
+    "one of two down": ("TaptNoReadyWorker", workers("1 0x20", "1x20"), "10m", False),
+    "nothing scraped": ("TaptNoReadyWorker", restarts("0x20"), "10m", True),
+    "a tenth fails": ("TaptErrorBudgetBurns", requests("0+90x90", "0+10x90"), "80m", True),
+    "one in twenty fails": ("TaptErrorBudgetBurns", requests("0+95x90", "0+5x90"), "80m", False),
+    "a tenth failed a while ago": (
+        "TaptErrorBudgetBurns",
+        requests("0+90x90", "0+10x60 600x30"),
+        "80m",
+        False,
+    ),
+    "none has failed ever": ("TaptErrorBudgetBurns", requests("0+9x90", "_x90"), "80m", False),
+    "no room for a tenth": ("TaptErrorBudgetBurns", refused("queue_full", "0+12x90"), "80m", True),
+    "one key is over its limit": (
+        "TaptErrorBudgetBurns",
+        refused("key_rate", "0+90x90"),
+        "80m",
+        False,
+    ),
+    "a tenth fails beside it": (
+        "TaptErrorBudgetBurns",
+        refused("key_rate", "0+90x90", "0+90x90", "0+10x90"),
+        "80m",
+        True,
+    ),
+    "slow": ("TaptSlow", times("0+95x60", "0+100x60"), "40m", True),
+    "fast": ("TaptSlow", times("0+100x60", "0+100x60"), "40m", False),
+    "the queue is full": ("TaptRejecting", refused("queue_full", "0+10x60"), "30m", True),
+    "clients get it wrong": ("TaptRejecting", refused("unprocessable", "0+50x60"), "30m", False),
+    "four restarts": ("TaptWorkerRestarts", restarts("0 1 2 3 4x20"), "12m", True),
+    "one restart": ("TaptWorkerRestarts", restarts("0 1x30"), "12m", False),
+    "a surge": (
+        "TaptSuspectedAttackSurge",
+        suspected("0+5x60 300+60x20", "0+100x80"),
+        "80m",
+        True,
+    ),
+    "false positives": (
+        "TaptSuspectedAttackSurge",
+        suspected("0+5x80", "0+100x80"),
+        "80m",
+        False,
+    ),
+    "always that much": (
+        "TaptSuspectedAttackSurge",
+        suspected("0+30x80", "0+100x80"),
+        "80m",
+        False,
+    ),
+    "other pictures": (
+        "TaptEntropyDrift",
+        entropy("0+100x120 12000+300x80", "0+100x200"),
+        "200m",
+        True,
+    ),
+    "the same pictures": ("TaptEntropyDrift", entropy("0+100x200", "0+100x200"), "200m", False),
+}
+
+
+def write_cases(names: list[str]) -> dict[str, Any]:
+    """Cases as one test of promtool's, a namespace each, so that they pass its slow set-up once.
+
+    Its own tests of alerts compare all annotations; a query of ALERTS asks no more than whether.
+    """
+    given, asked = [], []
+    for number, name in enumerate(names):
+        alert, inputs, when, fires = CASES[name]
+        own = f'namespace="{number}"'
+        given += [
+            {**each, "series": each["series"].replace('namespace="a"', own)} for each in inputs
+        ]
+        # What is absent has no namespace.
+        which = "" if name == "nothing scraped" else f",{own}"
+        expr = f'count(ALERTS{{alertname="{alert}",alertstate="firing"{which}}}) or vector(0)'
+        expected = [{"labels": "{}", "value": int(fires)}]
+        asked.append({"expr": expr, "eval_time": when, "exp_samples": expected})
+    return {"interval": "1m", "input_series": given, "promql_expr_test": asked}
+
+
+def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
+    if not PROMTOOL:
+        pytest.skip("promtool (Debian's prometheus) is not installed, so no alert was tried")
+    assert {alert for alert, _, _, fires in CASES.values() if fires} == {
+        alert["alert"] for alert in rules.alerts()
+    }
+    alone = ["nothing scraped"]
+    tests = [write_cases([name for name in CASES if name not in alone]), write_cases(alone)]
+    file = tmp_path / "cases.yml"
+    file.write_text(
+        yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests})
+    )
+    for command in (["check", "rules", str(RULES)], ["test", "rules", str(file)]):
+        done = subprocess.run([PROMTOOL, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+# With Prometheus.
+
+
+def bother(watched: Watched) -> None:
+    """A little of everything that a metric counts."""
+    form = {"labels": json.dumps(LABELS)}
+    asked = [
+        *({**form, "defense": json.dumps({"method": method})} for method in ("tapt", "plain")),
+        {**form, "defense": json.dumps({"method": "ensemble"})},
+        {"labels": json.dumps(["word " * 50, "dog"])},  # more than the model's context
+        {"labels": "dog"},  # too few
+    ]
+
+    def ask(fields: dict[str, str]) -> None:
+        url = f"{watched.service}/v1/classify"
+        httpx.post(url, data=fields, files={"image": COFFEE}, timeout=90)
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        list(pool.map(ask, asked))
+
+
+def finite(watched: Watched, expr: str, since: float) -> bool:
+    """Whether a query found a number at some instant."""
+    found = watched.range(expr, since, time.time(), 1)
+    return any(math.isfinite(float(value)) for one in found for _, value in one["values"])
+
+
+@pytest.mark.timeout(400)  # for a machine that has other things to do
+@pytest.mark.skipif(not PROMETHEUS, reason="prometheus is not installed, so no query was tried")
+def test_every_query_finds_data_while_the_service_is_used() -> None:
+    alerts = " ".join(alert["expr"] for alert in rules.alerts())
+    wanted = {**QUERIES, **{name: name for name in rules.recordings()}}
+    wanted |= {name: name for name in SERIES.findall(alerts)}
+    with watch("--max-queue-size", "2") as watched:
+        began, limit = time.time(), time.monotonic() + 240
+        while missing := {n for n, expr in wanted.items() if not finite(watched, expr, began)}:
+            assert time.monotonic() < limit, f"no data: {sorted(missing)}"
+            bother(watched)
+        told = [rule for group in watched.ask("rules")["groups"] for rule in group["rules"]]
+        assert {rule["health"] for rule in told} == {"ok"}
+        assert len(told) == len(rules.recordings()) + len(rules.alerts())
+        # What the autoscalers ask, with their adapter's blanks filled in.
+        values = yaml.safe_load((ROOT / "k8s/components/hpa/adapter-values.yaml").read_text())
+        for rule in values["rules"]["custom"]:
+            blanks = {"<<.Series>>": rule["seriesQuery"], "<<.LabelMatchers>>": ""}
+            expr = rule["metricsQuery"].replace("<<.GroupBy>>", "instance")
+            for blank, filling in blanks.items():
+                expr = expr.replace(blank, filling)
+            assert finite(watched, expr, began), expr

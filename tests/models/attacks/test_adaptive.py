@@ -1,0 +1,248 @@
+"""An adaptive attacker differentiates the very defense that answers, its steps included."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models.attacks.adaptive import Defended, gather, surrogates
+from models.attacks.attack import Budget, cross_entropy, look, slope
+from models.attacks.pgd import pgd
+from models.attacks.preflight import preflight
+from models.attacks.threats import encode, transfer
+from models.attacks.unrolled import unroll
+from models.classifier import DefendedClassifier, Picture
+from models.defenses import DEFENSES, gate, thrift
+from models.evaluation.trial import without_resize
+from models.label_encoder import join_encoded
+from models.objective import Adapts, Objective
+from models.views import cut_views
+from tests import tiny
+
+NAMES = ("cat", "dog", "lemon", "cliff")
+VIEWS = 6
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory: pytest.TempPathFactory) -> DefendedClassifier:
+    checkpoint = tiny.load(tiny.save_checkpoint(tmp_path_factory.mktemp("clip")))
+    bundle = tiny.make_bundle(checkpoint)
+    objective = Objective(bundle.statistics, bundle.layers, 10.0, learning_rate=0.05)
+    return without_resize(DefendedClassifier(checkpoint, bundle, objective, selection_ratio=0.4))
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Any]:
+    return [tiny.draw_image(number)[:32, :32].copy() for number in range(3)]
+
+
+@pytest.fixture(scope="module")
+def pixels(images: list[Any]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+
+
+def answer(
+    guard: DefendedClassifier, images: list[Any], method: str, steps: int, readout: str
+) -> Tensor:
+    """What the guard itself says, as probabilities [N, C], with seeds 0, 1, 2."""
+    pictures = [Picture(image, NAMES, None, readout, seed) for seed, image in enumerate(images)]
+    found = guard.classify(
+        pictures, method, VIEWS, lambda taken, rows: set(rows) if taken >= steps else set()
+    )
+    verdicts = {finding.verdict.row: finding.verdict.probabilities for finding in found}
+    return torch.stack([verdicts[row] for row in range(len(images))])
+
+
+def attackable(
+    guard: DefendedClassifier, method: str, steps: int = 1, readout: str = "all", way: int = 0
+) -> Defended:
+    model = list(surrogates(guard, NAMES, method, VIEWS, steps, readout, 0).values())[way]
+    assert isinstance(model, Defended)
+    return model
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("method", DEFENSES)
+def test_what_is_attacked_is_what_answers(
+    guard: DefendedClassifier, images: list[Any], pixels: Tensor, method: str, steps: int
+) -> None:
+    for way in range(len(surrogates(guard, NAMES, method, VIEWS, steps, "all", 0))):
+        model = attackable(guard, method, steps, way=way)
+        found = model.answer(pixels.clone().requires_grad_(), [0, 1, 2]).exp()
+        expected = answer(guard, images, method, steps, "all")
+        torch.testing.assert_close(found.detach(), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("threshold", [-2, 2])
+def test_both_ways_past_the_gate_are_attacked(
+    guard: DefendedClassifier,
+    images: list[Any],
+    pixels: Tensor,
+    threshold: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gate, "THRESHOLD", threshold)
+    found = attackable(guard, "gate").answer(pixels, [0, 1, 2]).exp()
+    expected = answer(guard, images, "plain" if threshold < 0 else "tapt", 1, "all")
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_both_ways_of_thrift_are_attacked(
+    guard: DefendedClassifier,
+    images: list[Any],
+    pixels: Tensor,
+    enough: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(thrift, "agree", lambda p: torch.full((len(p),), enough, dtype=torch.bool))
+    found = attackable(guard, "thrift").answer(pixels, [0, 1, 2]).exp()
+    expected = answer(guard, images, "thrift", 1, "all")
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("readout", ["single", "kept", "weighted"])
+def test_every_readout_is_attacked_as_it_answers(
+    guard: DefendedClassifier, images: list[Any], pixels: Tensor, readout: str
+) -> None:
+    for way in (0, 1):
+        found = attackable(guard, "tapt", 1, readout, way).answer(pixels, [0, 1, 2]).exp()
+        expected = answer(guard, images, "tapt", 1, readout)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("adapts", ["vision", "text"])
+def test_held_prompts_are_held_for_the_attacker(
+    guard: DefendedClassifier, images: list[Any], pixels: Tensor, adapts: Adapts
+) -> None:
+    objective = replace(guard.objective, adapts=adapts)
+    held = DefendedClassifier(guard.checkpoint, guard.bundle, objective, guard.selection_ratio)
+    expected = answer(held, images, "tapt", 2, "all")
+    assert not torch.equal(expected, answer(guard, images, "tapt", 2, "all"))
+    for way in (0, 1):
+        leaf = pixels.clone().requires_grad_()
+        found = attackable(held, "tapt", 2, way=way).answer(leaf, [0, 1, 2]).exp()
+        torch.testing.assert_close(found.detach(), expected, atol=1e-4, rtol=1e-3)
+        (gradient,) = torch.autograd.grad(found[:, 0].sum(), leaf)
+        assert gradient.abs().amax() > 0
+
+
+@pytest.mark.parametrize("method", DEFENSES)
+def test_gradients_reach_the_pixels_of_every_picture(
+    guard: DefendedClassifier, pixels: Tensor, method: str
+) -> None:
+    for way in range(len(surrogates(guard, NAMES, method, VIEWS, 1, "all", 0))):
+        model, labels = attackable(guard, method, way=way), torch.tensor([0, 1, 2])
+        at = slope(model, pixels, labels, cross_entropy, 2)
+        assert at.gradient.isfinite().all()
+        assert (at.gradient.flatten(1).abs().amax(dim=1) > 0).all()
+
+
+def test_views_are_drawn_anew_at_every_call(guard: DefendedClassifier, pixels: Tensor) -> None:
+    model = attackable(guard, "ensemble")
+    assert not torch.equal(model(pixels), model(pixels))
+    assert torch.equal(attackable(guard, "ensemble")(pixels), attackable(guard, "ensemble")(pixels))
+
+
+def test_the_gradient_of_views_is_that_of_the_resampling(
+    guard: DefendedClassifier, pixels: Tensor
+) -> None:
+    levels, source = pixels[0] * 255, torch.Generator().manual_seed(0)
+    weights = torch.randn(VIEWS, 3, 32, 32, generator=source)
+    change = torch.randint(-40, 41, levels.shape, generator=source)
+    change = (levels + change).clamp(0, 255) - levels
+
+    def read(at: Tensor) -> Tensor:
+        return (weights * cut_views(at, VIEWS, 7, guard.checkpoint.preprocessing)).sum()
+
+    leaf = levels.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(read(leaf), leaf)
+    # Resampling is linear but for the rounding, which averages out over so many pixels.
+    real = read(levels + change) - read(levels)
+    assert float((gradient * change).sum()) == pytest.approx(float(real), rel=0.05)
+
+
+@pytest.mark.parametrize(("method", "steps"), [("tapt", 1), ("tapt", 2), ("rtpt", 1)])
+def test_the_unrolled_gradient_against_finite_differences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, steps: int
+) -> None:
+    # What the model keeps in fp32 is kept in fp64 here, where differences are sharp.
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    checkpoint = tiny.load(tiny.save_checkpoint(tmp_path, image_size=16, width=16, layers=2))
+    clip = checkpoint.clip
+    clip.model.double()
+    clip.dtype = torch.float64
+    bundle = tiny.make_bundle(checkpoint)
+    tensors = {name: value.double() for name, value in bundle.prompts.tensors.items()}
+    bundle = replace(bundle, prompts=bundle.prompts.map(tensors))
+    guard = DefendedClassifier(checkpoint, bundle)
+    labels = encode(guard, NAMES, DEFENSES[method].prompting)
+    objective = Objective(bundle.statistics, bundle.layers, 10.0, learning_rate=0.05)
+    if method == "rtpt":
+        objective = Objective(of_mean=False, learning_rate=0.05)
+    batch, text = join_encoded([labels])
+    source = torch.Generator().manual_seed(0)
+    views = torch.rand(1, 3, 3, 16, 16, generator=source, dtype=torch.float64)
+    direction = torch.randn(views.shape, generator=source, dtype=torch.float64)
+
+    def read(at: Tensor) -> Tensor:
+        moved = unroll(clip, at, batch, text, labels.prompts, objective, steps)
+        fresh = clip.encode_labels(batch, moved.text, graph=True)
+        # Not of these views themselves: only the way through the prompts is under test.
+        seen = clip.encode_images(views, moved.vision).features
+        return clip.class_logits(seen, fresh, batch).log_softmax(dim=-1)[0, :, 0].sum()
+
+    with sdpa_kernel(SDPBackend.MATH):
+        leaf = views.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(read(leaf), leaf)
+        size = 1e-5
+        change = read(views + size * direction) - read(views - size * direction)
+    slope_along = float((gradient * direction).sum())
+    assert abs(slope_along) > 1e-6
+    assert slope_along == pytest.approx(change.item() / (2 * size), rel=1e-4)
+
+
+def test_unrolling_sees_what_holding_does_not(guard: DefendedClassifier, pixels: Tensor) -> None:
+    labels = torch.tensor([0, 1, 2])
+    gradients = [
+        slope(attackable(guard, "tapt", way=way), pixels, labels, cross_entropy, 1).gradient
+        for way in (0, 1)
+    ]
+    gap = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert gap > 1e-3
+
+
+def test_an_adaptive_attack_is_stronger_than_a_transferred_one(
+    guard: DefendedClassifier, pixels: Tensor
+) -> None:
+    budget, seeds = Budget(8 / 255, steps=8, draws=2), [0, 1, 2]
+    model = attackable(guard, "ensemble")
+    labels = model(pixels).argmax(dim=1)
+
+    def hurt(attacked: Tensor) -> float:
+        return look(model, attacked, labels, cross_entropy, 16).loss.mean().item()
+
+    adapted = hurt(pgd(model, pixels, labels, budget, seeds))
+    assert adapted > hurt(pgd(transfer(guard, NAMES), pixels, labels, budget, seeds))
+
+
+def test_a_saturated_defense_is_caught(guard: DefendedClassifier, pixels: Tensor) -> None:
+    model = attackable(guard, "plain")
+    labels = model(pixels).argmax(dim=1)
+    budget = Budget(12 / 255, steps=8, queries=60)
+    honest = preflight(model, pixels, labels, budget, [0, 1, 2])
+    assert not any("masked" in sentence for sentence in honest)
+    masked = " ".join(
+        preflight(lambda x: (1e6 * model(x)).log_softmax(1), pixels, labels, budget, [0, 1, 2])
+    )
+    assert "gradient is zero on 3 of 3" in masked
+
+
+def test_gather_picks_views_by_picture() -> None:
+    values = torch.arange(6).view(2, 3)
+    assert gather(values, torch.tensor([[2, 0], [1, 1]])).tolist() == [[2, 0], [4, 4]]

@@ -1,0 +1,182 @@
+"""Bundles are learned from pictures, the same after a break, and only for their checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.progress import Progress
+
+from models.attacks.pgd import ascend
+from models.bundle import DefenseBundle, load_bundle
+from models.calibration import calibrate
+from models.calibration.prompt_tuning import Tuning
+from models.checkpoint import Checkpoint
+from models.data import open_dataset
+from tests import tiny
+
+NAMES = ("cat", "dog", "lemon")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(directory: Path) -> Checkpoint:
+    return tiny.load(directory)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of eight pictures, each class with a colour of its own."""
+    root = tmp_path_factory.mktemp("pictures")
+    for label, name in enumerate(NAMES):
+        (root / name).mkdir()
+        for number in range(8):
+            pixels = tiny.draw_image(10 * label + number) // 4
+            pixels[..., label] += 150
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+def run(directory: Path, folder: Path, out: Path, *more: str) -> int:
+    flags = f"--steps 60 --batch 12 --rate 1e-2 --depth 2 --tokens 4 --epsilon 2/255 --images 12 \
+        --threshold-views 4 --warm-up 5 --model {directory} --data {folder} --out {out}"
+    return calibrate.main([*flags.split(), *more])
+
+
+@pytest.mark.parametrize("design", ["v", "vli", "vlj"])
+def test_a_bundle_is_made_and_its_loss_falls(
+    directory: Path,
+    checkpoint: Checkpoint,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    design: str,
+) -> None:
+    losses: list[float] = []
+    tune = calibrate.tune
+
+    def watch(*arguments: object) -> object:
+        report = arguments[-1]
+
+        def both(progress: calibrate.Progress) -> None:
+            losses.append(progress.losses[-1])
+            report(progress)  # type: ignore[operator]
+
+        return tune(*arguments[:-1], both)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(calibrate, "tune", watch)
+    out = tmp_path / "bundle"
+    assert run(directory, folder, out, "--design", design) == 0
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    bundle = load_bundle(out, checkpoint.clip, checkpoint.sha256)
+    assert bundle.prompts.design == design
+    assert bundle.statistics is not None
+    assert not torch.equal(bundle.statistics.clean_mean, bundle.statistics.adv_mean)
+    assert bundle.suspicion.keys() == {"learned", "none"}
+    assert all(0 < threshold < 1 for threshold in bundle.suspicion.values())
+    assert bundle.provenance["tuning"]["epsilon"] == pytest.approx(2 / 255)
+    assert not out.with_name("bundle.partial").exists()
+
+
+def test_the_text_prompts_of_vli_start_where_they_change_nothing(checkpoint: Checkpoint) -> None:
+    clip, depth = checkpoint.clip, checkpoint.clip.text_layers
+    template, words = calibrate._begin_text(checkpoint, "vli")
+    assert template == "{}."
+    prompts = calibrate.begin(clip, Tuning(depth=depth), words).prompts
+    assert prompts.text is not None
+    slots = words.shape[1] - 1
+    assert prompts.text.shape == (1, depth, slots, clip.text_width)
+    names = list(NAMES)
+    texts = calibrate._tokenize(checkpoint, names, template, slots)
+    plain = calibrate._tokenize(checkpoint, names, calibrate.DEFAULT_TEMPLATE, 0)
+    torch.testing.assert_close(clip.encode_labels(texts, prompts.text), clip.encode_labels(plain))
+
+
+def test_a_run_cut_short_ends_as_one_in_a_piece(
+    directory: Path,
+    checkpoint: Checkpoint,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(out: Path) -> DefenseBundle:
+        return load_bundle(out, checkpoint.clip, checkpoint.sha256)
+
+    assert run(directory, folder, tmp_path / "whole") == 0
+    save = calibrate._save
+
+    def cut(*arguments: object) -> None:
+        save(*arguments)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, "_save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(directory, folder, tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    monkeypatch.setattr(calibrate, "_save", save)
+    resumed: list[int] = []
+    tune = calibrate.tune
+    monkeypatch.setattr(
+        calibrate,
+        "tune",
+        lambda *a: (resumed.append(a[-2].step), tune(*a))[1],  # type: ignore[attr-defined]
+    )
+    assert run(directory, folder, tmp_path / "cut") == 0
+    assert resumed == [50]
+    for name, value in load(tmp_path / "whole").prompts.tensors.items():
+        torch.testing.assert_close(load(tmp_path / "cut").prompts.tensors[name], value)
+
+
+def test_unlabelled_pictures_take_statistics_for_known_prompts(
+    directory: Path, checkpoint: Checkpoint, folder: Path, tmp_path: Path
+) -> None:
+    tiny.make_bundle(checkpoint).save(tmp_path / "old")
+    old = load_bundle(tmp_path / "old", checkpoint.clip, checkpoint.sha256)
+    more = ["--prompts", str(tmp_path / "old"), "--labels", ",".join(NAMES)]
+    assert run(directory, folder / "cat", tmp_path / "new", *more) == 0
+    new = load_bundle(tmp_path / "new", checkpoint.clip, checkpoint.sha256)
+    assert new.prompts_sha256 == old.prompts_sha256
+    assert new.statistics is not None
+    assert old.statistics is not None
+    assert not torch.equal(new.statistics.clean_mean, old.statistics.clean_mean)
+
+
+@pytest.mark.parametrize(("shots", "learned", "again"), [(4, 12, 0), (6, 18, 6), (0, 0, 0)])
+def test_the_threshold_is_set_on_pictures_that_taught_nothing(
+    checkpoint: Checkpoint, folder: Path, shots: int, learned: int, again: int
+) -> None:
+    """As far as there are others; how many are not is said."""
+    with Progress(disable=True) as bar:
+        taught, others, twice = calibrate.gather(
+            checkpoint, open_dataset(folder), shots, 12, 0, bar
+        )
+    assert (len(taught), len(others), twice) == (learned, 12, again)
+    assert all(taught.labels.count(label) == shots for label in range(3))
+    known = {view.numpy().tobytes() for view in taught.pixels}
+    assert sum(view.numpy().tobytes() in known for view in others.pixels) == again
+
+
+def test_unlabelled_pictures_cannot_teach(
+    directory: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(directory, folder / "cat", tmp_path / "bundle", "--labels", "cat,dog") == 1
+    assert "no labels to learn from" in capsys.readouterr().err
+
+
+def test_the_inner_loop_stays_in_its_ball_and_raises_the_loss() -> None:
+    pixels = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return (x * weights).sum()
+
+    attacked = ascend(pixels, loss, 0.03, 10, 0.01, torch.Generator().manual_seed(2))
+    assert (attacked - pixels).abs().max() <= 0.03 + 1e-6
+    assert attacked.min() >= 0
+    assert attacked.max() <= 1
+    best = (pixels + 0.03 * weights.sign()).clamp(0, 1)
+    torch.testing.assert_close(attacked, best, atol=1e-6, rtol=0)  # a linear loss has one answer

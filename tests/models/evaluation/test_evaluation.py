@@ -1,0 +1,408 @@
+"""Accuracy under attack is counted honestly, with intervals, and survives a kill."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.attacks import ATTACKS
+from models.checkpoint import Checkpoint
+from models.classifier import DefendedClassifier
+from models.data import DataError
+from models.defenses import ttc
+from models.evaluation import command, trial
+from models.evaluation.detection import detect, write_detection
+from models.evaluation.hub import open_anywhere
+from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
+from models.evaluation.scores import auroc, difference, threshold, wilson
+from models.evaluation.table import tally, write_markdown
+from service.cli import main as cli
+from tests import tiny
+
+NAMES = ("cat", "dog", "lemon")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(directory: Path) -> Checkpoint:
+    return tiny.load(directory)
+
+
+@pytest.fixture(scope="module")
+def guard(checkpoint: Checkpoint) -> DefendedClassifier:
+    return trial.without_resize(DefendedClassifier(checkpoint, tiny.make_bundle(checkpoint)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) -> Path:
+    """Twelve pictures, each in the folder of the class that undefended CLIP names."""
+    root, guard = tmp_path_factory.mktemp("pictures"), DefendedClassifier(checkpoint, None)
+    for name in NAMES:
+        (root / name).mkdir()
+    images = [tiny.draw_image(number) for number in range(12)]
+    protocol = trial.Protocol(["plain"], [], [], [], trial.Budget(0), views=1)
+    for number, (label, _) in enumerate(
+        trial.answers(guard, NAMES, images, "plain", protocol, range(12))
+    ):
+        Image.fromarray(images[number]).save(root / NAMES[label] / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) -> Path:
+    directory = tmp_path_factory.mktemp("bundles") / "bundle"
+    tiny.make_bundle(checkpoint).save(directory)
+    return directory
+
+
+def run(directory: Path, folder: Path, bundle: Path, out: Path, *more: str) -> int:
+    flags = f"--model {directory} --data {folder} --bundle {bundle} --json {out} --views 4 \
+        --labels {','.join(NAMES)} --defenses plain,ensemble,apt,tapt \
+        --threats clean,transfer,static --attacks pgd,square --eps 2/255,40/255 \
+        --attack-steps 5 --queries 10 --batch 5"
+    return command.main([*flags.split(), *more])
+
+
+def read(out: Path) -> tuple[dict[str, Any], dict[tuple[str, str, float], dict[str, Any]]]:
+    facts = json.loads(out.read_text())
+    return facts, {(row["defense"], row["threat"], row["epsilon"]): row for row in facts["rows"]}
+
+
+def test_the_table_is_written(
+    directory: Path, folder: Path, bundle: Path, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    out = tmp_path / "deep" / "out.json"
+    assert run(directory, folder, bundle, out) == 0
+    facts, rows = read(out)
+    assert facts["settings"]["checkpoint_sha256"] == checkpoint.sha256
+    assert facts["settings"]["bundle"]["prompts_sha256"]
+    assert facts["machine"]["torch"] == torch.__version__
+    assert facts["data"]["n"] == 12
+    assert rows["plain", CLEAN, 0]["accuracy"] == 1
+    assert rows["plain", "transfer", 40]["accuracy"] == 0
+    assert rows["apt", "static", 40]["accuracy"] == 0
+    for defense in ("plain", "ensemble", "apt", "tapt"):
+        clean = rows[defense, CLEAN, 0]
+        assert clean["n"] == 12
+        assert clean["ms_a_picture"] > 0
+        for threat in ("transfer", "static"):
+            for epsilon in (2, 40):
+                row = rows[defense, threat, epsilon]
+                assert row["right"] <= clean["right"]
+                assert "ensemble" in row["difference_from"] or defense == "ensemble"
+                lost = sum(row["broken_first_by"].values())
+                assert row["right"] + lost == clean["right"]  # each is broken once
+    own = rows["apt", "static", 2]["difference_from"]["plain under its own attack"]
+    right, plain = rows["apt", "static", 2]["right"], rows["plain", "transfer", 2]["right"]
+    assert own["value"] == pytest.approx((right - plain) / 12)
+    told = rows["ensemble", "transfer", 40]["suspicion"]
+    assert told["clean"] == 12
+    assert 0 <= told["true_positive_rate_at"]["0.01"]["value"] <= 1
+    assert "suspicion" not in rows["ensemble", CLEAN, 0]
+    assert "suspicion" not in rows["plain", "transfer", 40]  # a single look has no doubts
+    assert "| `tapt` |" in out.with_suffix(".md").read_text()
+    assert "<svg" in out.with_suffix(".svg").read_text()
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_table(
+    directory: Path, folder: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(directory, folder, bundle, tmp_path / "whole.json") == 0
+    whole = (tmp_path / "whole.jsonl").read_text().splitlines()
+    add, calls = Journal.add, 0
+
+    def kill(self: Journal, outcomes: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise KeyboardInterrupt
+        add(self, outcomes)
+
+    monkeypatch.setattr(Journal, "add", kill)
+    assert run(directory, folder, bundle, tmp_path / "cut.json") == 130
+    monkeypatch.setattr(Journal, "add", add)
+    lines = tmp_path / "cut.jsonl"
+    done = len(lines.read_text().splitlines())
+    with lines.open("a") as file:
+        file.write('{"key": "half a li')
+    assert 0 < done < len(whole)
+    # In other batches, too: a picture's draws are its own.
+    assert run(directory, folder, bundle, tmp_path / "cut.json", "--batch", "3") == 0
+    assert len(lines.read_text().splitlines()) == len(whole)  # nothing was done twice
+    for one, other in zip(
+        read(tmp_path / "cut.json")[0]["rows"],
+        read(tmp_path / "whole.json")[0]["rows"],
+        strict=True,
+    ):
+        for row in (one, other):
+            del row["ms_a_picture"], row["attack_ms_a_picture"]
+        assert one == other
+
+
+def test_other_settings_reuse_nothing_and_more_pictures_reuse_all(
+    directory: Path, folder: Path, bundle: Path, tmp_path: Path
+) -> None:
+    def lines(*more: str) -> int:
+        flags = ["--defenses", "plain", "--eps", "2/255", *more]
+        assert run(directory, folder, bundle, tmp_path / "out.json", *flags) == 0
+        return len((tmp_path / "out.jsonl").read_text().splitlines())
+
+    few = lines("--limit", "4")
+    assert lines("--limit", "4") == few
+    all_of_them = lines()
+    assert few < all_of_them
+    assert lines("--limit", "4") == all_of_them
+    assert lines("--views", "3") == 2 * all_of_them
+
+
+def test_only_right_clean_and_right_attacked_counts(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "out.jsonl", "key")
+    clean, attacked = Cell("plain", CLEAN, 0), Cell("plain", "transfer", 2)
+
+    def note(picture: str, cell: Cell, attack: str, right: bool) -> None:
+        journal.add([Outcome(picture, cell, attack, right, 0.0, 1.0, 2.0)])
+
+    for picture, right in (("a", True), ("b", False), ("c", True)):
+        note(picture, clean, CLEAN, right)
+    note("a", attacked, "pgd", True)
+    note("b", attacked, "pgd", True)  # attacked into being right
+    note("c", attacked, "pgd", True)
+    note("c", attacked, "square", False)  # the worst attack counts
+    rows = tally([clean, attacked], ["a", "b", "c"], journal)
+    assert [row.right for row in rows] == [(True, False, True), (True, False, False)]
+    assert rows[1].broken == {"square": 1}
+    assert "33.3" in write_markdown(rows)
+    again = Journal(tmp_path / "out.jsonl", "key")
+    assert tally([clean, attacked], ["a", "b", "c"], again) == rows
+    assert len(Journal(tmp_path / "out.jsonl", "another")) == 0
+
+
+def test_who_knows_more_can_do_what_others_can(tmp_path: Path) -> None:
+    """And a larger epsilon holds the smaller; `static` alone stays as it is published."""
+    journal = Journal(tmp_path / "out.jsonl", "key")
+    cells = [
+        Cell("tapt", threat, epsilon)
+        for threat in ("transfer", "static", "adaptive")
+        for epsilon in (1, 2)
+    ]
+    for picture, broken in (("a", cells[0]), ("b", cells[3]), ("c", None)):
+        journal.add([Outcome(picture, Cell("tapt", CLEAN, 0), CLEAN, True, 0.0, 1.0, 0.0)])
+        for cell in cells:
+            journal.add([Outcome(picture, cell, "pgd", cell != broken, 0.0, 1.0, 1.0)])
+    right = {cell: [journal.right(picture, cell) for picture in "abc"] for cell in cells}
+    assert right[cells[0]] == right[cells[1]] == [False, True, True]  # transfer
+    assert right[cells[2]] == [True, True, True]  # static at 1
+    assert right[cells[3]] == [True, False, True]
+    assert right[cells[4]] == [False, True, True]  # adaptive at 1
+    assert right[cells[5]] == [False, False, True]
+    rows = {row.cell: row for row in tally(cells, ["a", "b", "c"], journal)}
+    assert rows[cells[5]].broken == {"pgd (transfer 1/255)": 1, "pgd (static 2/255)": 1}
+
+
+def test_each_attacked_picture_is_suspected_once(tmp_path: Path) -> None:
+    journal, cell = Journal(tmp_path / "out.jsonl", "key"), Cell("tapt", "adaptive", 2)
+    for picture, right in (("a", True), ("b", False)):
+        journal.add([Outcome(picture, Cell("tapt", CLEAN, 0), CLEAN, True, 0.2, 1.0, 0.0)])
+        journal.add([Outcome(picture, cell, "pgd", right, 0.9, 1.0, 1.0)])
+    journal.add([Outcome("a", cell, "square", True, 0.1, 1.0, 1.0)])  # it stood to the last
+    (found,) = detect([cell], ["a", "b"], journal)
+    assert (found.attacked, found.auroc) == (2, 0.5)
+
+
+def test_pictures_that_are_decided_are_left_alone(
+    directory: Path, folder: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    pgd = ATTACKS["pgd"]
+
+    def count(model: Any, pixels: Any, *rest: Any) -> Any:
+        asked.append(len(pixels))
+        return pgd(model, pixels, *rest)
+
+    monkeypatch.setitem(ATTACKS, "pgd", count)
+    flags = ["--defenses", "plain", "--threats", "transfer", "--eps", "40/255"]
+    flags += ["--attacks", "pgd,apgd"]
+    assert run(directory, folder, bundle, tmp_path / "out.json", *flags) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert sum(asked) == 12
+    assert {line["attack"] for line in lines} == {CLEAN, "pgd"}  # pgd breaks all, apgd none
+
+
+def test_an_adaptive_row_counts_the_worse_way(
+    directory: Path,
+    folder: Path,
+    bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = "--threats adaptive --attacks pgd,square --eps 2/255 --limit 4 --eot 2 --preflight 1"
+    flags += " --defenses plain,tapt --steps 1 --learning-rate 1e-2"
+    assert run(directory, folder, bundle, tmp_path / "out.json", *flags.split()) == 0
+    facts, rows = read(tmp_path / "out.json")
+    assert not [sentence for sentence in facts["warnings"] if "gradient is zero" in sentence]
+    attacks = {
+        line["attack"]
+        for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+        if line["cell"]["defense"] == "tapt"
+    }
+    assert attacks >= {CLEAN, "pgd", "pgd unrolled"}
+    row = rows["tapt", "adaptive", 2]
+    assert row["right"] + sum(row["broken_first_by"].values()) == rows["tapt", CLEAN, 0]["right"]
+
+
+def test_a_row_that_only_square_breaks_is_pointed_out(tmp_path: Path) -> None:
+    journal, cell = Journal(tmp_path / "out.jsonl", "key"), Cell("tapt", "adaptive", 2)
+    subjects = [trial.Subject(tiny.draw_image(number), 0) for number in range(10)]
+    for number, subject in enumerate(subjects):
+        for attack, right in ((CLEAN, True), ("pgd", True), ("square", number > 3)):
+            where = Cell("tapt", CLEAN, 0) if attack == CLEAN else cell
+            journal.add([Outcome(subject.name, where, attack, right, 0.0, 1.0, 1.0)])
+    protocol = trial.Protocol(["tapt"], ["adaptive"], ["pgd", "square"], [2], trial.Budget(0))
+    (sentence,) = trial.suspect(protocol, subjects, journal)
+    assert "Square breaks 4 of the 10" in sentence
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--defenses plain,nothing", "--defenses: unknown nothing"),
+        ("--eps 1/510", "below 1/255"),
+        ("--labels x", "name some with --labels"),
+        ("--data nowhere", "no data at nowhere"),
+        ("--view-area 0.5", "--view-area: two shares"),
+        ("--view-area 0.5,0.2", "--view-area: two shares"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    directory: Path,
+    folder: Path,
+    bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: str,
+    sentence: str,
+) -> None:
+    assert run(directory, folder, bundle, tmp_path / "out.json", *flags.split()) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_static_threat_needs_learned_prompts(
+    directory: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"--model {directory} --data {folder} --json {tmp_path / 'out.json'} --threats static"
+    assert command.main(flags.split()) == 1
+    assert "name a bundle" in capsys.readouterr().err
+
+
+def test_wilson_against_known_values() -> None:
+    # Newcombe, Statistics in Medicine 17 (1998) 857, table I.
+    for hits, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)):
+        assert wilson(hits, count).low == pytest.approx(low, abs=5e-5)
+        assert wilson(hits, count).high == pytest.approx(high, abs=5e-5)
+    assert wilson(0, 20).low == 0
+    assert wilson(0, 20).high == pytest.approx(0.1611, abs=5e-5)
+    assert wilson(20, 20).high == 1
+    assert wilson(50, 100).low == pytest.approx(0.4038, abs=5e-5)
+
+
+def test_paired_difference_against_known_values() -> None:
+    # Newcombe, Statistics in Medicine 17 (1998) 2635: 36, 12, 2 and 0 pairs.
+    first = [True] * 48 + [False] * 2
+    second = [True] * 36 + [False] * 12 + [True] * 2
+    found = difference(first, second)
+    assert found.value == pytest.approx(0.2)
+    assert found.low == pytest.approx(0.0569, abs=5e-5)
+    assert found.high == pytest.approx(0.3404, abs=5e-5)
+    back = difference(second, first)
+    assert math.isclose(back.low, -found.high)
+    with pytest.raises(ValueError, match="same pictures"):
+        difference(first, second[:-1])
+
+
+def test_a_counterattack_takes_its_own_steps(
+    guard: DefendedClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many the prompts take: its steps move pixels."""
+    taken = []
+    step = ttc._step
+    monkeypatch.setattr(ttc, "_step", lambda *given: taken.append(1) or step(*given))
+    monkeypatch.setattr(ttc, "PUBLISHED", replace(ttc.PUBLISHED, tau=1e9))  # nobody is spared
+    protocol = trial.Protocol(["ttc"], [], [], [], trial.Budget(0), steps=5)
+    trial.answers(guard, NAMES, [tiny.draw_image(0)], "ttc", protocol, [0])
+    assert len(taken) == 2
+
+
+def test_the_attacked_pixels_are_the_models_own(guard: DefendedClassifier) -> None:
+    # A checkpoint may resize to more than it cuts; the attacked picture must not be cut again.
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    assert guard.checkpoint.preprocessing.resized(32, 32) == (32, 32)
+    view = trial.make_views(image, 1, 0, guard.checkpoint.preprocessing, tiny.CPU)[0]
+    assert np.array_equal((view * 255).round().byte().permute(1, 2, 0).numpy(), image)
+
+
+def test_a_data_sets_id_is_opened_where_the_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Split(list[dict[str, Any]]):
+        features: ClassVar[dict[str, Any]] = {
+            "img": None,
+            "label": SimpleNamespace(names=["cat", "dog"]),
+        }
+
+    def load_dataset(path: str, split: str) -> Split:
+        if path == "owner/missing":
+            raise FileNotFoundError("no such\ndata set")
+        assert (path, split) == ("owner/pets", "train")
+        return Split({"img": Image.new("L", (8, 8), k), "label": k % 2} for k in range(6))
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    data = open_anywhere("owner/pets:train")
+    assert data.names == ["cat", "dog"]
+    assert len(data) == 6
+    found = list(data.examples(3, seed=1))
+    assert [example.label for example in found] == [
+        int(example.pixels[0, 0, 0]) % 2 for example in found
+    ]
+    assert found[0].pixels.shape == (8, 8, 3)
+    with pytest.raises(DataError, match=r"owner/missing cannot be loaded as a data set: no such$"):
+        open_anywhere("owner/missing")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="package `datasets`"):
+        open_anywhere("owner/pets")
+
+
+def test_the_command_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli(["evaluate", "--help"])
+    assert "--attack-steps" in capsys.readouterr().out
+
+
+def test_scores_of_attacked_pictures_are_compared_with_clean_ones(tmp_path: Path) -> None:
+    assert auroc([0.9, 0.8], [0.1, 0.2, 0.3]) == 1
+    assert auroc([0.1, 0.5], [0.1, 0.5]) == 0.5
+    assert auroc([0.2], [0.1, 0.2, 0.3, 0.4]) == pytest.approx(0.375)
+    with pytest.raises(ValueError, match="some on both sides"):
+        auroc([], [0.1])
+    clean = [place / 100 for place in range(100)]
+    assert sum(score > threshold(clean, 0.05) for score in clean) == 5
+    assert threshold([0.3, 0.7], 0.01) == 0.7  # too few to spare one
+    journal = Journal(tmp_path / "journal.jsonl", "key")
+    unhurt, hurt = Cell("ensemble", CLEAN, 0), Cell("ensemble", "transfer", 2)
+    for place in range(100):
+        journal.add([Outcome(str(place), unhurt, CLEAN, True, place / 100, 1.0, 1.0)])
+        journal.add([Outcome(str(place), hurt, "pgd", True, place / 100 + 0.905, 1.0, 1.0)])
+    (found,) = detect([unhurt, hurt], [str(place) for place in range(100)], journal)
+    assert found.attacked == found.clean == 100
+    assert found.auroc == pytest.approx(1 - 0.5 * 0.1 * 0.1, abs=0.01)
+    assert [share.value for share in found.found] == [0.92, 0.96]
+    assert "| `ensemble` | transfer 2/255 | 1.00 |" in write_detection([found])

@@ -1,0 +1,113 @@
+"""The memory that a batch takes is known beforehand, and many labels do not run out of it."""
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models import memory
+from models.checkpoint import load_checkpoint
+from models.memory import footprint, free_bytes
+from service.engine.scheduler import count_tokens
+from service.messages import Answer, Task
+from service.settings import Settings
+from service.worker.runner import Runner
+from tests import tiny
+
+linux = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc on Linux"
+)
+
+
+def test_the_budget_follows_the_free_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tiny.save_checkpoint(tmp_path)
+    tokens = []
+    for free in (2**30, 2**32):
+        monkeypatch.setattr("service.worker.runner.free_bytes", lambda device, free=free: free)
+        runner = Runner(Settings(model=str(directory), device="cpu"), 0)
+        tokens.append(runner.ready.max_batch_tokens)
+        shown = runner.ready.info["memory"]
+        assert shown["batch_tokens"] == tokens[-1]
+        assert 0 < shown["peak_bytes"] - shown["resident_bytes"] <= free
+    assert 0 < 3 * tokens[0] < tokens[1]
+    two = Runner(Settings(model=str(directory), device="cpu", workers=2), 0)
+    assert two.ready.max_batch_tokens < tokens[1]
+    set_by_hand = Runner(Settings(model=str(directory), device="cpu", max_batch_tokens=77), 0)
+    assert set_by_hand.ready.max_batch_tokens == 77
+
+
+def test_a_container_counts_what_it_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert free_bytes(cpu) > 0
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert free_bytes(cpu) == 2000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(cpu) > 2000
+
+
+def _measure(labels: int, requests: int, views: int) -> tuple[int, int]:
+    """Predicted and measured peak of a batch of the embedded model, in a fresh process."""
+    runner = Runner(Settings(device="cpu"), 0)
+    clip, bundle = runner.guard.checkpoint.clip, runner.guard.bundle
+    assert bundle is not None
+    ready = runner.ready
+    batch = [
+        Task(
+            id=str(number),
+            image=tiny.draw_image(number, 96, 112).astype(np.uint8),
+            labels=tuple(f"label {i}" for i in range(labels)),
+            template=None,
+            method="tapt",
+            steps=1,
+            views=views,
+            readout="all",
+            seed=number,
+            deadline=time.monotonic() + 3600,
+        )
+        for number in range(requests)
+    ]
+    resident = ready.info["memory"]["resident_bytes"]
+    cost = footprint(clip, resident, Settings().selection_ratio, ready.image_tokens)
+    image = requests * views * ready.image_tokens
+    text = sum(count_tokens(work, ready, bundle.template) for work in batch) - image
+    Path("/proc/self/clear_refs").write_text("5")
+    settled: list[object] = []
+    runner.run(batch, lambda id, result: settled.append(result), lambda id: False)
+    assert len(settled) == requests
+    assert all(isinstance(result, Answer) for result in settled)
+    status = Path("/proc/self/status").read_text()
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return cost.peak(image, text), 1024 * int(peak.split()[1])
+
+
+@linux
+@pytest.mark.parametrize(
+    ("labels", "requests", "views"),
+    [
+        (10, 8, 64),
+        pytest.param(1000, 8, 16, marks=pytest.mark.heavy),
+        pytest.param(1000, 8, 64, marks=pytest.mark.heavy),
+    ],
+)
+def test_the_peak_is_predicted_within_a_fifth(labels: int, requests: int, views: int) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        predicted, measured = pool.apply(_measure, (labels, requests, views))
+    assert predicted == pytest.approx(measured, rel=0.2)
+
+
+def test_a_footprint_grows_with_its_tokens(tmp_path: Path) -> None:
+    clip = load_checkpoint(str(tiny.save_checkpoint(tmp_path)), tiny.CPU).clip
+    cost = footprint(clip, 1000, 0.1, 17)
+    assert cost.peak(0, 0) >= 1000
+    assert cost.peak(2000, 0) > cost.peak(1000, 0)
+    assert cost.peak(cost.budget(10**9), 0) <= 1000 + 10**9
+    assert cost.budget(0) == 0

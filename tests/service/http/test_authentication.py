@@ -1,0 +1,263 @@
+"""Who gets in: keys in the environment and in a file, their rotation, their scopes."""
+
+import base64
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import Server
+from fastapi.routing import APIRoute
+
+from service.cli import main
+from service.errors import KeysError
+from service.http.authentication import ANYONE, DIAGNOSTICS, RELOAD, Keys, entry, make_key
+from service.settings import Settings
+from service.telemetry.metrics import Metrics
+
+START = Callable[..., Server]
+
+
+class House:
+    """Keys with a clock that the test turns."""
+
+    def __init__(self, **knobs: Any) -> None:
+        self.now = 100.0
+        self.metrics = Metrics()
+        self.keys = Keys(Settings(**knobs), self.metrics, lambda: self.now)
+
+    def lets_in(self, key: str) -> bool:
+        return self.keys.find(f"Bearer {key}") is not None
+
+    @property
+    def errors(self) -> float | None:
+        return self.metrics.registry.get_sample_value("tapt_key_file_errors_total")
+
+
+def test_without_keys_everybody_is_the_same_caller() -> None:
+    keys = House().keys
+    assert not keys.needed
+    assert keys.find("") == keys.find("Bearer anything") == ANYONE
+
+
+@pytest.mark.parametrize("listed", ["alpha", entry("alpha"), entry("alpha").upper()])
+def test_a_key_is_listed_plainly_or_by_its_hash(listed: str) -> None:
+    house = House(api_keys=("beta", listed.replace("SHA256", "sha256")))
+    caller = house.keys.find("bearer alpha ")
+    assert caller is not None
+    assert caller.scopes == frozenset()
+    assert caller.id == entry("alpha").removeprefix("sha256:")[:8]
+    for header in (
+        "",
+        "alpha",
+        "Bearer",
+        "Bearer alph",
+        "Bearer alphaa",
+        "Basic alpha",
+        "Bearer é",
+    ):
+        assert house.keys.find(header) is None
+    # The hash is no key: whoever reads the list cannot get in with it.
+    assert not house.lets_in(entry("alpha"))
+
+
+def test_every_hash_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hmac
+
+    compared: list[bytes] = []
+    compare = hmac.compare_digest
+
+    def record(one: bytes, other: bytes) -> bool:
+        compared.append(other)
+        return compare(one, other)
+
+    monkeypatch.setattr("hmac.compare_digest", record)
+    house = House(api_keys=("alpha", "beta", "gamma"))
+    for key in ("alpha", "gamma", "stranger"):
+        compared.clear()
+        house.keys.find(f"Bearer {key}")
+        assert len(compared) == 3
+
+
+def test_a_file_is_rotated_without_a_restart(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(
+        f"# the phone\n{entry('old')}\n\n{entry('staff', ['diagnostics'])}  # on call\n"
+    )
+    house = House(api_keys_file=str(file), api_keys=("environment",))
+    assert house.lets_in("old")
+    assert house.lets_in("environment")
+    assert not house.lets_in("new")
+    staff = house.keys.find("Bearer staff")
+    assert staff is not None
+    assert staff.scopes == {DIAGNOSTICS}
+
+    fresh = tmp_path / "fresh"
+    fresh.write_text(entry("old") + "\n" + entry("new") + "\n")
+    fresh.replace(file)
+    house.now += RELOAD
+    assert house.lets_in("new")
+    assert house.lets_in("old")
+    file.write_text(entry("new") + "\n")
+    house.now += RELOAD
+    assert not house.lets_in("old")
+    assert house.errors == 0
+
+
+@pytest.mark.parametrize("content", ["alpha\n", "sha256:abc\n", entry("x") + " root\n", None])
+def test_a_slip_in_a_rotation_shuts_nobody_out(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "keys"
+    file.write_text(entry("alpha"))
+    house = House(api_keys_file=str(file))
+    if content is None:
+        file.unlink()
+    else:
+        file.write_text(content)
+    house.now += RELOAD
+    assert house.lets_in("alpha")
+    assert not house.lets_in("x")
+    assert house.errors == 1
+    file.write_text(entry("beta") + "\n")
+    house.now += RELOAD
+    assert house.lets_in("beta")
+    assert not house.lets_in("alpha")
+
+
+def test_an_empty_file_lets_nobody_in(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(entry("alpha"))
+    house = House(api_keys_file=str(file))
+    assert house.lets_in("alpha")
+    file.write_text("# none\n")
+    house.now += RELOAD
+    assert not house.lets_in("alpha")
+    assert not House(api_keys_file=str(file)).lets_in("")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (f"{entry('a')}\nplain-secret\n", "Entry 2 of keys is not"),
+        ("sha256:0123", "Entry 1 of keys is not"),
+        (f"{entry('a')} diagnostics admin", "Entry 1 of keys has an unknown scope"),
+        (None, "No such file"),
+    ],
+)
+def test_a_bad_file_at_the_start_is_one_sentence_without_the_key(
+    tmp_path: Path, content: str | None, complaint: str
+) -> None:
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(KeysError, match=complaint) as caught:
+        House(api_keys_file=str(file))
+    assert "secret" not in str(caught.value)
+    with pytest.raises(KeysError):
+        House(api_keys=("sha256:0123",))
+
+
+def test_every_route_but_health_asks_for_a_key(start: START) -> None:
+    server = start(api_keys=entry("alpha"))
+    health = {"/livez", "/readyz", "/startupz", "/health"}
+    checked = set()
+    for route in walk(server.app.router.routes):
+        path = route.path.replace("{name}", "page.js")
+        for method in route.methods or ():
+            answer = server.http.request(method, path)
+            assert (answer.status_code != 401) == (path in health), f"{method} {path}"
+            if path not in health:
+                assert answer.json()["error_type"] == "unauthorized"
+                assert answer.headers["www-authenticate"] == "Bearer"
+                header = {"Authorization": "Bearer alpha"}
+                assert server.http.request(method, path, headers=header).status_code != 401
+            checked.add(path)
+    assert checked >= health | {"/", "/v1/classify", "/info", "/metrics", "/docs", "/openapi.json"}
+
+
+def walk(routes: list[Any]) -> list[Any]:
+    """Every route with a path of its own, also of routers within routers."""
+    found: list[Any] = []
+    for route in routes:
+        inner = getattr(route, "original_router", None) or getattr(route, "app", None)
+        if isinstance(route, APIRoute) or hasattr(route, "methods"):
+            found.append(route)
+        else:
+            found += walk(inner.routes)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("key", "expose", "seen"),
+    [
+        ("staff", "full", True),
+        ("staff", "rounded", True),
+        ("staff", "label", False),
+        ("other", "full", False),
+        ("other", "rounded", False),
+    ],
+)
+def test_only_keys_with_the_scope_see_diagnostics(
+    start: START, photo: bytes, key: str, expose: str, seen: bool
+) -> None:
+    keys = f"{entry('staff', ['diagnostics'])},{entry('other')}"
+    server = start(api_keys=keys, expose=expose)
+    image, labels = base64.b64encode(photo).decode(), {"candidate_labels": ["attacked", "b"]}
+    native, hugging = {"image": image, **labels}, {"inputs": image, "parameters": labels}
+    header = {"Authorization": f"Bearer {key}"}
+    defense = server.http.post("/v1/classify", json=native, headers=header).json()["defense"]
+    measures = ["entropy_before", "entropy_after", "agreement", "suspicion"]
+    measures += ["suspected", "undefended_label"]
+    assert [defense[name] is not None for name in measures] == [seen] * 6
+    assert defense["steps"] == 1
+    answer = server.http.post("/", json=hugging, headers=header)
+    headers = [f"x-{name.replace('_', '-')}" for name in measures]
+    assert [name in answer.headers for name in headers] == [seen] * 6
+
+
+@pytest.mark.parametrize(
+    ("opened", "free"),
+    [("pages", {"/", "/docs", "/openapi.json", "/playground/page.js"}), ("metrics", {"/metrics"})],
+)
+def test_pages_and_metrics_can_be_opened(start: START, opened: str, free: set[str]) -> None:
+    server = start(api_keys="alpha", open_routes=opened)
+    for path in ("/", "/docs", "/openapi.json", "/playground/page.js", "/metrics", "/info"):
+        assert server.http.get(path).status_code == (200 if path in free else 401), path
+
+
+def test_a_foreign_page_gets_nothing(start: START) -> None:
+    """CORS is off: no answer allows another origin, with or without a preflight."""
+    server = start()
+    asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    answers: list[httpx.Response] = [
+        server.http.request(method, path, headers=asked)
+        for method in ("OPTIONS", "GET", "POST")
+        for path in ("/v1/classify", "/", "/info", "/health")
+    ]
+    for answer in answers:
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+        if answer.request.method == "OPTIONS":
+            assert answer.status_code == 405
+
+
+def test_the_key_command_lists_what_it_makes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["key", "--diagnostics"]) == 0
+    shown = capsys.readouterr()
+    key = shown.err.split()[-1]
+    caller = House(api_keys=(shown.out.strip(),)).keys.find(f"Bearer {key}")
+    assert caller is not None
+    assert caller.scopes == {DIAGNOSTICS}
+    assert key not in shown.out
+    assert make_key() != make_key()
+
+
+def test_the_key_command_hashes_a_key_of_ones_own() -> None:
+    command = [sys.executable, "-m", "service.cli", "key", "--stdin"]
+    done = subprocess.run(command, input="alpha\n", capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == entry("alpha")
+    assert done.stderr == ""
+    empty = subprocess.run(command, input="\n", capture_output=True, text=True, check=False)
+    assert empty.returncode == 2
+    assert empty.stderr.count("\n") == 1

@@ -1,0 +1,140 @@
+"""What one key may ask: at once, over time, and without a word of it to the others."""
+
+import base64
+import re
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from conftest import Server
+from fake_worker import FakeWorker
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.errors import RateLimited
+from service.intake.limits import Limits
+from service.settings import Settings
+from service.telemetry.metrics import Metrics
+
+START = Callable[..., Server]
+
+
+class House:
+    """Limits with a clock that the test turns."""
+
+    def __init__(self, **knobs: Any) -> None:
+        self.now = 100.0
+        self.metrics = Metrics()
+        self.limits = Limits(Settings(**knobs), self.metrics, lambda: self.now)
+
+    def ask(self, caller: str = "a") -> float | None:
+        """None when the request was let in, else the seconds to wait."""
+        try:
+            with self.limits.admit(caller):
+                return None
+        except RateLimited as refusal:
+            return refusal.retry_after
+
+    def rejected(self, reason: str) -> float | None:
+        return self.metrics.registry.get_sample_value("tapt_rejected_total", {"reason": reason})
+
+
+def test_by_default_there_is_no_limit() -> None:
+    house = House()
+    with ExitStack() as running:
+        for _ in range(1000):
+            running.enter_context(house.limits.admit("a"))
+
+
+def test_a_burst_is_let_in_and_then_the_rate_holds() -> None:
+    house = House(key_rate=2, key_burst=3)
+    assert [house.ask() for _ in range(5)] == [None, None, None, 0.5, 0.5]
+    house.now += 0.5
+    assert house.ask() is None
+    assert house.ask() == 0.5
+    assert house.rejected("key_rate") == 3
+    house.now += 1000
+    assert [house.ask() for _ in range(4)] == [None, None, None, 0.5]
+
+
+def test_whoever_waits_as_told_is_let_in() -> None:
+    house = House(key_rate=0.3, key_burst=1)
+    assert house.ask() is None
+    for _ in range(100):
+        wait = house.ask()
+        assert wait is not None
+        house.now += wait + 1e-9
+        assert house.ask() is None
+
+
+@settings(deadline=None)
+@given(pauses=st.lists(st.floats(0, 3), max_size=60), burst=st.integers(1, 5))
+def test_no_pattern_of_requests_beats_the_rate(pauses: list[float], burst: int) -> None:
+    house = House(key_rate=2, key_burst=burst)
+    began, admitted = house.now, 0
+    for pause in pauses:
+        house.now += pause
+        admitted += house.ask() is None
+    assert admitted <= burst + 2 * (house.now - began) + 1e-6
+
+
+def test_keys_do_not_notice_each_other() -> None:
+    house = House(key_rate=1, key_burst=1, key_concurrency=1)
+    assert house.ask("a") is None
+    assert house.ask("a") is not None
+    assert house.ask("b") is None
+    house.now += 10
+    with house.limits.admit("a"):
+        assert house.ask("a") == 1
+        assert house.ask("b") is None
+    assert house.rejected("key_concurrency") == 1
+
+
+def test_a_request_that_fails_gives_its_place_back() -> None:
+    house = House(key_concurrency=1)
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError), house.limits.admit("a"):
+            raise ZeroDivisionError
+    assert house.ask() is None
+
+
+def test_over_http_a_limited_key_is_429_and_another_is_served(start: START, photo: bytes) -> None:
+    worker = FakeWorker(automatic=False)
+    server = start(worker, api_keys="alpha,beta", key_concurrency=1)
+    server.call(worker.be_ready)
+    body = {"image": base64.b64encode(photo).decode(), "candidate_labels": ["a", "b"]}
+
+    def post(key: str) -> Any:
+        header = {"Authorization": f"Bearer {key}"}
+        return server.http.post("/v1/classify", json=body, headers=header)
+
+    with ThreadPoolExecutor() as clients:
+        first = clients.submit(post, "alpha")
+        server.wait(lambda: worker.batches)
+        refused = post("alpha")
+        other = clients.submit(post, "beta")
+        server.wait(lambda: server.app.state.engine.queue_depth == 1)
+        server.call(worker.finish)
+        server.wait(lambda: len(worker.batches) == 2)
+        server.call(worker.finish)
+        assert first.result().status_code == other.result().status_code == 200
+    assert refused.status_code == 429
+    assert refused.json()["error_type"] == "rate_limited"
+    assert refused.headers["retry-after"] == "1"
+
+
+def test_a_limited_key_is_refused_before_its_body_is_read(start: START, photo: bytes) -> None:
+    server = start(key_rate=0.001, key_burst=1)
+    body = {"image": base64.b64encode(photo).decode(), "candidate_labels": ["a", "b"]}
+    assert server.http.post("/v1/classify", json=body).is_success
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n")
+        client.settimeout(10)
+        head, _, _ = client.recv(4096).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 429 ")
+    assert re.search(rb"retry-after: (9\d\d|1000)\b", head)
+    metrics = server.http.get("/metrics").text
+    assert 'tapt_rejected_total{reason="key_rate"} 1.0' in metrics

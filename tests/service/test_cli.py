@@ -1,0 +1,281 @@
+"""The command: its flags, its mistakes, and the life of the server process."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import Server
+from fake_worker import READY, answer
+
+from service.cli import main
+from service.errors import ModelError
+from service.messages import Answer, Failure, Task
+from service.settings import Settings
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def image(photo: bytes, tmp_path: Path) -> Path:
+    file = tmp_path / "photo.jpg"
+    file.write_bytes(photo)
+    return file
+
+
+class FakeRunner:
+    """What `service.worker.runner.Runner` is to the command, without torch."""
+
+    ready = READY
+    asked: Task
+
+    def __init__(self, settings: Settings, index: int) -> None:
+        if settings.model == "broken":
+            raise ModelError("The model `broken` cannot be loaded.")
+
+    def run(
+        self,
+        batch: list[Task],
+        settle: Callable[[str, Answer | Failure], None],
+        cancelled: Callable[[str], bool],
+    ) -> dict[str, int]:
+        for work in batch:
+            FakeRunner.asked = work
+            settle(work.id, answer(work))
+        return {}
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("service.worker.runner")
+    module.Runner = FakeRunner  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "service.worker.runner", module)
+
+
+# Flags and mistakes.
+
+
+@pytest.mark.parametrize("command", ["serve", "classify", "info"])
+def test_each_knob_has_a_flag_with_its_default_and_variable(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    assert exit.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name in Settings.model_fields:
+        assert re.search(rf"--{name.replace('_', '-')}[ ,]", text), name
+        assert f"env: TAPT_{name.upper()}]" in text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"]])
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    code = f"""
+    import sys
+    from service.cli import main
+    try:
+        main({arguments})
+    except SystemExit:
+        pass
+    assert not {{"torch", "transformers"}} & sys.modules.keys()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True)
+
+
+def test_unknown_variables_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TAPT_MAX_VEIWS", "1")
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == (
+        "Unknown variable: TAPT_MAX_VEIWS; see docs/configuration.md.\n"
+    )
+
+
+def test_each_wrong_value_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "99999", "--views", "many", "--api-keys", "sesame"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["--port (TAPT_PORT)", "--views (TAPT_VIEWS)"]
+    assert main(["serve", "--views", "65"]) == 2
+    assert capsys.readouterr().err == "views (65) is above max_views (64)\n"
+
+
+def test_a_flag_wins_over_its_variable(
+    monkeypatch: pytest.MonkeyPatch, runner: None, image: Path
+) -> None:
+    monkeypatch.setenv("TAPT_STEPS", "2")
+    assert main(["classify", str(image), "--labels", "a,b"]) == 0
+    assert FakeRunner.asked.steps == 2
+    assert main(["classify", str(image), "--labels", "a,b", "--steps", "3"]) == 0
+    assert FakeRunner.asked.steps == 3
+
+
+# classify and info.
+
+
+def test_classify_prints_a_table(
+    runner: None, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["classify", str(image), "--labels", "attacked,dog"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"label\W+undefended\W+defended", out)
+    assert re.search(r"attacked\W+0\.000\W+1\.000", out)
+    said = " ".join(out.split())
+    assert "Undefended CLIP says dog, the defense says attacked." in said
+    assert "entropy 0.50 to 0.25 nats, 100% of the views agree" in said
+    assert "tapt (vli): 1 steps, 1 of 16 views kept" in said
+
+
+def test_classify_prints_json(
+    runner: None, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--labels", "a,b", "--labels", "c", "--json", "--seed", "5", "--top-k", "1"]
+    assert main(["classify", str(image), *arguments]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["labels"] == [{"label": "a,b", "score": 1.0}]
+    assert [scored["label"] for scored in body["undefended"]] == ["a,b", "c"]
+    assert FakeRunner.asked.seed == 5
+
+
+def test_classify_asks_a_server(
+    server: Server, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--labels", "a,b", "--url", server.url + "/", "--steps", "4", "--json"]
+    assert main(["classify", str(image), *arguments]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["defense"]["steps"] == 4
+    assert body["undefended"][0] == {"label": "a", "score": 1.0}
+    assert main(["classify", str(image), "--labels", "a,b", "--url", server.url]) == 0
+    assert "Both say a." in capsys.readouterr().out
+    assert main(["info", "--url", server.url]) == 0
+    assert re.search(r"limits\.max_labels\W+1000", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["--labels", "a"], 2, "at least two labels"),
+        (["--labels", "a,b", "--url", "http://127.0.0.1:9"], 1, "cannot be asked"),
+        (["--labels", "a,b", "--model", "broken"], 1, "cannot be loaded"),
+    ],
+)
+def test_what_goes_wrong_is_one_line(
+    runner: None,
+    image: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    sentence: str,
+) -> None:
+    assert main(["classify", str(image), *arguments]) == code
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+
+
+def test_images_that_cannot_be_read(
+    runner: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["classify", str(tmp_path / "none.jpg"), "--labels", "a,b"]) == 1
+    assert capsys.readouterr().err == f"{tmp_path / 'none.jpg'}: No such file or directory\n"
+    (tmp_path / "text.jpg").write_text("hello")
+    assert main(["classify", str(tmp_path / "text.jpg"), "--labels", "a,b"]) == 1
+    assert "not one of: JPEG" in capsys.readouterr().err
+
+
+def test_info_prints_the_models_facts(runner: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"model": {"name": "fake"}}
+    assert main(["info"]) == 0
+    assert re.search(r"model\.name\W+fake", capsys.readouterr().out)
+
+
+# serve, as a process of its own.
+
+SERVE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from fake_worker import FakeWorker
+from service.server import serve
+from service.settings import Settings
+
+class Doomed(FakeWorker):
+    def be_ready(self):
+        self.give_up("The model cannot be loaded.")
+
+worker = {"slow": lambda: FakeWorker(seconds=lambda batch: 3.0), "doomed": Doomed}[sys.argv[2]]()
+sys.exit(serve(Settings(port=0, log_format="json"), worker))
+"""
+
+
+def serve(kind: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(TESTS), kind],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_sigterm_drains_and_ends_well(photo: bytes) -> None:
+    with serve("slow") as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().removeprefix("listening on ").strip()
+        answers: list[httpx.Response] = []
+
+        def ask() -> None:
+            parts: dict[str, Any] = {"files": {"image": photo}, "data": {"labels": "a,b"}}
+            answers.append(httpx.post(url + "/v1/classify", **parts, timeout=20))
+
+        client = threading.Thread(target=ask)
+        client.start()
+        while "tapt_batch_size_count 1.0" not in httpx.get(url + "/metrics").text:
+            pass
+        process.send_signal(signal.SIGTERM)
+        while (readiness := httpx.get(url + "/readyz")).status_code == 200:
+            pass
+        assert readiness.status_code == 503
+        assert httpx.get(url + "/livez").status_code == 200
+        refused = httpx.post(url + "/v1/classify", json={})
+        assert refused.status_code == 503
+        assert "retry-after" in refused.headers
+        client.join()
+        assert answers[0].status_code == 200
+        out, err = process.communicate(timeout=20)
+        assert process.returncode == 0
+        assert out == ""
+        lines = [json.loads(line) for line in err.splitlines()]
+        assert {"/v1/classify"} == {line["route"] for line in lines if "route" in line}
+        assert {200, 503} == {line["status"] for line in lines if "status" in line}
+
+
+def test_a_model_that_cannot_be_served_ends_the_process() -> None:
+    with serve("doomed") as process:
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert err == "The model cannot be loaded.\n"
+    assert out == ""
+
+
+def test_a_taken_port_is_one_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "service.cli", "serve", "--port", str(port)],
+            capture_output=True,
+            text=True,
+            env={name: value for name, value in os.environ.items() if "TAPT" not in name},
+        )
+    assert done.returncode == 1
+    assert done.stderr == f"Cannot listen on 127.0.0.1:{port}: Address already in use.\n"

@@ -1,0 +1,257 @@
+"""Inside the worker, on a tiny CLIP: every request settles once, and alone where it fails."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.defenses.defense import Images
+from service.errors import ModelError
+from service.messages import Answer, Failure, Task
+from service.settings import Settings
+from service.worker.runner import Runner
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tiny.save_checkpoint(tmp_path_factory.mktemp("clip"))
+    tiny.make_bundle(tiny.load(directory)).save(directory / "bundle")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def runner(directory: Path) -> Runner:
+    return Runner(Settings(model=str(directory), device="cpu"), 0)
+
+
+def make_work(number: int, **changes: object) -> Task:
+    work = Task(
+        id=f"work-{number}",
+        image=tiny.draw_image(number),
+        labels=tiny.LABELS[: 2 + number % 5],
+        template=None,
+        method="tapt",
+        steps=1,
+        views=8,
+        readout="all",
+        seed=number,
+        deadline=time.monotonic() + 60,
+    )
+    return replace(work, **changes)  # type: ignore[arg-type]
+
+
+def run(
+    runner: Runner, batch: list[Task], cancelled: tuple[str, ...] = ()
+) -> tuple[dict[str, Answer | Failure], dict[str, int]]:
+    settled: dict[str, Answer | Failure] = {}
+
+    def settle(id: str, result: Answer | Failure) -> None:
+        assert id not in settled, "settled twice"
+        settled[id] = result
+
+    counts = runner.run(batch, settle, lambda id: id in cancelled)
+    assert settled.keys() == {work.id for work in batch}
+    return settled, counts
+
+
+def test_an_answer_says_what_was_spent(runner: Runner) -> None:
+    settled, counts = run(runner, [make_work(1)])
+    answer = settled["work-1"]
+    assert isinstance(answer, Answer)
+    assert sum(answer.scores) == pytest.approx(1, abs=1e-5)
+    assert sum(answer.undefended_scores) == pytest.approx(1, abs=1e-5)
+    assert (answer.design, answer.steps, answer.views, answer.truncated) == ("vli", 1, 8, None)
+    assert (counts["text_cache_misses"], counts["text_cache_hits"]) == (2, 0)
+    _, again = run(runner, [make_work(1)])
+    assert (again["text_cache_misses"], again["text_cache_hits"]) == (0, 2)
+
+
+def test_steps_that_differ_are_each_given(runner: Runner) -> None:
+    settled, _ = run(runner, [make_work(i, steps=i) for i in range(4)])
+    assert [settled[f"work-{i}"].steps for i in range(4)] == [0, 1, 2, 3]  # type: ignore[union-attr]
+
+
+def test_a_near_deadline_stops_at_a_step_boundary(runner: Runner) -> None:
+    late = make_work(0, steps=8, deadline=time.monotonic())
+    settled, _ = run(runner, [late, make_work(1, steps=2)])
+    answer, other = settled["work-0"], settled["work-1"]
+    assert isinstance(answer, Answer)
+    assert (answer.truncated, answer.steps) == ("deadline", 0)
+    assert isinstance(other, Answer)
+    assert (other.truncated, other.steps) == (None, 2)
+
+
+def test_a_cancelled_request_leaves_and_the_others_do_not_notice(runner: Runner) -> None:
+    batch = [make_work(i, steps=2) for i in range(3)]
+    settled, _ = run(runner, batch, cancelled=("work-1",))
+    undisturbed, _ = run(runner, batch)
+    assert isinstance(settled["work-1"], Failure)
+    for id in ("work-0", "work-2"):
+        one, other = settled[id], undisturbed[id]
+        assert isinstance(one, Answer)
+        assert isinstance(other, Answer)
+        assert one.scores == pytest.approx(other.scores, abs=1e-5)
+
+
+def test_a_client_that_leaves_in_the_middle_stops_its_loop(runner: Runner) -> None:
+    work, seen = make_work(0, steps=3), []
+
+    def cancelled(id: str) -> bool:
+        seen.append(id)
+        return len(seen) > 1  # it leaves after the first step
+
+    settled: dict[str, object] = {}
+    runner.run([work], settled.__setitem__, cancelled)
+    assert len(seen) == 2
+    assert settled == {"work-0": Failure("client_gone", "The client left.")}
+
+
+def test_a_poisoned_request_fails_alone(runner: Runner) -> None:
+    poison = make_work(1, image=np.zeros((0, 0, 3), np.uint8))
+    settled, counts = run(runner, [make_work(0), poison, make_work(2)])
+    assert isinstance(settled["work-1"], Failure)
+    assert settled["work-1"].error_type == "internal"
+    assert isinstance(settled["work-0"], Answer)
+    assert isinstance(settled["work-2"], Answer)
+    assert counts["error_splits"] == 1
+
+
+def test_out_of_memory_halves_the_batch(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    import models.classifier
+
+    method = models.classifier.DEFENSES["tapt"]
+    sizes: list[int] = []
+
+    def starved(clip: object, images: Images) -> object:
+        sizes.append(len(images.views))
+        if len(images.views) > 2:
+            raise torch.OutOfMemoryError("for a test")
+        return method.defend(clip, images)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(models.classifier.DEFENSES, "tapt", replace(method, defend=starved))
+    settled, counts = run(runner, [make_work(i) for i in range(5)])
+    assert all(isinstance(result, Answer) for result in settled.values())
+    assert sizes == [5, 3, 2, 1, 2]
+    assert counts["oom_splits"] == 2
+
+
+def test_a_device_that_fails_ends_the_worker_and_settles_nothing(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After such an error every call to the device fails, so another process has to go on; what
+    was not settled is tried again there."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        assert status != 0
+        raise Ended
+
+    def broken(self: Runner, *arguments: object) -> None:
+        raise torch.AcceleratorError("an illegal memory access, for a test")
+
+    monkeypatch.setattr(Runner, "_run", broken)
+    monkeypatch.setattr("os._exit", end)
+    settled: dict[str, object] = {}
+    with pytest.raises(Ended):
+        runner.run([make_work(0), make_work(1)], settled.__setitem__, lambda _: False)
+    assert not settled
+
+
+def test_running_out_after_the_last_answer_harms_nobody(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_group = Runner._run
+
+    def late(self: Runner, *arguments: object) -> None:
+        run_group(self, *arguments)  # type: ignore[arg-type]
+        raise torch.OutOfMemoryError("for a test")
+
+    monkeypatch.setattr(Runner, "_run", late)
+    settled, _ = run(runner, [make_work(0), make_work(1)])
+    assert all(isinstance(result, Answer) for result in settled.values())
+
+
+def test_without_a_bundle_zero_steps_equal_plain_and_one_step_adapts(tmp_path: Path) -> None:
+    directory = tiny.save_checkpoint(tmp_path)
+    runner = Runner(Settings(model=str(directory), device="cpu", learning_rate=1e-2), 0)
+    assert runner.ready.info["bundle"] is None
+    single = {"views": 1, "readout": "single"}
+    works = [make_work(i, steps=s, **single) for i, s in ((6, 0), (6, 3))]
+    works = [replace(work, id=f"{work.id}-{work.steps}") for work in works]
+    plain, _ = run(runner, [make_work(6, method="plain", views=1)])
+    settled, _ = run(runner, works)
+    answer, still, moved = plain["work-6"], settled["work-6-0"], settled["work-6-3"]
+    assert isinstance(answer, Answer)
+    assert isinstance(still, Answer)
+    assert isinstance(moved, Answer)
+    assert still.scores == pytest.approx(answer.scores, abs=1e-6)
+    assert moved.scores != pytest.approx(answer.scores, abs=1e-3)
+    assert moved.design == "text"
+
+
+def test_learned_prompts_without_a_bundle_are_refused(tmp_path: Path) -> None:
+    directory = tiny.save_checkpoint(tmp_path)
+    runner = Runner(Settings(model=str(directory), device="cpu"), 0)
+    assert "apt" not in runner.ready.info["defenses"]
+    settled, _ = run(runner, [make_work(i, method="apt", views=1) for i in range(2)])
+    for result in settled.values():
+        assert isinstance(result, Failure)
+        assert (result.error_type, "bundle" in result.message) == ("unprocessable", True)
+    with pytest.raises(ModelError, match="apt-ensemble needs a defense bundle"):
+        Runner(Settings(model=str(directory), device="cpu", method="apt-ensemble"), 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "design", "steps"),
+    [
+        ("plain", "none", 0),
+        ("apt", "vli", 0),
+        ("tapt", "vli", 2),
+        ("tpt", "text", 2),
+        ("rtpt", "text", 2),
+        ("ttc", "none", 2),
+    ],
+)
+def test_every_defense_says_what_it_spent(
+    runner: Runner, method: str, design: str, steps: int
+) -> None:
+    settled, _ = run(runner, [make_work(i, method=method, steps=2) for i in range(2)])
+    answer = settled["work-1"]
+    assert isinstance(answer, Answer)
+    assert (answer.design, answer.steps) == (design, steps)
+    assert sum(answer.scores) == pytest.approx(1, abs=1e-5)
+
+
+def test_templates_without_leading_words_run_beside_others(tmp_path: Path) -> None:
+    """Without a bundle their prompts have other shapes, and there is nothing to adapt in `{}`."""
+    runner = Runner(Settings(model=str(tiny.save_checkpoint(tmp_path)), device="cpu"), 0)
+    templates = ["{}", "a photo of a {}.", "a {}"]
+    settled, counts = run(
+        runner, [make_work(i, template=template) for i, template in enumerate(templates)]
+    )
+    steps = [settled[f"work-{i}"].steps for i in range(3)]  # type: ignore[union-attr]
+    assert steps == [0, 1, 1]
+    assert counts.get("error_splits", 0) == 0
+
+
+def test_a_bundle_of_another_checkpoint_is_refused(directory: Path, tmp_path: Path) -> None:
+    other = tiny.save_checkpoint(tmp_path, seed=5)
+    with pytest.raises(ModelError, match="was learned on checkpoint"):
+        Runner(Settings(model=str(other), bundle=str(directory / "bundle"), device="cpu"), 0)
+
+
+def test_a_bundle_of_another_design_is_refused(directory: Path) -> None:
+    with pytest.raises(ModelError, match=r"of design vli, the settings ask for vlj"):
+        Runner(Settings(model=str(directory), design="vlj", device="cpu"), 0)
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "toaster", "meta"])
+def test_a_device_that_is_not_there_is_one_sentence(directory: Path, device: str) -> None:
+    with pytest.raises(ModelError, match=device):
+        Runner(Settings(model=str(directory), device=device), 0)
