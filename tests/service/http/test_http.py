@@ -402,7 +402,7 @@ def test_a_fault_of_ours_tells_nothing(
     def fail(*args: Any) -> None:
         raise RuntimeError("the secret of the house")
 
-    monkeypatch.setattr("service.http.routes.classify.present", fail)
+    monkeypatch.setattr("service.http.routes.classify.build_response", fail)
     answer = start().http.post("/v1/classify", json=as_json(photo))
     assert_error(answer, 500, "internal")
     assert "secret" not in answer.text
