@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-import service.intake.options
+import service.intake.decoders
 from benchmarks.openloop import post
 from service.intake.decode import decode
 from service.messages import Answer, Finished, Ready, Settled, Task
@@ -177,7 +177,7 @@ def clock_decoding() -> list[float]:
         finally:
             spent.append(time.thread_time() - begun)
 
-    service.intake.options.decode = clocked
+    service.intake.decoders.decode = clocked
     return spent
 
 

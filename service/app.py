@@ -1,4 +1,4 @@
-"""The application: its parts, its life, and one shape for every error."""
+"""The ASGI application: its parts, its lifespan and its error responses."""
 
 import math
 from collections.abc import AsyncIterator, Sequence
@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from service.engine.engine import Engine
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, Unauthorized
-from service.http.access_log import Journal, error_body
+from service.http.access_log import AccessLog, error_body
 from service.http.authentication import Keys
 from service.http.routes import classify, demo, docs, health, huggingface, info, page
 from service.intake.intake import Intake
@@ -22,9 +22,9 @@ from service.worker.supervisor import Backend, WorkerProcess
 
 
 def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
-    """The ASGI application. `backend` stands in for the worker processes, in tests.
+    """The ASGI application. Tests pass a `backend` in place of the worker processes.
 
-    `app.state.engine` is the engine, for whoever runs the server.
+    The engine is `app.state.engine`.
     """
     backends: Sequence[Backend] = (
         [WorkerProcess(settings, index) for index in range(settings.workers)]
@@ -63,10 +63,10 @@ def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
         app.include_router(routes.router)
     if settings.enable_attack_demo:
         app.include_router(demo.router)
-    docs.complete(app)
+    docs.add_bodies(app)
     app.add_exception_handler(ServiceError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    app.add_middleware(Journal, metrics=metrics)
+    app.add_middleware(AccessLog, metrics=metrics)
     return app
 
 
@@ -82,14 +82,14 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
-    """What the router itself refuses, in our shape."""
+    """Errors of the router, in the same format as all others."""
     assert isinstance(error, HTTPException)
     known: ServiceError
     match error.status_code:
         case 404:
-            known = NotFound("There is nothing at this address.")
+            known = NotFound("There is nothing at this URL.")
         case 405:
-            known = MethodNotAllowed("This address does not take that method.")
+            known = MethodNotAllowed("This URL does not support that method.")
         case _:
             known = BadRequest("The request is malformed.")
     answer = await _answer_error(request, known)

@@ -1,6 +1,6 @@
-"""`tapt-serve serve | classify | info | key`: one flag a knob, every mistake one sentence.
+"""`tapt-serve serve | classify | info | key`, with a flag for each setting of the service.
 
-`calibrate` and `evaluate` are passed on as they are: no knob of the service is theirs.
+`calibrate` and `evaluate` have flags of their own and are passed on unchanged.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from service.errors import KeysError, ModelError, ServiceError
 from service.settings import PREFIX, Settings, unknown_variables
 
-MISTAKE = 2  # exit status for a wrong flag, variable or argument
+USAGE_ERROR = 2  # exit status for a wrong flag, variable or argument
 
 
-class Mistake(Exception):
-    """Something on the command line or in the environment is wrong; one line a problem."""
+class UsageError(Exception):
+    """The command line or the environment is wrong; one line per problem."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,9 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = _settings(options)
         status: int = options.command(options, settings)
         return status
-    except Mistake as mistake:
-        print(mistake, file=sys.stderr)
-        return MISTAKE
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return USAGE_ERROR
     except (ServiceError, ModelError, KeysError) as error:
         print(error, file=sys.stderr)
     except OSError as error:
@@ -56,26 +56,26 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
     try:
         return serve(settings)
     except OSError as error:
-        reason = str(error.strerror).partition(" (while")[0]  # the address is said already
+        reason = str(error.strerror).partition(" (while")[0]  # the address is printed anyway
         print(f"Cannot listen on {settings.host}:{settings.port}: {reason}.", file=sys.stderr)
         return 1
 
 
 def _classify(options: argparse.Namespace, settings: Settings) -> int:
     from service import commands
-    from service.schemas import Choices
+    from service.intake.requests import ClassifyOptions
 
-    asked = _choices(options)
+    body = _body(options)
     try:
-        choices = Choices.model_validate(asked)
+        asked = ClassifyOptions.model_validate(body)
     except ValidationError as error:
-        raise Mistake(_lines(error)) from None
-    if options.seed is not None:  # whoever sits at the machine is its operator
+        raise UsageError(_lines(error)) from None
+    if options.seed is not None:  # at the command line, the user is the operator
         settings = settings.model_copy(update={"allow_client_seed": True})
     if options.url:
-        answer = commands.classify_there(options.url, options.image, asked, settings)
+        answer = commands.classify_there(options.url, options.image, body, settings)
     else:
-        answer = commands.classify_here(options.image, choices, settings)
+        answer = commands.classify_here(options.image, asked, settings)
     if options.json:
         print(answer.model_dump_json(indent=2))
     else:
@@ -98,20 +98,20 @@ def _info(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _key(options: argparse.Namespace, settings: Settings) -> int:
-    """The line for the server goes to stdout, to be appended to a file; a new key is shown once."""
+    """Print the line for the key file to stdout, and a new key, once, to stderr."""
     from service.http.authentication import DIAGNOSTICS, entry, make_key
 
     key = sys.stdin.readline().strip() if options.stdin else make_key()
     if len(key.split()) != 1:
-        raise Mistake("A key is one word, and there is none on the standard input.")
+        raise UsageError("Standard input must hold a key, which is one word.")
     print(entry(key, [DIAGNOSTICS] if options.diagnostics else []), flush=True)
     if not options.stdin:
-        print(f"The key, which is stored nowhere: {key}", file=sys.stderr)
+        print(f"The key, which is not stored: {key}", file=sys.stderr)
     return 0
 
 
-def _choices(options: argparse.Namespace) -> dict[str, Any]:
-    """What was asked for on the command line; a knob that was not given is left to the server."""
+def _body(options: argparse.Namespace) -> dict[str, Any]:
+    """The request, without the image. Flags that were not given are left to the server."""
     labels = options.labels
     given = {name: getattr(options, name, None) for name in ("method", "readout")}
     given |= {name: _int(getattr(options, name, None)) for name in ("steps", "views")}
@@ -129,21 +129,21 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _int(text: str | None) -> int | None:
-    return None if text is None else int(text)  # the settings have already checked it
+    return None if text is None else int(text)  # validated by Settings
 
 
 def _settings(options: argparse.Namespace) -> Settings:
     if unknown := unknown_variables():
-        raise Mistake(f"Unknown variable: {', '.join(unknown)}; see docs/configuration.md.")
+        raise UsageError(f"Unknown variable: {', '.join(unknown)}; see docs/configuration.md.")
     given = vars(options)
     try:
         return Settings(**{name: given[name] for name in Settings.model_fields if name in given})
     except ValidationError as error:
-        raise Mistake(_lines(error)) from None
+        raise UsageError(_lines(error)) from None
 
 
 def _lines(error: ValidationError) -> str:
-    """One line a problem, without the values: one of them may be a key."""
+    """One line per problem, without the values, which may be keys."""
     lines = []
     for problem in error.errors(include_url=False, include_input=False, include_context=False):
         what = problem["msg"].removeprefix("Value error, ")
@@ -180,27 +180,27 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="comma-separated, or given once for each label",
     )
-    classify.add_argument("--top-k", type=int, help="show only so many")
-    classify.add_argument("--seed", type=int, help="draws the views; random if absent")
+    classify.add_argument("--top-k", type=int, help="how many labels to show")
+    classify.add_argument("--seed", type=int, help="seed of the random views; random by default")
 
     info = commands.add_parser(
         "info",
-        help="show the model's facts and limits",
+        help="show the model and its limits",
         usage="%(prog)s [--json] [--url URL] [--KNOB VALUE ...]",
     )
     info.set_defaults(command=_info)
 
-    key = commands.add_parser("key", help="make a bearer key and the line that lists it")
+    key = commands.add_parser("key", help="make an API key and its line for the key file")
     key.set_defaults(command=_key)
-    key.add_argument("--diagnostics", action="store_true", help="it may see the defense's measures")
-    key.add_argument("--stdin", action="store_true", help="list the key on the standard input")
+    key.add_argument("--diagnostics", action="store_true", help="let the key see diagnostics")
+    key.add_argument("--stdin", action="store_true", help="read the key from standard input")
 
-    commands.add_parser("calibrate", help="make a defense bundle for a checkpoint from pictures")
-    commands.add_parser("evaluate", help="measure defenses under attack and write the table")
+    commands.add_parser("calibrate", help="make a defense bundle for a checkpoint from images")
+    commands.add_parser("evaluate", help="evaluate defenses under attack")
 
     for command in (classify, info):
         command.add_argument("--json", action="store_true", help="print JSON")
-        command.add_argument("--url", help="ask this running server instead of loading the model")
+        command.add_argument("--url", help="URL of a running server to use")
     for command in (serve, classify, info):
         _add_knobs(command)
     return parser

@@ -1,4 +1,4 @@
-"""Every error a client can meet, one shape each: a status, a type, one sentence.
+"""Every error that a client can receive: a status, a type and one sentence.
 
 ServiceError
   BadRequest 400, Unauthorized 401, NotFound 404, MethodNotAllowed 405, UploadTimeout 408,
@@ -8,7 +8,7 @@ ServiceError
 
 
 class ServiceError(Exception):
-    """An error with a client-facing sentence. `retry_after` is in seconds, if it makes sense."""
+    """An error with a sentence for the client. `retry_after` is in seconds, None for never."""
 
     status = 500
     error_type = "internal"
@@ -56,13 +56,13 @@ class QueueFull(ServiceError):
 
 
 class RateLimited(ServiceError):
-    """One key asked too often; the others do not notice."""
+    """A key reached one of its limits; other keys are not affected."""
 
     status, error_type = 429, "rate_limited"
 
 
 class ClientGone(ServiceError):
-    """The client closed the connection; nobody reads this answer, the status is for the metrics."""
+    """The client disconnected. The status appears only in metrics and the log."""
 
     status, error_type = 499, "client_gone"
 
@@ -79,15 +79,18 @@ class DeadlineExceeded(ServiceError):
     status, error_type = 504, "deadline"
 
 
-ERRORS: dict[str, type[ServiceError]] = {
-    error.error_type: error for error in ServiceError.__subclasses__()
-}
+_BY_TYPE = {error.error_type: error for error in ServiceError.__subclasses__()}
+
+
+def make_error(error_type: str, message: str) -> ServiceError:
+    """The error of a type that came from a worker; InternalError if the type is unknown."""
+    return _BY_TYPE.get(error_type, InternalError)(message)
 
 
 class ModelError(Exception):
     """The checkpoint or the bundle cannot be served. The message is one sentence for the operator;
-    the process ends with it, so no client ever meets it."""
+    the process exits with it, so no client receives it."""
 
 
 class KeysError(Exception):
-    """The keys that the server was given cannot be used; one sentence for the operator."""
+    """The API keys cannot be used. The message is one sentence for the operator."""

@@ -1,6 +1,6 @@
-"""What passes between the rooms: a request as the worker sees it, and what comes back.
+"""The messages between the API process and its workers.
 
-Everything here is picklable and free of torch; instants are `time.monotonic()` seconds, which
+Everything here can be pickled and needs no torch. Instants are seconds of `time.monotonic()`, which
 the processes of one machine share.
 """
 
@@ -15,10 +15,10 @@ Truncation = Literal["deadline", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class DemoAttack:
-    """An attack to be made on an image and watched, for the demonstration.
+    """An attack on an image, for the demonstration.
 
-    `epsilon` is in levels of 255, `target` the index of the label to be named (None: away from
-    what is named now), `adaptive` whether the attacker knows the defense.
+    `epsilon` is in levels of 255, `target` the index of the label to reach (None to leave the
+    current one), `adaptive` whether to attack through the defense.
     """
 
     epsilon: int
@@ -29,13 +29,12 @@ class DemoAttack:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One image to classify, with every choice already made and clamped.
+    """One image to classify, with all options resolved.
 
-    `image` is uint8 RGB, [height, width, 3]; `template` holds exactly one `{}`,
-    None is the model's default; `seed` draws the
-    views; `deadline` is the instant by which the answer must be out; `exhibit` asks for the views
-    in the answer. With an `assault` the image is attacked first, and the answer is about what came
-    of it.
+    `image` is uint8 RGB [height, width, 3]. `template` holds exactly one `{}`, or is None for the
+    model's default. `seed` draws the views. The answer must be sent by the instant `deadline`.
+    `return_views` adds the views to the answer. With an `attack` the image is attacked first, and
+    the answer is for the result.
     """
 
     id: str
@@ -55,8 +54,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class ViewReport:
-    """One view, uint8 RGB [S, S, 3], the index of its own best label and that one's score, as first
-    seen; `kept` is whether the loss looked at it."""
+    """One view, uint8 RGB [S, S, 3], with the index and score of its best label before adapting;
+    `kept` tells whether the loss was computed on it."""
 
     image: NDArray[np.uint8]
     best: int
@@ -66,8 +65,8 @@ class ViewReport:
 
 @dataclass(frozen=True, slots=True)
 class ProgressEvent:
-    """A step of an assault: the image so far, uint8 RGB [S, S, 3], and the scores of undefended
-    CLIP and of the defense (None where it was not asked)."""
+    """A step of an attack: the image so far, uint8 RGB [S, S, 3], and the scores of undefended CLIP
+    and of the defense (None if it was not run)."""
 
     step: int
     image: NDArray[np.uint8]
@@ -77,7 +76,7 @@ class ProgressEvent:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the worker found. `scores` follow the order of the labels and sum to 1."""
+    """A worker's answer. Both lists of scores follow the order of the labels and sum to 1."""
 
     scores: list[float]
     undefended_scores: list[float]
@@ -99,7 +98,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A request that could not be answered: the `error_type` of an error in `errors.ERRORS`."""
+    """A request that could not be answered: what `errors.make_error` takes."""
 
     error_type: str
     message: str
@@ -110,14 +109,14 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Run these together, once what came before is finished; at most one batch waits."""
+    """Run this batch after the one before it; at most one batch waits."""
 
     batch: list[Task]
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Nobody waits for these any more; the worker drops them at its next step boundary."""
+    """Drop these tasks at the next step boundary."""
 
     ids: frozenset[str]
 
@@ -127,7 +126,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The model is loaded and warm. `info` is what `/info` shows of it (JSON types only)."""
+    """The model is loaded and warmed up. `info` is its part of `/info` (JSON types only)."""
 
     info: dict[str, Any]
     max_batch_tokens: int
@@ -136,9 +135,9 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
-    """Sign of life, about once a second: seconds since the last progress of a running batch
-    (0 when idle) and the device memory in use."""
+class Heartbeat:
+    """Sent about once a second: seconds since the running batch made progress (0 when idle), and
+    the device memory in use."""
 
     stalled_seconds: float
     memory_bytes: int
@@ -146,13 +145,15 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
+    """The result of one task."""
+
     id: str
     result: Answer | Failure
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """News of an assault; its Settled is still to come."""
+    """Progress of an attack; its Settled follows."""
 
     id: str
     event: ProgressEvent
@@ -160,13 +161,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The batch is over and each of its requests was settled. `counts` are counters to add."""
+    """The batch is done and each of its tasks was settled. `counts` are added to counters."""
 
     counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Fatal:
-    """The model cannot be served, however often one tries: one sentence for the operator."""
+    """The model cannot be served and trying again is useless: one sentence for the operator."""
 
     message: str

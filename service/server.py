@@ -1,4 +1,4 @@
-"""The server process: one uvicorn, from the first signal of readiness to the last answer."""
+"""The server process: uvicorn, from startup to a graceful shutdown."""
 
 import asyncio
 import contextlib
@@ -20,28 +20,28 @@ from service.telemetry import logs
 from service.worker.supervisor import Backend
 
 TICK = 0.05  # seconds
-KEEP_ALIVE = 75  # seconds; longer than a usual proxy's, so that the proxy closes first
-LAST_WORDS = 5  # seconds for answers to be written once the work is over
+KEEP_ALIVE = 75  # seconds; longer than most proxies keep a connection, so that they close it
+SHUTDOWN_TIMEOUT = 5  # seconds to send the last answers after the drain
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn would close its socket at the first signal; `drained` comes in between, so that
-    readiness can be seen to fall while the accepted requests finish."""
+    """Uvicorn closes its socket at the first signal. This one keeps serving until the engine is
+    drained, so that load balancers can see `/readyz` fail while admitted requests finish."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self.asked_to_stop = False
+        self.stop_requested = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.asked_to_stop:
+        if self.stop_requested:
             self.should_exit = self.force_exit = True
-        self.asked_to_stop = True
+        self.stop_requested = True
 
 
 def serve(settings: Settings, backend: Backend | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; the exit status, 1 when the model cannot be served.
+    """Serve until SIGTERM or SIGINT; the exit status, 1 if the model cannot be served.
 
-    Raises OSError when the address cannot be had. `backend` is for tests, as in `create_app`.
+    Raises OSError if it cannot listen on the address. `backend` is for tests, as in `create_app`.
     """
     logs.configure(settings.log_format)
     raise_descriptor_limit()
@@ -51,17 +51,19 @@ def serve(settings: Settings, backend: Backend | None = None) -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises OSError when the address cannot be had."""
+    """A listening socket. Raises OSError if the address cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family)
-    # Connections inherit it. asyncio sets it only on sockets whose protocol number is spelled out;
-    # without it an answer's body waits for the client to acknowledge its head, often for 40 ms.
+    # Connections inherit this. asyncio sets it only on sockets with an explicit protocol number.
+    # Without it a response's body waits until the client acknowledges its head, often for 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
-def configure(app: FastAPI, settings: Settings, last_words: int = LAST_WORDS) -> uvicorn.Config:
-    """How HTTP is spoken, here and in the tests."""
+def configure(
+    app: FastAPI, settings: Settings, shutdown_timeout: int = SHUTDOWN_TIMEOUT
+) -> uvicorn.Config:
+    """The HTTP server's configuration, used by the tests too."""
     return uvicorn.Config(
         app,
         http=limit_connections(settings.upload_timeout_ms / 1000),
@@ -71,7 +73,7 @@ def configure(app: FastAPI, settings: Settings, last_words: int = LAST_WORDS) ->
         ws="none",
         lifespan="on",
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=last_words,
+        timeout_graceful_shutdown=shutdown_timeout,
     )
 
 
@@ -91,16 +93,16 @@ async def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int
 
 
 async def _watch(server: _Server, engine: Engine, settings: Settings, url: str) -> None:
-    """Tell when the model is loaded, then wait for the end and bring it about in order."""
-    # On a terminal only: elsewhere nobody watches, and the disk below a log may be full.
+    """Print the URL once the model is loaded, then wait for the shutdown and drain the engine."""
+    # On a terminal only: a log has no use for it, and its disk may be full.
     waiting = Console(stderr=True).status(escape(f"Loading {settings.model}"))
     with waiting if sys.stderr.isatty() else contextlib.nullcontext():
-        while not (engine.ready or _over(server, engine)):
+        while not (engine.ready or _stopping(server, engine)):
             await asyncio.sleep(TICK)
     if engine.ready:
-        with contextlib.suppress(OSError):  # nobody may be left to read it
+        with contextlib.suppress(OSError):  # standard output may be closed
             print(f"listening on {url}", flush=True)
-    while not _over(server, engine):
+    while not _stopping(server, engine):
         await asyncio.sleep(TICK)
     try:
         if not engine.fatal:
@@ -109,8 +111,8 @@ async def _watch(server: _Server, engine: Engine, settings: Settings, url: str) 
         server.should_exit = True
 
 
-def _over(server: _Server, engine: Engine) -> bool:
-    return server.asked_to_stop or server.should_exit or engine.fatal is not None
+def _stopping(server: _Server, engine: Engine) -> bool:
+    return server.stop_requested or server.should_exit or engine.fatal is not None
 
 
 def _url(listener: socket.socket) -> str:

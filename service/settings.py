@@ -1,7 +1,8 @@
-"""Every knob of the service, read once in main and passed down.
+"""The configuration of the service, read once and passed down.
 
-Order of precedence: command line flag, environment variable (prefix `TAPT_`), default. A
-`TAPT_*` variable that is no knob is an error, because a misspelt limit would be no limit.
+A command line flag takes precedence over an environment variable (prefix `TAPT_`), which takes
+precedence over the default. Unknown `TAPT_*` variables are errors, because a misspelled limit would
+not limit anything.
 """
 
 import os
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import Annotated, Literal, Self, get_args, get_origin
 
-from pydantic import AfterValidator, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "TAPT_"
@@ -21,17 +22,7 @@ Method = Literal[
 
 Tier = Literal["fast", "standard", "deep"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
-"""The cheapest first."""
-
-
-def _must_be_off(value: bool) -> bool:
-    if value:
-        raise ValueError("not available yet, only false is accepted")
-    return value
-
-
-Off = Annotated[bool, AfterValidator(_must_be_off)]
-"""A knob whose feature is not built yet. A literal False would refuse the text `false`."""
+"""Cheapest first."""
 
 HostPattern = Annotated[
     str, StringConstraints(pattern=r"^(\*\.)?[a-z0-9-]+(\.[a-z0-9-]+)*(:\d+)?$")
@@ -49,161 +40,185 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
 
     model: str = Field(
-        "embedded", description="`embedded`, a hub id, or a directory with a CLIP checkpoint."
+        "embedded",
+        description="`embedded`, a Hugging Face hub id, or a directory with a CLIP checkpoint.",
     )
     model_revision: str = Field(
-        "", description="Commit, tag or branch of a hub id; only a full commit cannot move."
+        "", description="Commit, tag or branch of a hub id. Only a full commit hash is immutable."
     )
     model_sha256: str = Field(
         "",
         pattern="^([0-9a-fA-F]{64})?$",
-        description="Hash that the weights must have, as `tapt-serve info` shows it.",
+        description="SHA-256 that the weights must have, as shown by `tapt-serve info`.",
     )
     bundle: str = Field(
-        "", description="Directory of a defense bundle; empty: the one beside the model, if any."
+        "",
+        description="Directory of the defense bundle; empty: `bundle` beside the model, if any.",
     )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Precision of the model; `auto`: float32 on the CPU, bfloat16 on CUDA."
+        "auto",
+        description="Precision of the model. `auto` is float32 on the CPU and bfloat16 on CUDA.",
     )
 
-    method: Method = Field("tapt", description="Defense of a request that names none.")
+    method: Method = Field("tapt", description="Default defense.")
     design: Literal["v", "vli", "vlj"] = Field(
-        "vli", description="Which prompts adapt; a bundle of another design is refused."
+        "vli", description="Design of the adapted prompts. A bundle of another design is refused."
     )
-    steps: int = Field(1, ge=0, description="Adaptation steps of a request that names none.")
-    max_steps: int = Field(8, ge=0, description="More steps than this are clamped.")
-    views: int = Field(16, ge=1, description="Views of a request that names none.")
-    max_views: int = Field(64, ge=1, description="More views than this are clamped.")
+    steps: int = Field(1, ge=0, description="Default number of adaptation steps.")
+    max_steps: int = Field(
+        8, ge=0, description="Maximum number of steps; higher requests are lowered to it."
+    )
+    views: int = Field(16, ge=1, description="Default number of views.")
+    max_views: int = Field(
+        64, ge=1, description="Maximum number of views; higher requests are lowered to it."
+    )
     selection_ratio: float = Field(
-        0.1, gt=0, le=1, description="Share of the views kept for the loss, most confident first."
+        0.1,
+        gt=0,
+        le=1,
+        description="Share of the views that the loss is computed on, the most confident ones.",
     )
-    learning_rate: float = Field(5e-4, gt=0, description="AdamW's learning rate.")
+    learning_rate: float = Field(5e-4, gt=0, description="Learning rate of AdamW.")
     alignment_weight: float = Field(
-        100.0, ge=0, description="Weight of the token alignment against the entropy."
+        100.0, ge=0, description="Weight of the token alignment loss relative to the entropy."
     )
     gamma: float = Field(
-        0.5, ge=0, le=1, description="Share of the adversarial statistics in the alignment."
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the adversarial statistics in the alignment, against the clean ones.",
     )
     adapts: Literal["all", "vision", "text"] = Field(
         "vision",
-        description="Whose prompts a step moves, all where there are none of these; without the "
-        "text's it costs far less.",
+        description="Which prompts adapt. `vision` is cheapest; if the bundle has none of that "
+        "kind, all adapt.",
     )
     early_stop: float = Field(
         0.0,
         ge=0,
-        description="A request whose entropy a step moved by less, in nats, takes no more; 0: off.",
+        description="Stop adapting once a step changes the entropy by less than this (nats); "
+        "0 disables.",
     )
     readout: Literal["single", "kept", "all", "weighted"] = Field(
-        "all", description="Views that the prediction is read from after the adaptation."
+        "all", description="Views that the prediction is computed from after adapting."
     )
     hypothesis_template: str = Field(
-        "a photo of a {}.", description="Prompt of a request that names none; holds one `{}`."
+        "a photo of a {}.", description="Default prompt; must contain one `{}`."
     )
 
-    max_batch_size: int = Field(16, ge=1, description="Requests in one batch.")
+    max_batch_size: int = Field(16, ge=1, description="Maximum number of requests in a batch.")
     max_batch_tokens: int = Field(
-        0, ge=0, description="Image and text tokens in one batch; 0: from the free memory."
+        0,
+        ge=0,
+        description="Maximum number of image and text tokens in a batch; 0: set by free memory.",
     )
     max_queue_delay_ms: float = Field(
-        5.0, ge=0, description="Longest wait for company while the device is idle, milliseconds."
+        5.0, ge=0, description="How long an idle worker waits for a batch to fill (ms)."
     )
     max_queue_size: int = Field(
         64,
         ge=1,
-        description="Requests accepted and not answered; more are answered 429. However many run, "
-        "a batch for each worker may wait.",
+        description="Maximum number of admitted requests without an answer; more get a 429. "
+        "One batch per worker may always wait.",
     )
     request_timeout_ms: int = Field(
-        60_000, ge=1, description="Time from a request's slot to its answer, milliseconds."
+        60_000, ge=1, description="Time from admission to the queue until the answer (ms)."
     )
     upload_timeout_ms: int = Field(
-        30_000, ge=1, description="Time for a request's body to arrive, milliseconds."
+        30_000, ge=1, description="Time for a request body to arrive (ms)."
     )
     max_body_bytes: int = Field(
-        16 * 2**20, ge=1024, description="Largest request body, bytes; more is answered 413."
+        16 * 2**20,
+        ge=1024,
+        description="Maximum size of a request body (bytes); larger ones get a 413.",
     )
     max_image_pixels: int = Field(
-        40_000_000, ge=1, description="Largest image, width times height; more is answered 413."
+        40_000_000,
+        ge=1,
+        description="Maximum width times height of an image; larger ones get a 413.",
     )
-    max_labels: int = Field(1000, ge=2, description="Most candidate labels of a request.")
-    max_label_chars: int = Field(256, ge=1, description="Longest label or template, characters.")
+    max_labels: int = Field(
+        1000, ge=2, description="Maximum number of candidate labels in a request."
+    )
+    max_label_chars: int = Field(
+        256, ge=1, description="Maximum length of a label or template (characters)."
+    )
 
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Comma-separated bearer keys, each as `tapt-serve key` lists it; none here "
-        "and no file: no key is asked for.",
+        description="Comma-separated API keys, each as printed by `tapt-serve key`. Without any "
+        "here or in a file, no key is required.",
         repr=False,
     )
     api_keys_file: str = Field(
-        "", description="File that lists bearer keys, one a line; read again when it changes."
+        "", description="File with one API key per line; reloaded when it changes."
     )
     open_routes: Annotated[tuple[Literal["pages", "metrics"], ...], NoDecode] = Field(
         (),
-        description="Comma-separated routes that ask for no key though others do: `pages` "
-        "(playground, docs), `metrics`.",
+        description="Comma-separated routes that need no key: `pages` (playground and docs), "
+        "`metrics`.",
     )
     key_concurrency: int = Field(
-        0, ge=0, description="Requests of one key under way at once; more are 429; 0: no limit."
+        0,
+        ge=0,
+        description="Maximum number of concurrent requests per key; more get a 429; 0 disables.",
     )
     key_rate: float = Field(
-        0.0, ge=0, description="Requests of one key a second, on average; 0: no limit."
+        0.0,
+        ge=0,
+        description="Average number of requests per second and key; more get a 429; 0 disables.",
     )
     key_burst: int = Field(
-        20, ge=1, description="Requests that a key may send at once before `key_rate` holds it."
+        20, ge=1, description="Requests that a key may send in a burst above `key_rate`."
     )
     key_similar_per_hour: int = Field(
         0,
         ge=0,
         le=1000,
-        description="Images alike, but not the same, that a key may send in an hour; 0: no limit.",
+        description="Similar but unequal images that a key may send in an hour; 0 disables.",
     )
     allow_client_seed: bool = Field(
         False,
-        description="Accept a request's `seed`. A known seed lets an attacker aim at the views.",
+        description="Accept the `seed` of a request. With a known seed, an attacker can target "
+        "the views.",
     )
     allow_image_urls: bool = Field(
-        False, description="Fetch images by URL, from the hosts listed and public addresses only."
+        False, description="Fetch images by URL, from `image_url_hosts` at public addresses only."
     )
     image_url_hosts: Annotated[tuple[HostPattern, ...], NoDecode] = Field(
         (),
-        description="Comma-separated hosts that images are fetched from: `example.org`, "
-        "`*.example.org`, `example.org:8443`.",
+        description="Comma-separated hosts to fetch images from: `example.org`, `*.example.org`, "
+        "`example.org:8443`.",
     )
     allow_http_image_urls: bool = Field(
-        False, description="Fetch images by plain `http` as well as by `https`."
+        False, description="Fetch images by unencrypted `http` too."
     )
-    image_url_timeout_ms: int = Field(
-        5000, ge=1, description="Time for an image to be fetched, milliseconds."
-    )
-    on_overload: Literal["reject"] = Field(
-        "reject", description="What a full queue does. Only `reject` (429) is available yet."
-    )
+    image_url_timeout_ms: int = Field(5000, ge=1, description="Time to fetch an image (ms).")
     expose: Literal["full", "rounded", "label"] = Field(
-        "full", description="Scores in answers: all digits, two digits, or 1 and 0 only."
+        "full",
+        description="Scores in answers: `full`, `rounded` to two digits, or `label` (1 and 0).",
     )
     enable_attack_demo: bool = Field(
         False,
-        description="Let the page attack pictures and show the views. Only on a loopback `host`.",
+        description="Offer attacks and views in the playground. Needs a loopback `host`.",
     )
 
     drain_timeout_s: float = Field(
-        30.0, ge=0, description="Longest wait for running requests at shutdown, seconds."
+        30.0, ge=0, description="How long a shutdown waits for running requests (s)."
     )
     workers: int = Field(
         1,
         ge=1,
-        description="Worker processes; on CUDA, one device each, on a CPU its cores are divided.",
+        description="Worker processes. On CUDA each has its own device; else they share the cores.",
     )
-    compile: Off = Field(False, description="torch.compile. Not available yet.")
     tier: Tier = Field(
         "standard",
-        description="Cost of a request that names no tier. `fast`: the plain mean over half of "
-        "the views; `standard`: these settings; `deep`: four times the views, twice the steps.",
+        description="Default tier. `fast`: the mean over half of the views, without adapting; "
+        "`standard`: these settings; `deep`: four times the views and twice the steps.",
     )
-    max_tier: Tier = Field("deep", description="A client's higher tier is lowered to this.")
-    log_format: Literal["text", "json"] = Field("text", description="Shape of the log lines.")
+    max_tier: Tier = Field("deep", description="Highest tier; higher requests are lowered to it.")
+    log_format: Literal["text", "json"] = Field("text", description="Format of the log.")
 
     @model_validator(mode="before")
     @classmethod
@@ -219,7 +234,7 @@ class Settings(BaseSettings):
         if self.hypothesis_template.replace("{}", "", 1).count("{") or (
             self.hypothesis_template.count("{}") != 1
         ):
-            raise ValueError("hypothesis_template must hold exactly one {}")
+            raise ValueError("hypothesis_template must contain exactly one {}")
         if self.steps > self.max_steps:
             raise ValueError(f"steps ({self.steps}) is above max_steps ({self.max_steps})")
         if self.views > self.max_views:
@@ -228,12 +243,12 @@ class Settings(BaseSettings):
             raise ValueError(f"tier ({self.tier}) is above max_tier ({self.max_tier})")
         if self.enable_attack_demo and not _is_loopback(self.host):
             raise ValueError(
-                f"enable_attack_demo is for a loopback host only, and host is {self.host}"
+                f"enable_attack_demo is for a loopback host only, but host is {self.host}"
             )
         if self.enable_attack_demo and self.expose != "full":
-            raise ValueError("enable_attack_demo shows every score, so expose must be full")
+            raise ValueError("enable_attack_demo shows all scores, so expose must be full")
         if self.allow_image_urls and not self.image_url_hosts:
-            raise ValueError("allow_image_urls needs image_url_hosts, the hosts to fetch from")
+            raise ValueError("allow_image_urls needs image_url_hosts")
         return self
 
 
@@ -245,7 +260,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Names in `environ` with our prefix that are no knob, sorted."""
+    """The names in `environ` that have our prefix and are no setting, sorted."""
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     return sorted(
         name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in known
@@ -253,12 +268,13 @@ def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def table() -> str:
-    """`docs/configuration.md`: every knob with its variable, flag and default."""
+    """The text of `docs/configuration.md`."""
     lines = [
         "# Configuration",
         "",
-        "Each knob is an environment variable or a flag of `tapt-serve`; the flag wins. A "
-        "`TAPT_*` variable that is no knob is an error. Made by `python -m service.settings`.",
+        "Set a knob by its environment variable or by its flag of `tapt-serve`; the flag takes "
+        "precedence. Unknown `TAPT_*` variables are errors. Generated by "
+        "`python -m service.settings`.",
         "",
         "| variable | flag | default | meaning |",
         "|---|---|---|---|",
@@ -272,10 +288,9 @@ def table() -> str:
 
 
 def _choices(annotation: object) -> str:
-    """A sentence with the words that a knob takes, empty where they are not a closed set."""
+    """A sentence with the allowed words; empty if the value is not one of a fixed set."""
     words = get_args(annotation) if get_origin(annotation) is Literal else ()
-    # A single one is named by its description.
-    return f" One of {', '.join(f'`{word}`' for word in words)}." if len(words) > 1 else ""
+    return f" One of {', '.join(f'`{word}`' for word in words)}." if words else ""
 
 
 def _shown(default: object) -> str:

@@ -32,8 +32,7 @@ class Server:
         self._listener = listen("127.0.0.1", 0)
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        # The last words are cut short, because no test that has ended waits for one.
-        self._uvicorn = uvicorn.Server(configure(self.app, settings, last_words=1))
+        self._uvicorn = uvicorn.Server(configure(self.app, settings, shutdown_timeout=1))
         self._running = threading.Event()
         self._thread = threading.Thread(target=asyncio.run, args=(self._run(),))
         self._thread.start()

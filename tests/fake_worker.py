@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from service.errors import ModelError
-from service.messages import Answer, Beat, Failure, Fatal, Finished, Ready, Settled, Task
+from service.messages import Answer, Failure, Fatal, Finished, Heartbeat, Ready, Settled, Task
 from service.settings import Settings
 from service.worker.supervisor import Event, Lost
 
@@ -100,7 +100,7 @@ class FakeWorker:
         self.deliver(self.ready)
 
     def beat(self, memory_bytes: int = 0) -> None:
-        self.deliver(Beat(0.0, memory_bytes))
+        self.deliver(Heartbeat(0.0, memory_bytes))
 
     def settle(self, *works: Task) -> None:
         """Settle these, by default all of the batch that runs."""

@@ -1,8 +1,8 @@
-"""From an accepted request to its answer.
+"""From an admitted request to its answer.
 
-A request first reserves a slot, before its image is decoded, and is then submitted. From then on
-it settles exactly once: with an answer or a typed error, at its deadline, by its cancellation, or
-at the shutdown. Everything here runs on the event loop; the work is done by other processes.
+A request reserves a permit before its image is decoded, and is then submitted. It settles exactly
+once: with an answer or an error, at its deadline, when it is cancelled, or at shutdown. Everything
+here runs on the event loop; the workers are other processes.
 """
 
 import asyncio
@@ -10,50 +10,39 @@ import contextlib
 import itertools
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from service.engine.permits import Permit, Permits
 from service.engine.retry_after import RetryAfter
 from service.engine.scheduler import Item, Scheduler, count_tokens
 from service.engine.worker_pool import WorkerPool
-from service.errors import (
-    ERRORS,
-    DeadlineExceeded,
-    InternalError,
-    NotReady,
-    QueueFull,
-    ServiceError,
-)
+from service.errors import DeadlineExceeded, NotReady, QueueFull, ServiceError, make_error
 from service.messages import Answer, Failure, ProgressEvent, Task
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
-from service.telemetry.record import record_answer
+from service.telemetry.traces import trace_answer
 from service.worker.supervisor import Backend
 
-GRACE = 5.0  # seconds past its deadline that a request is still waited for once its batch began
-RECOVERY = 5.0  # seconds after which a client may find a worker ready again
+GRACE = 5.0  # seconds after its deadline for which a running request is still waited for
+RECOVERY = 5.0  # seconds in which a lost worker is usually replaced
 
-
-Watch = Callable[[ProgressEvent], None]
-
-
-def look_away(event: ProgressEvent) -> None:
-    pass
+_Event = ProgressEvent | Answer | ServiceError
 
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """An error is a result and not an exception of the future: nobody may be left to look."""
+    """A request that waits for its result: the last of its events."""
 
     permit: Permit
-    outcome: asyncio.Future[Answer | ServiceError]
-    watch: Watch
+    events: asyncio.Queue[_Event] = field(default_factory=asyncio.Queue)
+    settled: bool = False
 
 
 class Engine:
-    """Accepts requests, batches them, hands the batches to the workers, settles every request."""
+    """Queues requests, gives them to the workers in batches, and settles every one."""
 
     def __init__(
         self,
@@ -65,7 +54,9 @@ class Engine:
         self._settings = settings
         self._metrics = metrics
         self._clock = clock
-        self._permits = Permits(settings.max_queue_size, settings.max_body_bytes, self._on_slots)
+        self._permits = Permits(
+            settings.max_queue_size, settings.max_body_bytes, self._on_permits_changed
+        )
         self._retry_after = RetryAfter()
         self._scheduler = Scheduler(
             settings.max_batch_size, settings.max_batch_tokens, settings.max_queue_delay_ms / 1000
@@ -80,17 +71,17 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be worked on now."""
+        """Whether requests are served now."""
         return self._pool.ready > 0 and not self._draining
 
     @property
     def started(self) -> bool:
-        """Whether a worker was ready once."""
+        """Whether a worker has been ready."""
         return self._pool.model is not None
 
     @property
     def alive(self) -> bool:
-        """False when no worker will ever be ready again."""
+        """False if no worker can be started again."""
         return self._pool.alive
 
     @property
@@ -100,25 +91,25 @@ class Engine:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What `/info` shows of the model and the workers."""
+        """The model and the workers, as in `/info`."""
         return self._pool.info
 
     @property
     def queue_depth(self) -> int:
-        """Requests being decoded, or whose batch has not begun."""
+        """Requests that are being decoded or wait for their batch to begin."""
         return len(self._permits)
 
     async def start(self) -> None:
-        """Start the workers; `ready` turns true when the first has loaded its model."""
+        """Start the workers. `ready` becomes true when the first has loaded its model."""
         self._pool.start()
 
     def drain(self) -> None:
-        """Accept nothing more; what was accepted goes on."""
+        """Refuse new requests and finish the admitted ones."""
         self._draining = True
-        self._on_slots()
+        self._on_permits_changed()
 
     async def stop(self, drain_timeout: float) -> None:
-        """Drain for at most `drain_timeout` seconds, fail what is left, stop the workers."""
+        """Drain for at most `drain_timeout` seconds, fail the rest, stop the workers."""
         if self._stopped:
             return
         self.drain()
@@ -129,9 +120,9 @@ class Engine:
         await self._pool.stop()
 
     def reserve(self, size_bytes: int) -> Permit:
-        """Take a place in the queue for an upload of `size_bytes`, before it is decoded.
+        """Take a permit for a file of `size_bytes`, before it is decoded.
 
-        Raises QueueFull or NotReady, with `retry_after`.
+        The caller must release it. Raises QueueFull or NotReady, with `retry_after`.
         """
         refusal: ServiceError
         if self._draining:
@@ -140,72 +131,90 @@ class Engine:
         elif not self.ready:
             reason = "not_ready"
             refusal = NotReady("The server is not ready.", retry_after=_jitter(RECOVERY))
-        elif permit := self._permits.take(size_bytes, self._clock(), self._room()):
+        elif permit := self._permits.take(size_bytes, self._clock(), self._limit()):
             if 2 * len(self._permits) <= self._settings.max_queue_size:
                 self._retry_after.clear()
             return permit
         else:
             reason = "queue_full"
-            refusal = QueueFull("The queue is full.", retry_after=self._turn())
+            refusal = QueueFull("The queue is full.", retry_after=self._assign_retry())
         self._metrics.rejected.labels(reason).inc()
         raise refusal
 
-    def _room(self) -> int:
-        """How many may wait now. Who is let in waits for those that run as well, so these take
-        places too; but each worker's next batch may always gather."""
-        places = self._settings.max_queue_size
-        gathering = self._pool.ready * self._settings.max_batch_size
-        return max(places - self._pool.running, min(places, gathering))
+    def _limit(self) -> int:
+        """How many requests may wait now.
 
-    def _turn(self) -> float:
-        """Seconds after which there will be room for one who is refused now."""
-        pace = self._pool.seconds_per_request / self._pool.ready
-        wait = (len(self._permits) + self._pool.running) * pace
-        # Clients are told whole seconds, so no more may share one than the queue holds.
-        pace = max(pace, 1 / self._settings.max_queue_size)
-        return max(1.0, self._retry_after.book(self._clock(), wait, pace))
-
-    async def submit(self, permit: Permit, work: Task, watch: Watch = look_away) -> Answer:
-        """Answer one request. Cancelling the caller withdraws it. `watch` hears of what can be
-        seen before the answer.
-
-        Raises ServiceError: DeadlineExceeded, NotReady, or what the worker found wrong.
+        Running requests count too, because new ones wait for them as well. But one batch for each
+        worker may always wait.
         """
+        size = self._settings.max_queue_size
+        next_batches = self._pool.ready * self._settings.max_batch_size
+        return max(size - self._pool.running, min(size, next_batches))
+
+    def _assign_retry(self) -> float:
+        """Seconds after which a request that is refused now should find room."""
+        interval = self._pool.seconds_per_request / self._pool.ready
+        wait = (len(self._permits) + self._pool.running) * interval
+        # Retry-After has whole seconds, so at most as many may share one as the queue holds.
+        interval = max(interval, 1 / self._settings.max_queue_size)
+        return max(1.0, self._retry_after.assign(self._clock(), wait, interval))
+
+    async def submit(self, permit: Permit, task: Task) -> Answer:
+        """Answer one task. Cancelling the caller withdraws it.
+
+        Raises DeadlineExceeded, NotReady, or the error that the worker reported.
+        """
+        async with aclosing(self.stream(permit, task)) as events:
+            (answer,) = [event async for event in events if isinstance(event, Answer)]
+        return answer
+
+    async def stream(
+        self, permit: Permit, task: Task
+    ) -> AsyncGenerator[ProgressEvent | Answer, None]:
+        """Like `submit`, with the progress of an attack before the answer."""
         model = self._pool.model
         if self._stopped or not self.alive or model is None:
             raise NotReady("The server is not ready.", retry_after=_jitter(RECOVERY))
         # Clients choose request ids, so two may be equal.
-        work = replace(work, id=f"{work.id}/{next(self._serial)}")
-        tokens = count_tokens(work, model, self._settings.hypothesis_template)
-        now = self._clock()
-        request = _Request(permit, asyncio.get_running_loop().create_future(), watch)
-        self._requests[work.id] = request
-        alone = work.attack is not None
-        key = work.id if alone else (work.method, work.views)
-        self._scheduler.add(Item(work, key, tokens, now, work.deadline))
+        queued = replace(task, id=f"{task.id}/{next(self._serial)}")
+        tokens = count_tokens(task, model, self._settings.hypothesis_template)
+        key = (task.method, task.views) if task.attack is None else queued.id
+        request = self._requests[queued.id] = _Request(permit)
+        enqueued = self._clock()
+        self._scheduler.add(Item(queued, key, tokens, enqueued))
         try:
             self._pump()
-            async with asyncio.timeout(work.deadline + GRACE - now):
-                outcome = await request.outcome
-        except TimeoutError:
-            outcome = DeadlineExceeded("The worker did not answer before the deadline.")
+            while True:
+                event = await self._next_event(request, task)
+                if isinstance(event, ServiceError):
+                    raise event
+                if isinstance(event, Answer):
+                    trace_answer(task, event, enqueued, permit.waited)
+                yield event
+                if isinstance(event, Answer):
+                    return
         finally:
-            self._withdraw(work.id)
-        if isinstance(outcome, ServiceError):
-            raise outcome
-        return outcome
+            self._withdraw(queued.id)
+
+    async def _next_event(self, request: _Request, task: Task) -> _Event:
+        try:
+            async with asyncio.timeout(task.deadline + GRACE - self._clock()):
+                return await request.events.get()
+        except TimeoutError:
+            return DeadlineExceeded("The worker did not answer before the deadline.")
 
     def _withdraw(self, id: str) -> None:
-        """Forget a request, whose outcome is known or no longer wanted."""
+        """Forget a request that has its result or that nobody waits for."""
         del self._requests[id]
         self._scheduler.remove(id)
         if self._pool.cancel(id):
             self._metrics.truncated.labels("cancelled").inc()
 
-    def _settle(self, id: str, outcome: Answer | ServiceError) -> None:
+    def _settle(self, id: str, result: Answer | ServiceError) -> None:
         request = self._requests.get(id)
-        if request and not request.outcome.done():
-            request.outcome.set_result(outcome)
+        if request and not request.settled:
+            request.settled = True
+            request.events.put_nowait(result)
 
     def _fail_all(self, message: str) -> None:
         for id in self._requests:
@@ -213,10 +222,10 @@ class Engine:
             self._settle(id, NotReady(message, retry_after=_jitter(RECOVERY)))
 
     def _pump(self) -> None:
-        """Do what is due now, and come back when something will be."""
+        """Do what is due now, and set a timer for what will be."""
         now = self._clock()
         for item in (*self._scheduler.expire(now), *self._pool.expire(now)):
-            self._settle(item.work.id, DeadlineExceeded("The deadline passed in the queue."))
+            self._settle(item.task.id, DeadlineExceeded("The deadline passed in the queue."))
         while self._pool.free:
             if batch := self._scheduler.next_batch(now):
                 self._pool.run(batch)
@@ -224,8 +233,8 @@ class Engine:
                 self._scheduler.put_back(items)
             else:
                 break
-        # Only what is full goes ahead: other batches may still grow until a worker is free.
-        while self._pool.ahead and (batch := self._scheduler.full_batch()):
+        # Only full batches are sent ahead; others may still grow until a worker is free.
+        while self._pool.accepts and (batch := self._scheduler.full_batch()):
             self._pool.run(batch)
         if self._timer:
             self._timer.cancel()
@@ -238,36 +247,35 @@ class Engine:
     def on_begin(self, items: list[Item]) -> None:
         now = self._clock()
         for item in items:
-            permit = self._requests[item.work.id].permit
+            permit = self._requests[item.task.id].permit
             permit.waited = now - item.enqueued
             permit.release()
             if item.attempts == 0:
                 self._metrics.queue_seconds.observe(now - permit.since)
 
     def on_result(self, item: Item, result: Answer | Failure) -> None:
-        if not _makes_sense(item.work, result):
-            result = Failure("internal", "The worker's answer made no sense.")
+        if not _is_valid(item.task, result):
+            result = Failure("internal", "The worker's answer was invalid.")
         if isinstance(result, Answer):
-            record_answer(self._metrics, item.work, result)
-            self._settle(item.work.id, result)
+            self._metrics.observe_answer(item.task, result)
+            self._settle(item.task.id, result)
         else:
-            error = ERRORS.get(result.error_type, InternalError)
-            self._settle(item.work.id, error(result.message))
+            self._settle(item.task.id, make_error(result.error_type, result.message))
 
     def on_progress(self, item: Item, event: ProgressEvent) -> None:
-        if request := self._requests.get(item.work.id):
-            request.watch(event)
+        if request := self._requests.get(item.task.id):
+            request.events.put_nowait(event)
 
     def on_lost(self, running: list[Item], waiting: list[Item]) -> None:
-        """Try each that ran once more, alone: the one that killed the worker takes no other with
-        it. What was not begun is as it was."""
+        """Retry each running item once, alone, so that the one that killed the worker cannot take
+        others with it. Items of a batch that had not begun are queued again as they were."""
         again = []
         for item in running:
             if item.attempts == 0:
-                again.append(replace(item, key=item.work.id, attempts=1))
+                again.append(replace(item, key=item.task.id, attempts=1))
             else:
-                why = "The worker was lost, and so was the next one."
-                self._settle(item.work.id, NotReady(why, retry_after=_jitter(RECOVERY)))
+                message = "The worker was lost, and so was the next one."
+                self._settle(item.task.id, NotReady(message, retry_after=_jitter(RECOVERY)))
         self._scheduler.put_back([*again, *waiting])
 
     def on_event(self) -> None:
@@ -278,22 +286,22 @@ class Engine:
             self._fail_all("No worker can be started.")
         self._pump()
 
-    def _on_slots(self) -> None:
+    def _on_permits_changed(self) -> None:
         self._metrics.queue_depth.set(len(self._permits))
         if self._draining and not self._permits and not self._requests:
             self._drained.set()
 
 
-def _makes_sense(work: Task, result: object) -> bool:
-    """Whether a result has the shape that it should have, whatever became of the worker."""
+def _is_valid(task: Task, result: object) -> bool:
+    """Whether a result has the right shape, even from a worker that misbehaves."""
     if not isinstance(result, Answer):
         return isinstance(result, Failure)
     return all(
-        len(scores) == len(work.labels) and all(-1e-3 < score < 1.001 for score in scores)
+        len(scores) == len(task.labels) and all(-1e-3 < score < 1.001 for score in scores)
         for scores in (result.scores, result.undefended_scores)
     )
 
 
 def _jitter(seconds: float) -> float:
-    """At least 1 s, and spread: clients refused together should not return together."""
+    """Spread a time by 20 %, at least 1 s, so that clients do not return all at once."""
     return max(1.0, seconds * random.uniform(0.8, 1.2))

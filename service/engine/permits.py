@@ -1,17 +1,16 @@
-"""The places in the queue: how many requests, and how many bytes, may wait at once."""
+"""Permits bound how many requests, and how many bytes, may wait in the queue at once."""
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
-BYTES_PER_PLACE = 4 * 2**20  # a photograph; larger uploads share the room of smaller ones
+BYTES_PER_PERMIT = 4 * 2**20
+"""The size of a photograph. Larger uploads use bytes that smaller ones leave."""
 
 
 class Permit:
-    """One place, held from before the decoding until the request's batch begins, or it ends.
+    """A place in the queue, held from before decoding until the request's batch begins.
 
-    Leaving the `with` block gives it back. `since` is the instant it was taken; `waited` the
-    seconds from submission to the batch's beginning, known from then on.
+    `since` is the instant at which it was taken, `waited` the seconds from submission to the
+    beginning of the batch, known from then on.
     """
 
     def __init__(self, size_bytes: int, since: float, release: Callable[["Permit"], None]) -> None:
@@ -21,27 +20,19 @@ class Permit:
         self._release = release
 
     def release(self) -> None:
-        """Give the place back; again is harmless."""
+        """Give the permit back. May be called again."""
         self._release(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 class Permits:
-    """All places: `BYTES_PER_PLACE` bytes for each of `places` (one request of `largest` bytes
-    always fits into an empty queue). Calls `changed` on each change."""
+    """The permits of a queue of `size` requests.
 
-    def __init__(self, places: int, largest: int, changed: Callable[[], None]) -> None:
-        self._room = max(largest, places * BYTES_PER_PLACE)
+    All permits together hold at most `BYTES_PER_PERMIT` for each of `size`, or `largest` bytes if
+    that is more, so that an empty queue admits any request. `changed` is called after each change.
+    """
+
+    def __init__(self, size: int, largest: int, changed: Callable[[], None]) -> None:
+        self._max_bytes = max(largest, size * BYTES_PER_PERMIT)
         self._changed = changed
         self._held: set[Permit] = set()
 
@@ -52,9 +43,9 @@ class Permits:
     def bytes(self) -> int:
         return sum(permit.size_bytes for permit in self._held)
 
-    def take(self, size_bytes: int, now: float, places: int) -> Permit | None:
-        """A slot, or None when so many places are held now, or all bytes are."""
-        if len(self._held) >= places or self.bytes + size_bytes > self._room:
+    def take(self, size_bytes: int, now: float, limit: int) -> Permit | None:
+        """A permit, or None if `limit` are held now or too few bytes are left."""
+        if len(self._held) >= limit or self.bytes + size_bytes > self._max_bytes:
             return None
         permit = Permit(size_bytes, now, self._release)
         self._held.add(permit)

@@ -1,33 +1,34 @@
-"""When a refused client may come back: each has a turn of its own, behind those told before it.
+"""When a refused client may come back.
 
-Were everybody told how long the queue takes to drain, all would return together, and most would be
-refused again. A turn is no reservation: who comes earlier, or is new, is let in where there is
-room.
+With one shared Retry-After, all refused clients would return at once and most would be refused
+again. So each is told a time of its own, after those that were told before it. This is no
+reservation: a client that comes earlier is admitted if there is room.
 """
 
-LONGEST = 900.0
-"""Seconds that nobody is told to exceed. Behind more refused requests than this holds, a turn is no
-longer sure."""
-
+MAX_SECONDS = 900.0
+"""Longest time that a client is told. If more are refused than it holds, they share it."""
 
 SPACING = 1.25
-"""Turns lie further apart than a request takes on average: that time varies, and grows where
-batches are no longer full."""
+"""Times lie this much further apart than the mean time of a request, which varies and grows when
+batches are not full."""
 
 
 class RetryAfter:
-    """The turns given so far; what counts of them is the last."""
+    """Spreads the times at which refused clients return."""
 
     def __init__(self) -> None:
         self._last = float("-inf")
 
-    def book(self, now: float, wait: float, pace: float) -> float:
-        """Seconds after `now` at which to return: when the queue has drained, in `wait` seconds,
-        and every turn given before has had somewhat more than its `pace` seconds."""
-        seconds = min(max(wait, self._last + SPACING * pace - now), LONGEST)
+    def assign(self, now: float, wait: float, interval: float) -> float:
+        """Seconds from `now` after which to return.
+
+        At the earliest when the queue has drained, in `wait` seconds, and at least SPACING
+        times `interval` seconds after the client before.
+        """
+        seconds = min(max(wait, self._last + SPACING * interval - now), MAX_SECONDS)
         self._last = now + seconds
         return seconds
 
     def clear(self) -> None:
-        """Forget the turns: there is room, so those who were to use it are done or do not come."""
+        """Forget the assigned times. The queue has room again, so they no longer matter."""
         self._last = float("-inf")

@@ -1,4 +1,4 @@
-"""The workers as the engine sees them: which are ready, and what each of them runs."""
+"""The workers: which are ready, and which batches each of them has."""
 
 import asyncio
 import time
@@ -11,45 +11,44 @@ from typing import Any, Protocol
 from service.engine.scheduler import Item
 from service.messages import (
     Answer,
-    Beat,
     Failure,
     Fatal,
     Finished,
+    Heartbeat,
     Progress,
     ProgressEvent,
     Ready,
     Settled,
 )
 from service.telemetry.metrics import Metrics
-from service.telemetry.record import record_batch, record_counts
 from service.worker.supervisor import Backend, Event, Lost
 
 SMOOTHING = 0.2  # weight of the last batch in the mean seconds per request
 
 
 class Listener(Protocol):
-    """Who gives the batches, and is told what becomes of them."""
+    """What is told about the batches; the engine."""
 
     def on_begin(self, items: list[Item]) -> None:
-        """A worker begins with a batch: these of it are still wanted."""
+        """A worker begins a batch; these of its items are still wanted."""
 
     def on_result(self, item: Item, result: Answer | Failure) -> None:
-        """Called once for each item of a batch, unless it was dropped or lost before."""
+        """An item has its result. Called once for each, unless it was dropped or lost before."""
 
     def on_progress(self, item: Item, event: ProgressEvent) -> None:
-        """News of an item whose result is still to come."""
+        """An item made progress; its result follows."""
 
     def on_lost(self, running: list[Item], waiting: list[Item]) -> None:
-        """A worker is gone: what of its batch had no result, and what it had not begun."""
+        """A worker is lost, with the running items without a result and those not yet begun."""
 
     def on_event(self) -> None:
-        """Called last after every event: a worker may be free, ready, or given up."""
+        """Called after every event: a worker may have become free, ready or lost for good."""
 
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """`items` are those that have no result yet and are still wanted; `size` is how many were when
-    it began."""
+    """`items` have no result yet and are still wanted; `size` is how many they were when the batch
+    began."""
 
     items: dict[str, Item]
     size: int = 0
@@ -58,8 +57,8 @@ class _Batch:
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    """The first of its batches runs until it is finished, even if nobody waits for it any more; a
-    second one lies ready beside the worker, so that it has work the moment the first one ends."""
+    """The first batch runs until it is finished, even if nobody waits for it any more. A second one
+    may wait in the worker, so that it can begin at once."""
 
     name: str
     backend: Backend
@@ -77,10 +76,10 @@ class _Worker:
 
 
 class WorkerPool:
-    """All workers; each runs one batch at a time, and may have the next.
+    """All workers; each runs one batch at a time and may hold the next.
 
-    `model` is what the last Ready said, `fatal` the sentence of a model that cannot be served,
-    `seconds_per_request` a running mean of the time of a batch over its size.
+    `model` is the last Ready, `fatal` why the model cannot be served, `seconds_per_request` a
+    running mean of a batch's time divided by its size.
     """
 
     def __init__(
@@ -100,32 +99,32 @@ class WorkerPool:
 
     @property
     def ready(self) -> int:
-        """How many have their model loaded."""
+        """How many workers have loaded the model."""
         return sum(worker.ready for worker in self._workers)
 
     @property
     def free(self) -> bool:
-        """Whether one is ready and has no batch."""
+        """Whether a worker is ready and has no batch."""
         return any(worker.ready and not worker.batches for worker in self._workers)
 
     @property
-    def ahead(self) -> bool:
-        """Whether one is ready and has no batch after the one that it runs."""
+    def accepts(self) -> bool:
+        """Whether a worker is ready and can hold another batch."""
         return any(worker.ready and len(worker.batches) < 2 for worker in self._workers)
 
     @property
     def alive(self) -> bool:
-        """False when none will ever be ready again."""
+        """False if no worker can be started again."""
         return self.fatal is None and not all(worker.exhausted for worker in self._workers)
 
     @property
     def running(self) -> int:
-        """How many requests are in batches that were begun, and have no result."""
+        """How many requests of running batches have no result yet."""
         return sum(len(worker.running) for worker in self._workers)
 
     @property
     def info(self) -> dict[str, Any]:
-        """What the workers say of the model (nothing before one was ready), and their number."""
+        """The model, once a worker has loaded it, and the number of workers."""
         workers = {"configured": len(self._workers), "ready": self.ready}
         return {**(self.model.info if self.model else {}), "workers": workers}
 
@@ -140,11 +139,13 @@ class WorkerPool:
         await asyncio.gather(*(worker.backend.stop() for worker in self._workers))
 
     def run(self, batch: list[Item]) -> None:
-        """Give a batch to a free worker, or else to the one whose batch began first."""
-        fit = (worker for worker in self._workers if worker.ready and len(worker.batches) < 2)
-        worker = min(fit, key=lambda worker: [batch.began for batch in worker.batches])
-        worker.batches.append(_Batch({item.work.id: item for item in batch}))
-        worker.backend.run([item.work for item in batch])
+        """Give a batch to a free worker, or to the one whose batch began first."""
+        candidates = (
+            worker for worker in self._workers if worker.ready and len(worker.batches) < 2
+        )
+        worker = min(candidates, key=lambda worker: [batch.began for batch in worker.batches])
+        worker.batches.append(_Batch({item.task.id: item for item in batch}))
+        worker.backend.run([item.task for item in batch])
         if len(worker.batches) == 1:
             self._begin(worker)
 
@@ -152,11 +153,11 @@ class WorkerPool:
         batch, items = worker.batches[0], worker.running
         batch.size, batch.began = len(items), self._clock()
         if items:
-            record_batch(self._metrics, [item.work for item in items])
+            self._metrics.observe_batch([item.task for item in items])
             self._listener.on_begin(items)
 
     def cancel(self, id: str) -> bool:
-        """Drop an item that nobody waits for any more; whether it was being worked on."""
+        """Drop an item that nobody waits for any more; whether it was running."""
         for worker in self._workers:
             began = bool(worker.batches) and id in worker.batches[0].items
             if self._drop(worker, [id]):
@@ -164,34 +165,34 @@ class WorkerPool:
         return False
 
     def expire(self, now: float) -> list[Item]:
-        """Drop the items whose deadline has come before their batch was begun."""
-        return [
-            item
-            for worker in self._workers
-            for item in self._drop(worker, [i.work.id for i in worker.waiting if i.deadline <= now])
-        ]
+        """Drop the items whose deadline has passed before their batch began."""
+        expired: list[Item] = []
+        for worker in self._workers:
+            late = [item.task.id for item in worker.waiting if item.task.deadline <= now]
+            expired += self._drop(worker, late)
+        return expired
 
     def recall(self) -> list[Item]:
-        """Take back what lies ready beside one of the workers, for another that is free now."""
+        """Take back a batch that waits in one worker, for another that is free now."""
         for worker in self._workers:
             if waiting := worker.waiting:
-                return self._drop(worker, [item.work.id for item in waiting])
+                return self._drop(worker, [item.task.id for item in waiting])
         return []
 
     def wake_at(self) -> float | None:
-        """The instant at which `expire` will have something, if any."""
+        """The instant at which `expire` returns something, if any."""
         waiting = (item for worker in self._workers for item in worker.waiting)
-        return min((item.deadline for item in waiting), default=None)
+        return min((item.task.deadline for item in waiting), default=None)
 
     def _drop(self, worker: _Worker, ids: list[str]) -> list[Item]:
-        """Take items out of a worker's batches, and tell it."""
+        """Take items out of a worker's batches and cancel them there."""
         found = [item for id in ids if (item := self._take(worker, id))]
         if found:
-            worker.backend.cancel(frozenset(item.work.id for item in found))
+            worker.backend.cancel(frozenset(item.task.id for item in found))
         return found
 
     def _take(self, worker: _Worker, id: str) -> Item | None:
-        """Take an item out of the batch that it is in."""
+        """Take an item out of its batch."""
         for batch in worker.batches:
             if item := batch.items.pop(id, None):
                 return item
@@ -203,16 +204,17 @@ class WorkerPool:
 
     def _on_event(self, worker: _Worker, event: Event) -> None:
         match event:
-            case Beat(memory_bytes=memory):
+            case Heartbeat(memory_bytes=memory):
                 self._metrics.device_memory_bytes.labels(worker.name).set(memory)
             case Ready():
                 self.model = event
+                self._metrics.set_build(event.info)
                 self._set_ready(worker, True)
             case Progress(id=id, event=update):
                 if worker.batches and (item := worker.batches[0].items.get(id)):
                     self._listener.on_progress(item, update)
             case Settled(id=id, result=result):
-                # Taken once: a second result, or one that nobody waits for, finds nothing.
+                # A second result, or one for an item that was dropped, finds nothing.
                 if item := self._take(worker, id):
                     self._listener.on_result(item, result)
             case Finished(counts=counts) if worker.batches:
@@ -221,10 +223,10 @@ class WorkerPool:
                     seconds = (self._clock() - batch.began) / batch.size
                     self.seconds_per_request += SMOOTHING * (seconds - self.seconds_per_request)
                 for item in batch.items.values():
-                    self._listener.on_result(item, Failure("internal", "The worker was silent."))
+                    self._listener.on_result(item, Failure("internal", "The worker gave none."))
                 if worker.batches:
                     self._begin(worker)
-                record_counts(self._metrics, counts)
+                self._metrics.add_counts(counts)
             case Lost(restarting=restarting):
                 self._set_ready(worker, False)
                 worker.exhausted = not restarting

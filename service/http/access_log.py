@@ -1,7 +1,7 @@
-"""What is written down of every request: its id, one log line, the metrics.
+"""The access log: an id, a log line and metrics for every request.
 
-An ASGI middleware, outside of everything but the server: an exception that reaches it is a fault
-of ours, goes to the log, and leaves as a 500 without its text. Neither labels nor keys are logged.
+This is the outermost ASGI middleware. An exception that reaches it is a bug; it is logged and
+answered by a 500 without its text. Labels and keys are never logged.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ClientGone, InternalError, ServiceError
+from service.http.response import ErrorBody
 from service.telemetry.metrics import Metrics
 
 logger = logging.getLogger("tapt.request")
@@ -27,11 +28,11 @@ REFUSALS = {
     "unsupported_image",
     "unprocessable",
 }
-"""Error types that mean that a request was refused before any work; the engine counts its own."""
+"""Error types of requests that were refused before they ran; other parts count their own."""
 
 
-class Journal:
-    """Stamps, times, counts and logs each request that passes through to `app`."""
+class AccessLog:
+    """Gives each request an id, and times, counts and logs it."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -47,7 +48,7 @@ class Journal:
         began = time.monotonic()
         status = 0
 
-        async def stamp(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -55,16 +56,16 @@ class Journal:
                     *message.get("headers", []),
                     (b"x-request-id", request_id.encode()),
                 ]
-            if status != ClientGone.status:  # nobody reads it
+            if status != ClientGone.status:  # the client is gone
                 await send(message)
 
         try:
-            await self._app(scope, receive, stamp)
+            await self._app(scope, receive, send_with_id)
         except Exception:
-            logger.exception("Unexpected failure, request_id=%s", request_id)
+            logger.exception("unexpected error, request_id=%s", request_id)
             notes["error"] = InternalError.error_type
             if not status:
-                await _send_error(stamp, InternalError("Something went wrong here."), request_id)
+                await _send_error(send_with_id, InternalError("The server failed."), request_id)
         finally:
             self._write(scope, status or ClientGone.status, time.monotonic() - began, notes)
 
@@ -91,8 +92,9 @@ _QUIET = {"/livez", "/readyz", "/startupz", "/health", "/metrics"}
 
 
 def error_body(error: ServiceError, request_id: str) -> dict[str, str]:
-    """The one shape of every error."""
-    return {"error": error.message, "error_type": error.error_type, "request_id": request_id}
+    """The body of an error response."""
+    body = ErrorBody(error=error.message, error_type=error.error_type, request_id=request_id)
+    return body.model_dump()
 
 
 def _request_id(scope: Scope) -> str:
@@ -100,12 +102,12 @@ def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and re.fullmatch(rb"[!-~]{1,128}", value):
             return str(value, "ascii")
-    return f"{random.getrandbits(128):032x}"  # names a request and guards nothing
+    return f"{random.getrandbits(128):032x}"  # not a secret
 
 
 def _route(scope: Scope) -> str:
-    """The path of the route that matched, never the client's; the page has a name of its own,
-    because it shares its path with the Hugging Face route."""
+    """The path of the matched route, never the client's own. The page shares its path with the
+    Hugging Face route, so it is called `/playground`."""
     route = getattr(scope.get("route"), "path", "other")
     return "/playground" if route == "/" and scope["method"] != "POST" else str(route)
 

@@ -1,8 +1,8 @@
-"""Bearer keys: who may ask, and who may see how the defense fared.
+"""API keys: who may send requests, and who may see diagnostics.
 
 A key is listed by its hash, `sha256:` and 64 hex digits, in the environment or in a file that is
-read again when it changes; `tapt-serve key` makes one. Keys are random, so a plain hash tells
-nothing of them and none has to be slow.
+reloaded when it changes. `tapt-serve key` makes one. Keys are random, so a fast hash without salt
+reveals nothing about them.
 """
 
 import hmac
@@ -23,10 +23,10 @@ from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
 DIAGNOSTICS = "diagnostics"
-"""The scope that shows entropies, agreement, suspicion and the undefended label."""
+"""The scope of keys that may see entropies, agreement, suspicion and the undefended label."""
 
 SCOPES = frozenset({DIAGNOSTICS})
-RELOAD = 1.0  # seconds between looks at the file
+RELOAD = 1.0  # seconds between checks of the file
 _LISTED = re.compile(r"sha256:([0-9a-f]{64})")
 
 log = logging.getLogger("tapt.keys")
@@ -34,7 +34,7 @@ log = logging.getLogger("tapt.keys")
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. `id` is the head of the key's hash, for limits and the log."""
+    """The sender of a request. `id` is the start of the key's hash, for limits and the log."""
 
     id: str
     scopes: frozenset[str]
@@ -45,17 +45,17 @@ class Caller:
 
 
 ANYONE = Caller("", SCOPES)
-"""Everybody, where the server has no keys."""
+"""Every caller of a server without keys."""
 
 Table = dict[bytes, frozenset[str]]
 
 
 class Keys:
-    """The keys that are accepted now: those of the environment and those of the file.
+    """The accepted keys, from the environment and the file.
 
-    A file that goes missing or is malformed later changes nothing but a metric and the log: the
-    keys read last stay, so that a slip in a rotation shuts nobody out. An empty file lets nobody
-    in. Raises KeysError when either cannot be read at the start.
+    If the file disappears or is malformed later, the last keys stay valid, so that a mistake in a
+    rotation locks nobody out; a metric and the log tell. An empty file admits nobody. Raises
+    KeysError if the keys cannot be read at the start.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Keys:
         self._given = _parse(settings.api_keys, "api_keys", plain=True)
         self._file = Path(settings.api_keys_file) if settings.api_keys_file else None
         self._listed: Table = {}
-        self._looked = clock()
+        self._checked = clock()
         self._seen: tuple[int, ...] = ()
         self.needed = bool(self._given or self._file)
         if plain := sum(not key.startswith("sha256:") for key in settings.api_keys):
-            log.warning("%d keys are given as plain text; `tapt-serve key` hashes them", plain)
+            log.warning("%d keys are in plain text; `tapt-serve key --stdin` hashes them", plain)
         if self._file:
             try:
                 self._read(self._file)
@@ -78,10 +78,9 @@ class Keys:
                 raise KeysError(f"{self._file}: {error.strerror}.") from None
 
     def find(self, header: str) -> Caller | None:
-        """Who sends this `Authorization` header, None for a stranger.
+        """The caller with this `Authorization` header; None if the key is unknown.
 
-        Every hash is compared, so that the time taken tells neither which came close nor whose
-        turn it was.
+        All hashes are always compared, in constant time, so that timing reveals nothing about them.
         """
         if not self.needed:
             return ANYONE
@@ -99,37 +98,37 @@ class Keys:
 
     def _refresh(self) -> None:
         now = self._clock()
-        if self._file is None or now < self._looked + RELOAD:
+        if self._file is None or now < self._checked + RELOAD:
             return
-        self._looked = now
+        self._checked = now
         try:
             self._read(self._file)
         except (OSError, KeysError) as error:
             self._metrics.key_file_errors.inc()
-            log.error("the keys stay as they are: %s", error)
+            log.error("the keys were not reloaded: %s", error)
 
     def _read(self, file: Path) -> None:
-        """Read the file if it is another than at the last look."""
+        """Read the file if it has changed."""
         stat = file.stat()
         seen = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
         if seen == self._seen:
             return
-        self._seen = seen  # also of a malformed one: to complain once is enough
+        self._seen = seen  # of a malformed file too, so that it is reported once
         lines = (line.partition("#")[0] for line in file.read_text("utf-8", "replace").splitlines())
         self._listed = _parse((line for line in lines if line.strip()), file.name, plain=False)
         log.info("%s lists %d keys", file.name, len(self._listed))
 
 
 class KeyCheck(HTTPBearer):
-    """Notes the caller, and describes the header in the OpenAPI.
+    """Finds the caller of a request, and describes the header in the OpenAPI.
 
-    Raises Unauthorized unless no keys are set, the request bears one, or the operator `opened`
-    these routes to everybody.
+    Raises Unauthorized, unless the server has no keys, the request has a valid one, or
+    `open_routes` lists `opened`.
     """
 
     def __init__(self, opened: str = "") -> None:
         super().__init__(
-            scheme_name="HTTPBearer", description="Needed only where the server has keys."
+            scheme_name="HTTPBearer", description="Needed only if the server has keys."
         )
         self._opened = opened
 
@@ -156,12 +155,12 @@ def make_key() -> str:
 
 
 def entry(key: str, scopes: Iterable[str] = ()) -> str:
-    """The line that lists a key."""
+    """The line that lists a key in a file."""
     return " ".join([f"sha256:{sha256(key.encode()).hexdigest()}", *scopes])
 
 
 def _parse(lines: Iterable[str], source: str, plain: bool) -> Table:
-    """Hash to scopes. Errors name the line by its number, because its text may be a key."""
+    """The scopes by hash. Errors give a line's number and not its text, which may be a key."""
     table: Table = {}
     for number, line in enumerate(lines, 1):
         head, *scopes = line.split()

@@ -1,8 +1,8 @@
-"""An image file, as bytes or base64, to a checked RGB array, fully decoded at the door.
+"""Decode an image file, as bytes or base64, to an RGB array.
 
-Nothing behind this room meets a file again, so a damaged, hostile or absurd one ends here with a
-typed error. Alpha is dropped rather than composited, because that is what transformers' own
-pipelines do (`convert("RGB")`) and equal input should get equal answers.
+No later stage reads files, so damaged and hostile ones are refused here, each with an error of its
+own. Alpha is dropped and not composited, as in transformers' pipelines (`convert("RGB")`), so that
+equal images get equal answers.
 """
 
 import base64
@@ -20,14 +20,14 @@ from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, _imagi
 from service.errors import BadRequest, ServiceError, TooLarge, Unprocessable, UnsupportedImage
 from service.intake.structure import check_structure
 
-DOOR_SIDE = 512
-"""Pixels: larger images are scaled down, antialiased, to this shorter side."""
+MAX_SHORT_SIDE = 512
+"""Pixels. Larger images are scaled down with antialiasing until the shorter side is this long."""
 
-DOOR_LENGTH = 4096
-"""Pixels: and never to a longer side than this. Images within both are left untouched."""
+MAX_LONG_SIDE = 4096
+"""Pixels. The longer side is at most this long. Images within both bounds are not resized."""
 
 MAX_ASPECT = 50
-"""Longer side over shorter side; beyond it a centre crop sees next to nothing of the image."""
+"""Longer side divided by shorter side; beyond it a center crop shows almost nothing."""
 
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 if features.check("avif"):
@@ -39,7 +39,7 @@ _AVIF = threading.Lock()
 
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF
 
-_PLAIN_ALPHABET = bytes.maketrans(b"-_", b"+/")
+_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,61 +51,63 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow's own guard is a process-wide constant; `decode` checks every header against its argument.
+# Pillow's own limit is a process-wide constant; `decode` checks every header itself.
 Image.MAX_IMAGE_PIXELS = None
-Image.init()  # otherwise the first request pays for loading the decoders
-with contextlib.suppress(OSError, AttributeError):  # where Pillow's libtiff cannot be reached
-    # By itself libtiff writes a line to standard error for each damaged row of a client's file.
+Image.init()  # load the decoders now and not with the first request
+with contextlib.suppress(OSError, AttributeError):  # Pillow does not always export libtiff
+    # libtiff writes a line to standard error for each damaged row of a client's file.
     ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 
 def decode(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    """The first frame of an image file, upright, as uint8 RGB [height, width, 3].
+    """Decode the first frame of an image file, upright, to uint8 RGB [height, width, 3].
 
-    Raises BadRequest (empty, damaged or cut short), UnsupportedImage (not one of `FORMATS`, or
-    samples without a defined range), TooLarge (more than `max_pixels` by its header, or more
-    than the memory holds), Unprocessable (sides further apart than `MAX_ASPECT`).
+    Raises:
+        BadRequest: the file is empty, damaged or truncated.
+        UnsupportedImage: it is in none of `FORMATS`, or its samples have no defined range.
+        TooLarge: its header names more than `max_pixels`, or it does not fit into memory.
+        Unprocessable: its aspect ratio is above `MAX_ASPECT`.
     """
     if not data:
         raise BadRequest("The image is empty.")
     check_structure(data)
     try:
-        with _turn(data), Image.open(BytesIO(data), formats=FORMATS) as image:
+        with _avif_lock(data), Image.open(BytesIO(data), formats=FORMATS) as image:
             return _read(image, max_pixels)
     except ServiceError:
         raise
     except MemoryError:
-        raise TooLarge("The image needs more memory to decode than there is.") from None
+        raise TooLarge("Decoding the image needs more memory than there is.") from None
     except UnidentifiedImageError:
         if _claims_a_format(data):
-            raise BadRequest("The image is damaged or cut short.") from None
+            raise BadRequest("The image is damaged or truncated.") from None
         accepted = ", ".join(FORMATS)
         raise UnsupportedImage(f"The image is not one of: {accepted}.") from None
-    # Pillow's decoders fail with whatever they trip over: OSError, SyntaxError, ValueError,
-    # struct.error, EOFError, OverflowError, zlib.error, IndexError, TypeError and more.
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError,
+    # OverflowError, zlib.error, IndexError, TypeError and more.
     except Exception:
-        raise BadRequest("The image is damaged or cut short.") from None
+        raise BadRequest("The image is damaged or truncated.") from None
 
 
 def from_base64(text: str) -> bytes:
-    """The file in a JSON body: base64, plain or URL-safe, padded or not, or a `data:` URI of it.
+    """Decode base64, standard or URL-safe, padded or not, or a `data:` URI of it.
 
-    Raises BadRequest, and Unprocessable for a URL, which is never fetched.
+    Raises BadRequest; Unprocessable for a URL, because the caller accepts none.
     """
     head = text[:64].lstrip().lower()
     if head.startswith(("http://", "https://")):
-        raise Unprocessable("Images are not fetched by URL; send the file as base64.")
+        raise Unprocessable("Images are not accepted by URL here; send the file as base64.")
     if head.startswith("data:"):
-        kind, comma, text = text.partition(",")
-        if not comma or not kind.rstrip().lower().endswith(";base64"):
+        media_type, comma, text = text.partition(",")
+        if not comma or not media_type.rstrip().lower().endswith(";base64"):
             raise BadRequest("The data URI of the image is not base64.")
     with contextlib.suppress(ValueError):
-        return binascii.a2b_base64(text, strict_mode=True)  # as most clients send it
+        return binascii.a2b_base64(text, strict_mode=True)  # the usual form, and the fastest
     try:
-        # One pass over what may be many megabytes: to the plain alphabet, blanks dropped.
-        code = text.encode("ascii").translate(_PLAIN_ALPHABET, b" \t\r\n\v\f").rstrip(b"=")
+        # One pass over many megabytes: to the standard alphabet, without white space.
+        code = text.encode("ascii").translate(_STANDARD_ALPHABET, b" \t\r\n\v\f").rstrip(b"=")
         return base64.b64decode(code + b"=" * (-len(code) % 4), validate=True)
-    except ValueError:  # binascii.Error is one, and so is UnicodeEncodeError
+    except ValueError:  # binascii.Error and UnicodeEncodeError are subclasses
         raise BadRequest("The image is not base64.") from None
 
 
@@ -119,14 +121,14 @@ def _read(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise Unprocessable(
-            f"The image is {width}x{height}; its sides may differ by a factor of {MAX_ASPECT}."
+            f"The image is {width}x{height}; its aspect ratio may be at most {MAX_ASPECT}."
         )
     _check_tiles(image, max_pixels)
-    scale = min(1.0, DOOR_SIDE / min(width, height), DOOR_LENGTH / max(width, height))
+    scale = min(1.0, MAX_SHORT_SIDE / min(width, height), MAX_LONG_SIDE / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     if scale < 1:
-        # libjpeg halves a JPEG while decoding; staying at twice the size keeps what follows
-        # within a quarter of a grey level of the slow way, at a third of its time.
+        # Let libjpeg halve a JPEG while decoding, down to twice the final size. This takes a third
+        # of the time and changes the result by less than a quarter of a gray level.
         image.draft(None, (2 * size[0], 2 * size[1]))
     image.load()
     upright = _UPRIGHT.get(_orientation(image))
@@ -139,7 +141,7 @@ def _read(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
 
 
 def _check_tiles(image: Image.Image, max_pixels: int) -> None:
-    """A TIFF is decoded in whole tiles, which may be larger than the image."""
+    """Check the tiles of a TIFF, which are decoded whole and may be larger than the image."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         padded = 1
         for side, tag in zip(image.size, (_TILE_WIDTH, _TILE_LENGTH), strict=True):
@@ -149,33 +151,33 @@ def _check_tiles(image: Image.Image, max_pixels: int) -> None:
             raise TooLarge(f"The tiles of the image have {padded} pixels.")
 
 
-def _turn(data: bytes) -> AbstractContextManager[object]:
-    """AVIF files take turns: a frame in one may be larger than the header says, and the decoder's
-    own limit (16384 x 16384) is the only one; so there is at most one such frame in memory."""
+def _avif_lock(data: bytes) -> AbstractContextManager[object]:
+    """A lock for AVIF files, and nothing for others. An AVIF frame may be larger than its header
+    says, up to the decoder's limit of 16384 x 16384, so only one is decoded at a time."""
     return _AVIF if data[4:8] == b"ftyp" else contextlib.nullcontext()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        # convert("RGB") would clip at 255 and leave almost everything white.
-        grey = np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8)
-        image = Image.fromarray(grey)
+        # convert("RGB") clips at 255, which makes almost everything white.
+        gray = np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8)
+        image = Image.fromarray(gray)
     if image.mode not in _MODES:
-        raise UnsupportedImage(f"Images of mode {image.mode} are not accepted; send RGB or grey.")
+        raise UnsupportedImage(f"Images of mode {image.mode} are not accepted; send RGB or gray.")
     if image.mode in {"P", "PA"} and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns; the colours are the same
+        image = image.convert("RGBA")  # avoids a warning; the colors are the same
     return image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # broken metadata is no reason to refuse a good image; see `decode`
+    except Exception:  # broken metadata does not spoil an image; see `decode`
         return 1
 
 
 def _claims_a_format(data: bytes) -> bool:
-    """Whether the first bytes are those of an accepted format."""
+    """Whether the file begins like one of an accepted format."""
     return (
         data.startswith(
             (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

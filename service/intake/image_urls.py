@@ -1,9 +1,9 @@
-"""Images by URL, where the operator allows it: from listed hosts, at public addresses only.
+"""Fetch images by URL, if the operator allows it: from listed hosts, at public addresses.
 
-A URL from a stranger must not make this machine speak to its own neighbours. So the host must be
-listed, its name is resolved once, every address found must be public, the connection goes to the
-address that was checked and not to the name, and the peer is checked again before a byte is sent.
-Redirects are not followed, proxies not asked, and bytes and seconds are capped.
+This prevents server-side request forgery. The host must be listed, its name is resolved once, and
+all of its addresses must be public. The connection goes to the address that was checked and not to
+the name, and the peer is checked again before a byte is sent. Redirects are not followed, proxies
+are not used, and bytes and seconds are limited.
 """
 
 import asyncio
@@ -24,13 +24,13 @@ from service.intake.decode import from_base64
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
-FETCHES = 16  # at once; each may hold max_body_bytes
+MAX_FETCHES = 16  # at once; each may hold max_body_bytes
 MAX_URL = 2048  # characters
-MAX_HEAD = 16_384  # bytes of an answer's header
+MAX_HEAD = 16_384  # bytes of a response's headers
 PORTS = {"https": 443, "http": 80}
 WIRE_SERVER = ipaddress.ip_address("168.63.129.16")
-"""Azure's host, which every machine there reaches at this global address, behind no firewall, and
-which hands out the machine's certificates and settings: metadata like those at 169.254.169.254."""
+"""Azure's metadata service. Every virtual machine there reaches it at this global address, which no
+firewall blocks, and it serves certificates and settings like 169.254.169.254 elsewhere."""
 
 log = logging.getLogger("tapt.fetch")
 
@@ -39,7 +39,7 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 @dataclass(frozen=True, slots=True)
 class ImageURL:
-    """An image that is elsewhere."""
+    """The URL of an image."""
 
     url: str
 
@@ -53,22 +53,22 @@ class _Target:
 
 
 def read_source(text: str) -> bytes | ImageURL:
-    """The `image` of a JSON body: a URL, or base64 as in `images.from_base64`."""
+    """The image of a JSON body: its URL, or its file from base64 as in `decode.from_base64`."""
     if text[:8].lower().startswith(("http://", "https://")):
         return ImageURL(text)
     return from_base64(text)
 
 
 def is_public(address: str) -> bool:
-    """Whether an address belongs to the internet at large: global unicast, no cloud's own host, and
-    no wrapping of an IPv4 address (mapped, 6to4, Teredo, NAT64), behind which anything may be."""
+    """Whether an address is public: global unicast, no cloud's metadata service, and no IPv6 form
+    of an IPv4 address (mapped, 6to4, Teredo, NAT64), which may hide a private one."""
     ip = ipaddress.ip_address(address)
     if not ip.is_global or ip.is_multicast or ip == WIRE_SERVER:
         return False
     if isinstance(ip, ipaddress.IPv4Address):
         return True
-    wraps = ip.ipv4_mapped or ip.sixtofour or ip.teredo
-    return not wraps and ip in ipaddress.ip_network("2000::/3")
+    embedded = ip.ipv4_mapped or ip.sixtofour or ip.teredo
+    return not embedded and ip in ipaddress.ip_network("2000::/3")
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -79,29 +79,29 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 class ImageFetcher:
-    """Fetches images. `resolve`, `permit` and `tls` are other than the defaults in tests only."""
+    """Fetches images. Only tests pass `resolve`, `permits` and `tls`."""
 
     def __init__(
         self,
         settings: Settings,
         metrics: Metrics,
         resolve: Resolve = resolve,
-        permit: Callable[[str], bool] = is_public,
+        permits: Callable[[str], bool] = is_public,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
         self._resolve = resolve
-        self._permit = permit
+        self._permits = permits
         self._tls = tls or ssl.create_default_context()
         self._running = 0
 
-    async def fetch(self, link: ImageURL) -> bytes:
-        """The file behind a link. Raises Unprocessable, TooLarge or QueueFull."""
+    async def fetch(self, image: ImageURL) -> bytes:
+        """Download an image file. Raises Unprocessable, TooLarge or QueueFull."""
         if not self._settings.allow_image_urls:
-            raise Unprocessable("Images are not fetched by URL; send the file as base64.")
-        target = self._check(link.url)
-        if self._running >= FETCHES:
+            raise Unprocessable("This server fetches no images by URL; send the file as base64.")
+        target = self._check(image.url)
+        if self._running >= MAX_FETCHES:
             self._metrics.rejected.labels("fetches").inc()
             raise QueueFull("Too many images are being fetched at once.", retry_after=1)
         self._running += 1
@@ -111,9 +111,9 @@ class ImageFetcher:
             self._metrics.image_fetches.labels("refused").inc()
             raise
         except (OSError, ValueError, h11.ProtocolError) as error:
-            # The sentence is the same for all: what differs would map the network behind.
+            # One sentence for all causes: different ones would help to map the internal network.
             self._metrics.image_fetches.labels("failed").inc()
-            log.info("an image could not be fetched: %s", type(error).__name__)
+            log.info("fetching an image failed: %s", type(error).__name__)
             raise Unprocessable("The image could not be fetched.") from None
         finally:
             self._running -= 1
@@ -121,9 +121,9 @@ class ImageFetcher:
         return file
 
     def _check(self, url: str) -> _Target:
-        """Raises Unprocessable unless the URL is plain and its host is listed."""
-        refused = Unprocessable("Images are not fetched from this address.")
-        # Blanks, controls and backslashes are where two parsers read two different hosts.
+        """Parse a URL. Raises Unprocessable unless it is unambiguous and its host is listed."""
+        refused = Unprocessable("This server fetches no images from this URL.")
+        # Parsers disagree about the host of a URL with white space, controls or backslashes.
         if len(url) > MAX_URL or not re.fullmatch(r"[!-~]+", url) or "\\" in url:
             raise refused
         try:
@@ -144,7 +144,7 @@ class ImageFetcher:
     async def _reach(self, target: _Target) -> bytes:
         async with asyncio.timeout(self._settings.image_url_timeout_ms / 1000):
             addresses = await self._resolve(target.host, target.port)
-            if not addresses or not all(map(self._permit, addresses)):
+            if not addresses or not all(map(self._permits, addresses)):
                 raise ConnectionRefusedError("an address is not public")
             return await self._get(target, addresses[0])
 
@@ -154,7 +154,7 @@ class ImageFetcher:
         with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as peer:
             peer.setblocking(False)
             await loop.sock_connect(peer, (address, target.port))
-            if not self._permit(peer.getpeername()[0]):
+            if not self._permits(peer.getpeername()[0]):
                 raise ConnectionRefusedError("the peer is not public")
             secure = target.scheme == "https"
             reader, writer = await asyncio.open_connection(
@@ -175,8 +175,8 @@ class ImageFetcher:
             host += f":{target.port}"
         headers = [("Host", host), ("Accept", "image/*"), ("Connection", "close")]
         http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
-        asked = h11.Request(method="GET", target=target.path, headers=headers)
-        writer.write((http.send(asked) or b"") + (http.send(h11.EndOfMessage()) or b""))
+        request = h11.Request(method="GET", target=target.path, headers=headers)
+        writer.write((http.send(request) or b"") + (http.send(h11.EndOfMessage()) or b""))
         limit = self._settings.max_body_bytes
         body = bytearray()
         while True:
@@ -184,8 +184,8 @@ class ImageFetcher:
                 case h11.NEED_DATA:
                     http.receive_data(await reader.read(65_536))
                 case h11.Response(status_code=status) if status != 200:
-                    moved = "; redirects are not followed" if 300 <= status < 400 else ""
-                    raise Unprocessable(f"The image's host answered {status}{moved}.")
+                    hint = "; redirects are not followed" if 300 <= status < 400 else ""
+                    raise Unprocessable(f"The image's host answered {status}{hint}.")
                 case h11.Data(data=data):
                     body += data
                     if len(body) > limit:
@@ -193,11 +193,11 @@ class ImageFetcher:
                 case h11.EndOfMessage():
                     return bytes(body)
                 case h11.ConnectionClosed():
-                    raise ConnectionResetError("no answer")
+                    raise ConnectionResetError("no response")
 
 
 def _matches(entry: str, host: str, port: int, scheme: str) -> bool:
-    """Whether a listed host, `example.org`, `*.example.org` or either with a port, is meant."""
+    """Whether a host matches an entry: `example.org`, `*.example.org` or either with a port."""
     name, _, listed = entry.partition(":")
     if port != (int(listed) if listed else PORTS[scheme]):
         return False

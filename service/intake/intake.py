@@ -1,89 +1,62 @@
-"""The way of a classification from the socket to the engine and back.
+"""Admission of a request, and its way from an open socket to a task for the engine.
 
-The order is the point: the key's limits and the length are checked before the body is read, the
-body is read before a place in the queue is taken (a slow upload holds none), the place is taken
-before anything is decoded, and the decoding happens off the event loop.
+`Intake.admit` checks in a fixed order. The key's limits and the declared length come before the
+body is read. The body is read before a permit for the queue is taken, so a slow upload holds none.
+The permit is taken before anything is parsed or decoded.
 """
 
 import asyncio
-import os
 import time
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
+import numpy as np
 from fastapi import Request
-from pydantic import ValidationError
+from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
-from service.engine.engine import Engine, Watch, look_away
+from service.engine.engine import Engine
 from service.engine.permits import Permit
-from service.errors import (
-    BadRequest,
-    ClientGone,
-    DeadlineExceeded,
-    QueueFull,
-    TooLarge,
-    Unprocessable,
-    UploadTimeout,
-)
+from service.errors import ClientGone, QueueFull, TooLarge, UploadTimeout
+from service.intake.body import SMALL_BYTES
+from service.intake.decoders import Decoders
 from service.intake.image_urls import ImageFetcher, ImageURL
 from service.intake.limits import Limits
-from service.intake.multipart import check_values
-from service.intake.options import resolve_options
-from service.intake.similarity import Fingerprint, Similarity
-from service.messages import Answer, Task
-from service.schemas import Choices
+from service.intake.options import check_options, resolve_options
+from service.intake.requests import ClassifyOptions
+from service.intake.similarity import Similarity
+from service.messages import Task
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
-from service.telemetry.traces import record
+from service.telemetry.traces import trace_decoding
 
-UPLOADS = 16  # times max_body_bytes: the memory that unfinished bodies may take together
-DECODERS = min(4, os.cpu_count() or 1)
-
-Parse = Callable[[bytes, str], tuple[bytes | ImageURL, Choices]]
-"""A body and its content type to an image file, or where it is, and the rest. Raises ServiceError
-or pydantic's ValidationError."""
-
-Amend = Callable[[Task], Task]
-
-P = ParamSpec("P")
-T = TypeVar("T")
+MAX_ARRIVING = 16
+"""Memory that unfinished bodies may take together, in multiples of `max_body_bytes`."""
 
 
-def _as_it_is(work: Task) -> Task:
-    return work
+@dataclass(slots=True)
+class Ticket:
+    """An admitted request.
 
+    `caller` is the id of its key, `started` the instant at which its body began to arrive,
+    `decode_seconds` the time its image took, waiting for a decoder included. `log` holds the
+    fields of its log line.
+    """
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A request, its answer, and where the seconds went."""
-
-    work: Task
-    answer: Answer
-    model: str
-    top_k: int | None
-    queue_seconds: float
-    decode_seconds: float
-    total_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    """What a body holds, and the instants between which its image was decoded."""
-
-    work: Task
-    print: Fingerprint
-    top_k: int | None
-    decoding: float
-    decoded: float
+    request_id: str
+    caller: str
+    started: float
+    content_type: str
+    body: bytes
+    permit: Permit
+    log: dict[str, Any]
+    decode_seconds: float = 0.0
 
 
 class Intake:
-    """Lets requests in, one `classify` each."""
+    """Admits requests and turns them into tasks."""
 
     def __init__(self, settings: Settings, metrics: Metrics, engine: Engine) -> None:
         self._settings = settings
@@ -91,25 +64,67 @@ class Intake:
         self._engine = engine
         self._limits = Limits(settings, metrics)
         self._similarity = Similarity(settings, metrics)
-        self.links = ImageFetcher(settings, metrics)
+        self.image_urls = ImageFetcher(settings, metrics)
+        self.decoders = Decoders(settings)
         self._arriving = 0  # bytes of unfinished bodies
-        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
     def close(self) -> None:
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self.decoders.close()
 
-    async def classify(
-        self, request: Request, parse: Parse, amend: Amend = _as_it_is, watch: Watch = look_away
-    ) -> Outcome:
-        """Read, decode, `amend` what is to be done, submit; `watch` is the engine's.
+    @asynccontextmanager
+    async def admit(self, request: Request) -> AsyncIterator[Ticket]:
+        """Read a request's body and hold its permit while the block runs.
 
-        Raises ServiceError.
+        The block is cancelled when the client disconnects. Raises RateLimited, TooLarge, QueueFull,
+        UploadTimeout, NotReady or ClientGone.
         """
-        began = time.monotonic()
-        with self._limits.admit(request.state.caller.id):
+        started = time.monotonic()
+        state = request.state
+        with self._limits.admit(state.caller.id):
             body = await self._receive(request)
-            work = self._work(request, parse, amend, watch, body, began)
-            return await _while_connected(request, work)
+            async with _cancel_on_disconnect(request):
+                content_type = request.headers.get("content-type", "")
+                permit = self._engine.reserve(len(body))
+                ticket = Ticket(
+                    state.request_id,
+                    state.caller.id,
+                    started,
+                    content_type,
+                    body,
+                    permit,
+                    state.log,
+                )
+                try:
+                    yield ticket
+                finally:
+                    ticket.permit.release()
+
+    async def prepare(
+        self, ticket: Ticket, source: bytes | ImageURL, options: ClassifyOptions
+    ) -> Task:
+        """Check the options, fetch and decode the image, and make the task.
+
+        Raises the errors of `check_options`, `ImageFetcher.fetch`, `Decoders.decode` and
+        `Similarity.check`.
+        """
+        check_options(options, self._settings)
+        if isinstance(source, ImageURL):
+            # Like an upload, an image that is still arriving holds no permit.
+            ticket.permit.release()
+            source = await self.image_urls.fetch(source)
+            ticket.permit = self._engine.reserve(len(source))
+        image = await self._decode(ticket, source)
+        await self._check_similarity(ticket, image, source)
+        task = resolve_options(
+            ticket.request_id, image, options, self._settings, ticket.permit.since
+        )
+        ticket.log |= {
+            "labels": len(task.labels),
+            "defense": task.method,
+            "steps": task.steps,
+            "views": task.views,
+        }
+        return task
 
     async def _receive(self, request: Request) -> bytes:
         limit = self._settings.max_body_bytes
@@ -128,125 +143,57 @@ class Intake:
                     self._arriving += len(chunk)
                     if len(body) > limit:
                         raise too_large
-                    # Bytes are counted and not uploads: a slow one holds only what it has sent,
-                    # so that a few idle connections cannot shut everybody else out.
-                    if self._arriving > UPLOADS * limit:
+                    # A limit on the number of uploads would let a few idle connections block all
+                    # others; a slow upload takes only the bytes that it has sent.
+                    if self._arriving > MAX_ARRIVING * limit:
                         self._metrics.rejected.labels("uploads").inc()
                         raise QueueFull("Too much is being uploaded at once.", retry_after=1)
         except TimeoutError:
             raise UploadTimeout("The body did not arrive in time.") from None
         except ClientDisconnect:
-            raise ClientGone("The client left.") from None
+            raise ClientGone("The client disconnected.") from None
         finally:
             self._arriving -= len(body)
         return bytes(body)
 
-    async def _work(
-        self, request: Request, parse: Parse, amend: Amend, watch: Watch, body: bytes, began: float
-    ) -> Outcome:
-        with self._engine.reserve(len(body)) as permit:
-            # Parsed and decoded in one visit to the pool: each costs more than a usual parse.
-            opened = await self._aside(self._open, request, parse, amend, body, permit)
-            if isinstance(opened, _Opened):
-                return await self._answer(request, opened, permit, watch, began)
-        # An image on its way from elsewhere holds no place, as an upload holds none.
-        link, choices = opened
-        file = await self.links.fetch(link)
-        with self._engine.reserve(len(file)) as permit:
-            found = await self._aside(self._prepare, request, amend, file, choices, permit)
-            return await self._answer(request, found, permit, watch, began)
+    async def _decode(self, ticket: Ticket, file: bytes) -> NDArray[np.uint8]:
+        began = time.monotonic()
+        with trace_decoding() as span:
+            image = await self.decoders.decode(file)
+            span.set_attribute("tapt.height", image.shape[0])
+            span.set_attribute("tapt.width", image.shape[1])
+        ticket.decode_seconds = time.monotonic() - began
+        self._metrics.decode_seconds.observe(ticket.decode_seconds)
+        return image
 
-    async def _answer(
-        self, request: Request, opened: _Opened, permit: Permit, watch: Watch, began: float
-    ) -> Outcome:
-        work, decode_seconds = opened.work, opened.decoded - opened.decoding
-        self._metrics.decode_seconds.observe(decode_seconds)
-        self._similarity.check(request.state.caller.id, opened.print)
-        answer = await self._engine.submit(permit, work, watch)
-        # Beside the key's id: whether a surge is one caller's can be seen nowhere else.
-        request.state.log["suspected"] = answer.suspected
-        record(work, answer, opened.decoding, opened.decoded, permit.waited)
-        total = time.monotonic() - began
-        model = self._engine.info["model"]["name"]
-        return Outcome(work, answer, model, opened.top_k, permit.waited, decode_seconds, total)
-
-    def _open(
-        self, request: Request, parse: Parse, amend: Amend, body: bytes, permit: Permit
-    ) -> _Opened | tuple[ImageURL, Choices]:
-        """The work in a body, or what to fetch first."""
-        kind = request.headers.get("content-type", "")
-        source, choices = _translated(parse, body, kind)
-        if isinstance(source, bytes):
-            return self._prepare(request, amend, source, choices, permit)
-        return source, choices
-
-    def _prepare(
-        self, request: Request, amend: Amend, file: bytes, choices: Choices, permit: Permit
-    ) -> _Opened:
-        decoding = time.monotonic()
-        work = resolve_options(
-            request.state.request_id, file, choices, self._settings, permit.since
-        )
-        request.state.log |= {
-            "labels": len(work.labels),
-            "defense": work.method,
-            "steps": work.steps,
-            "views": work.views,
-        }
-        print = self._similarity.fingerprint(work.image, file)
-        return _Opened(amend(work), print, choices.top_k, decoding, time.monotonic())
-
-    async def _aside(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of what takes too long for the event loop."""
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self._settings.request_timeout_ms / 1000):
-                return await loop.run_in_executor(self._decoders, partial(act, *args, **kwargs))
-        except TimeoutError:
-            raise DeadlineExceeded("The image was not decoded in time.") from None
+    async def _check_similarity(
+        self, ticket: Ticket, image: NDArray[np.uint8], file: bytes
+    ) -> None:
+        take = self._similarity.fingerprint
+        # Of a large file the digest takes long; of a small one less than waking a thread.
+        small = len(file) <= SMALL_BYTES
+        fingerprint = take(image, file) if small else await asyncio.to_thread(take, image, file)
+        self._similarity.check(ticket.caller, fingerprint)
 
 
-def _translated(parse: Parse, body: bytes, content_type: str) -> tuple[bytes | ImageURL, Choices]:
-    check_values(body)
+@asynccontextmanager
+async def _cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
+    """Cancel the block and raise ClientGone once the client has disconnected."""
+    connected = asyncio.timeout(None)
     try:
-        return parse(body, content_type)
-    except ValidationError as error:
-        raise _translate(error) from None
-
-
-def _translate(error: ValidationError) -> BadRequest | Unprocessable:
-    """The first of pydantic's complaints as one sentence, without the client's input."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    if first["type"] == "json_invalid":
-        return BadRequest("The body is neither JSON nor a multipart form.")
-    where = ".".join(map(str, first["loc"]))
-    match first["type"]:
-        case "extra_forbidden":
-            return Unprocessable(f"The field `{where[:64]}` is unknown.")
-        case "missing":
-            return Unprocessable(f"The field `{where}` is missing.")
-    what = first["msg"].removeprefix("Value error, ")
-    return Unprocessable(f"`{where}`: {what}." if where else f"{what}.")
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of some work, which is cancelled when the client leaves."""
-    stay = asyncio.timeout(None)
-    try:
-        async with stay:
-            watcher = asyncio.create_task(_end(stay, request))
+        async with connected:
+            watcher = asyncio.create_task(_end_at_disconnect(connected, request))
             try:
-                return await work
+                yield
             finally:
                 watcher.cancel()
     except TimeoutError:
-        if not stay.expired():
+        if not connected.expired():
             raise
-        raise ClientGone("The client left.") from None
+        raise ClientGone("The client disconnected.") from None
 
 
-async def _end(stay: asyncio.Timeout, request: Request) -> None:
-    """Once the client has left, let the timeout end now."""
+async def _end_at_disconnect(connected: asyncio.Timeout, request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    stay.reschedule(asyncio.get_running_loop().time())
+    connected.reschedule(asyncio.get_running_loop().time())

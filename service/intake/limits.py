@@ -1,6 +1,6 @@
-"""What one key may ask of the server, at once and over time, so that the others get theirs.
+"""Per-key limits on concurrency and rate, so that one key cannot crowd out the others.
 
-Without keys all clients are one caller and share its limits.
+Without keys all clients share one account.
 """
 
 import time
@@ -15,7 +15,7 @@ from service.telemetry.metrics import Metrics
 
 @dataclass(slots=True)
 class _Account:
-    """Requests under way, and a token bucket: `tokens` are those at the instant `since`."""
+    """Requests in progress, and a token bucket that held `tokens` at the instant `since`."""
 
     tokens: float
     since: float
@@ -23,7 +23,7 @@ class _Account:
 
 
 class Limits:
-    """One account a caller; there are no more callers than keys."""
+    """One account per caller; there are at most as many callers as keys."""
 
     def __init__(
         self, settings: Settings, metrics: Metrics, clock: Callable[[], float] = time.monotonic
@@ -37,27 +37,30 @@ class Limits:
 
     @contextmanager
     def admit(self, caller: str) -> Iterator[None]:
-        """Let a request of this caller run inside. Raises RateLimited, which spends no token."""
+        """Count a request of this caller while the block runs.
+
+        Raises RateLimited; a refused request spends no token.
+        """
         now = self._clock()
         account = self._accounts.setdefault(caller, _Account(self._burst, now))
         if self._concurrency and account.running >= self._concurrency:
             self._metrics.rejected.labels("key_concurrency").inc()
-            message = f"This key has {account.running} requests under way already."
+            message = f"This key already has {account.running} requests in progress."
             raise RateLimited(message, retry_after=1)
         if self._rate:
-            self._spend(account, now)
+            self._spend_token(account, now)
         account.running += 1
         try:
             yield
         finally:
             account.running -= 1
 
-    def _spend(self, account: _Account, now: float) -> None:
+    def _spend_token(self, account: _Account, now: float) -> None:
         earned = (now - account.since) * self._rate
         account.tokens = min(self._burst, account.tokens + earned)
         account.since = now
         if account.tokens < 1:
             self._metrics.rejected.labels("key_rate").inc()
             wait = (1 - account.tokens) / self._rate
-            raise RateLimited("This key asks too often.", retry_after=wait)
+            raise RateLimited("This key sends requests too often.", retry_after=wait)
         account.tokens -= 1

@@ -1,25 +1,24 @@
-"""How long this process keeps memory that it will want again in a moment.
+"""Malloc thresholds that keep freed memory in the process.
 
-By itself glibc gives the buffers of an image back to the system with every request and fetches them
-anew for the next, page by page, each page a fault; on a virtual machine that takes longer than the
-decoding itself.
+By default glibc returns an image's buffers to the system after each request and maps them again,
+page fault by page fault, for the next one. On a virtual machine that takes longer than decoding.
 """
 
 import contextlib
 import ctypes
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # from malloc.h
 
-KEPT = 64 * 2**20
-"""Bytes at the end of a heap, of which threads share a few, that are not given back."""
+TRIM_BYTES = 64 * 2**20
+"""Free memory at the end of a heap that is kept. Threads share a few heaps."""
 
-APART = 32 * 2**20
-"""Bytes from which on a buffer is fetched and given back by itself; glibc allows no more."""
+MMAP_BYTES = 32 * 2**20
+"""mmap threshold: larger buffers are mapped and unmapped individually. This is glibc's maximum."""
 
 
 def keep_freed_memory() -> None:
-    """Keep what small photographs need. Does nothing where the C library is not glibc."""
+    """Keep the memory that decoding common images takes. Does nothing without glibc."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_THRESHOLD, APART)
-        mallopt(_TRIM_THRESHOLD, KEPT)
+        mallopt(_MMAP_THRESHOLD, MMAP_BYTES)
+        mallopt(_TRIM_THRESHOLD, TRIM_BYTES)

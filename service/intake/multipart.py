@@ -1,9 +1,8 @@
-"""Multipart bodies, read from memory: the image file and the fields beside it.
+"""Parse a multipart body in memory: the image file and the other fields.
 
-Starlette's own form parser spools files to disk; ours never leaves the bytes at hand.
+Starlette's own form parser writes files to disk.
 """
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,24 +12,22 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.errors import BadRequest, Unprocessable
+from service.intake.body import check_value_count
+from service.intake.requests import DefenseOptions
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 LABELS = {"labels", "candidate_labels"}
 NUMBERS = {"top_k", "steps", "views", "deadline_ms", "seed"}
-DEFENSE = {"tier", "method", "steps", "views", "readout", "deadline_ms", "seed"}
+DEFENSE = set(DefenseOptions.model_fields)
 OTHERS = {"top_k", "hypothesis_template", "defense"}
 FIELDS = {"image"} | LABELS | DEFENSE | OTHERS
-
-MAX_COMMAS = 50_000
-"""In the text of one request. Every value but the last is followed by one, base64 has none, and a
-parser makes of each value many times its bytes."""
 
 
 @dataclass
 class _Parts:
-    """Collects the parts of one body: name to values."""
+    """Collects the parts of a body by name."""
 
     limit: int
     values: dict[str, list[bytes]] = field(default_factory=lambda: defaultdict(list))
@@ -72,16 +69,10 @@ class _Parts:
         self.complete = True
 
 
-def check_values(body: bytes) -> None:
-    """Raises Unprocessable for JSON of more than MAX_COMMAS values; a form begins with a dash."""
-    if not re.match(rb"\s*-", body):
-        _count_values(body.count(b","))
-
-
 def read_form(body: bytes, content_type: str, max_labels: int) -> tuple[bytes, dict[str, Any]]:
-    """The image's bytes and the rest in the shape of `schemas.Choices`, not yet checked.
+    """The image file, and the other fields in the shape of `ClassifyOptions`, to be validated.
 
-    Raises BadRequest when the body is no form, Unprocessable for unknown or repeated fields.
+    Raises BadRequest if the body is no form, Unprocessable for unknown or repeated fields.
     """
     _, options = parse_options_header(content_type)
     parts = _Parts(limit=max_labels + len(FIELDS))
@@ -102,14 +93,14 @@ def read_form(body: bytes, content_type: str, max_labels: int) -> tuple[bytes, d
     except FormParserError:
         raise BadRequest("The multipart body is malformed.") from None
     if not parts.complete:
-        raise BadRequest("The multipart body is cut short.")
+        raise BadRequest("The multipart body is truncated.")
     image = parts.values.pop("image", [])
     if len(image) != 1:
         raise Unprocessable("The form must have one `image` file.")
-    return image[0], _arrange(parts.values)
+    return image[0], _to_options(parts.values)
 
 
-def _arrange(values: dict[str, list[bytes]]) -> dict[str, Any]:
+def _to_options(values: dict[str, list[bytes]]) -> dict[str, Any]:
     labels: list[str] = []
     texts: dict[str, str] = {}
     for name, parts in values.items():
@@ -118,11 +109,11 @@ def _arrange(values: dict[str, list[bytes]]) -> dict[str, Any]:
             labels += decoded
         elif len(decoded) > 1:
             raise Unprocessable(f"The field `{name}` is given twice.")
-        elif decoded[0]:  # an HTML form sends the fields that were left empty
+        elif decoded[0]:  # HTML forms send empty fields too
             texts[name] = decoded[0]
     body: dict[str, Any] = {}
     if labels:
-        body["candidate_labels"] = _one(labels[0]) if len(labels) == 1 else labels
+        body["candidate_labels"] = _split(labels[0]) if len(labels) == 1 else labels
     defense = _json("defense", texts.pop("defense")) if "defense" in texts else {}
     for name, text in texts.items():
         value = _number(text) if name in NUMBERS else text
@@ -136,20 +127,15 @@ def _arrange(values: dict[str, list[bytes]]) -> dict[str, Any]:
 
 
 def _text(name: str, part: bytes) -> str:
-    _count_values(part.count(b","))
+    check_value_count(part)
     try:
         return part.decode()
     except UnicodeDecodeError:
         raise BadRequest(f"The field `{name}` is not UTF-8 text.") from None
 
 
-def _count_values(commas: int) -> None:
-    if commas > MAX_COMMAS:
-        raise Unprocessable(f"The request holds more than {MAX_COMMAS} values.")
-
-
-def _one(labels: str) -> Any:
-    """Labels in a single field: a JSON array, or one string to be split at its commas."""
+def _split(labels: str) -> Any:
+    """The labels of a single field: a JSON array, or a string that is split at its commas."""
     return _json("labels", labels) if labels.lstrip().startswith("[") else labels
 
 
@@ -164,4 +150,4 @@ def _number(text: str) -> Any:
     try:
         return from_json(text)
     except ValueError:
-        return text  # for the schema to refuse
+        return text  # validation refuses it

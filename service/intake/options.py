@@ -1,12 +1,14 @@
-"""What a client asks for, within what the server allows."""
+"""A client's options, within the server's limits and completed with its defaults."""
 
 import math
 import secrets
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.errors import Unprocessable
-from service.intake.decode import decode
+from service.intake.requests import SEED_LIMIT, ClassifyOptions, DefenseOptions
 from service.messages import Task
-from service.schemas import SEEDS, Choices, DefenseOptions
 from service.settings import TIERS, Settings
 
 # A test holds these against the defenses, which this process cannot import.
@@ -17,49 +19,54 @@ READOUTS = {  # of those that know no other
     **dict.fromkeys(("ensemble", "apt-ensemble"), "all"),
     "rtpt": "weighted",
 }
-SPENDING = {"fast": (0.5, 1), "standard": (1, 1), "deep": (4, 2)}  # times the views, the steps
+TIER_FACTORS = {"fast": (0.5, 1), "standard": (1, 1), "deep": (4, 2)}
+"""What a tier multiplies the default views and steps by."""
+
 COUNTERATTACK_STEPS = 2  # as published, where the request names none
 
 
-def resolve_options(
-    id: str, file: bytes, choices: Choices, settings: Settings, since: float
-) -> Task:
-    """A request with its image decoded and every choice made: the server's where the client made
-    none, and lowered to the server's limits. `since` is the instant from which its time counts.
-
-    Raises ServiceError: Unprocessable, or what `images.decode` finds.
-    """
-    labels = tuple(choices.candidate_labels)
+def check_options(options: ClassifyOptions, settings: Settings) -> None:
+    """Raises Unprocessable for options that this server refuses."""
+    labels = options.candidate_labels
     if len(labels) > settings.max_labels:
         raise Unprocessable(f"There are {len(labels)} labels; the limit is {settings.max_labels}.")
-    template = choices.hypothesis_template  # none: the model knows its own
-    if max(map(len, (template or "", *labels))) > settings.max_label_chars:
+    if max(map(len, (options.hypothesis_template or "", *labels))) > settings.max_label_chars:
         limit = settings.max_label_chars
         raise Unprocessable(f"A label or the template is longer than {limit} characters.")
-    wanted = choices.defense or DefenseOptions()
-    if wanted.seed is not None and not settings.allow_client_seed:
-        raise Unprocessable("This server takes no seed from its clients.")
+    if options.defense and options.defense.seed is not None and not settings.allow_client_seed:
+        raise Unprocessable("This server accepts no seed from its clients.")
+
+
+def resolve_options(
+    id: str, image: NDArray[np.uint8], options: ClassifyOptions, settings: Settings, since: float
+) -> Task:
+    """Make the task for an image, uint8 RGB [height, width, 3].
+
+    The server's defaults fill in what the client left out; values above the server's limits are
+    lowered to them. The deadline counts from the instant `since`.
+    """
+    wanted = options.defense or DefenseOptions()
     tier = min(wanted.tier or settings.tier, settings.max_tier, key=TIERS.index)
     usual = settings.method
     if tier == "fast" and usual not in ALONE:
         usual = "ensemble"
     method = wanted.method or usual
-    views_by, steps_by = SPENDING[tier]
-    default = COUNTERATTACK_STEPS if method == "ttc" else settings.steps * steps_by
+    views_factor, steps_factor = TIER_FACTORS[tier]
+    default = COUNTERATTACK_STEPS if method == "ttc" else settings.steps * steps_factor
     steps = min(default if wanted.steps is None else wanted.steps, settings.max_steps)
-    few = max(1, int(settings.views * views_by))
-    views = min(few if wanted.views is None else wanted.views, settings.max_views)
+    default_views = max(1, int(settings.views * views_factor))
+    views = min(default_views if wanted.views is None else wanted.views, settings.max_views)
     timeout = min(wanted.deadline_ms or math.inf, settings.request_timeout_ms)
     return Task(
         id=id,
-        image=decode(file, settings.max_image_pixels),
-        labels=labels,
-        template=template,
+        image=image,
+        labels=tuple(options.candidate_labels),
+        template=options.hypothesis_template,  # None: the worker knows the model's own
         method=method,
         steps=0 if method in STILL else steps,
         views=1 if method in ALONE else views,
         readout=READOUTS.get(method) or wanted.readout or settings.readout,
-        seed=secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed,
+        seed=secrets.randbelow(SEED_LIMIT) if wanted.seed is None else wanted.seed,
         deadline=since + timeout / 1000,
         tier=tier,
     )

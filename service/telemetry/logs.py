@@ -1,4 +1,4 @@
-"""The shape of the log lines: one a request, as text or as JSON."""
+"""The format of the log, one line per record, as text or JSON."""
 
 import json
 import logging
@@ -28,14 +28,14 @@ class _Json(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def configure(shape: Literal["text", "json"]) -> None:
-    """Log to standard error, ours from INFO on, other packages' from WARNING on."""
+def configure(log_format: Literal["text", "json"]) -> None:
+    """Log to standard error: our loggers from INFO, those of other packages from WARNING."""
     handler = logging.StreamHandler()
     text = _Text("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(_Json() if shape == "json" else text)
+    handler.setFormatter(_Json() if log_format == "json" else text)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("tapt").setLevel(logging.INFO)
-    # Of damage in what clients send; that is no news for an operator, and there is no end of it.
+    # About damaged input from clients: of no use to the operator, and clients could flood the log.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     for reader in ("PIL", "python_multipart"):
         logging.getLogger(reader).setLevel(logging.CRITICAL)

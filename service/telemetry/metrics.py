@@ -1,19 +1,25 @@
-"""The service's Prometheus metrics, one registry an app; labels come from closed sets only."""
+"""The service's Prometheus metrics, in one registry per app. Label values come from closed sets."""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from service.messages import Answer, Task
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0)
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 NATS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
 NEAR = 0.65
-"""Images that share more of their codes are the same picture a little changed."""
+"""Images that share more of their codes are counted as the same image, slightly changed."""
 
-LIKENESS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, NEAR, 0.7, 0.8, 0.9, 1.0)
+SIMILARITY = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, NEAR, 0.7, 0.8, 0.9, 1.0)
 
 
 class Metrics:
-    """All metrics as attributes, named as they are exposed less the prefix `tapt_`."""
+    """Each metric is an attribute, named as it is exposed without the prefix `tapt_`."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry(auto_describe=True)
@@ -30,13 +36,15 @@ class Metrics:
         self.requests = counter("requests", "Requests answered.", "route", "code")
         self.request_seconds = histogram("request_seconds", "Time to answer.", SECONDS)
         self.queue_seconds = histogram(
-            "queue_seconds", "Time from slot to the batch's beginning.", SECONDS
+            "queue_seconds", "Time from permit to the beginning of the batch.", SECONDS
         )
         self.queue_depth = gauge("queue_depth", "Requests whose batch has not begun.")
-        self.decode_seconds = histogram("decode_seconds", "Time to decode an image.", SECONDS)
+        self.decode_seconds = histogram(
+            "decode_seconds", "Time to decode an image, waiting for a decoder included.", SECONDS
+        )
         self.adaptation_seconds = histogram(
             "adaptation_seconds",
-            "Time in the adaptation of a request.",
+            "Time to adapt to a request.",
             SECONDS,
             "method",
             "design",
@@ -44,7 +52,7 @@ class Metrics:
         self.batch_size = histogram("batch_size", "Requests in a batch.", POWERS)
         self.batch_views = histogram("batch_views", "Views in a batch.", (*POWERS, 2048, 4096))
         self.adaptation_steps = histogram(
-            "adaptation_steps", "Steps a request got.", (0, *POWERS[:6])
+            "adaptation_steps", "Adaptation steps of a request.", (0, *POWERS[:6])
         )
         self.entropy_before = histogram("entropy_before", "Entropy before adapting, nats.", NATS)
         self.entropy_after = histogram("entropy_after", "Entropy after adapting, nats.", NATS)
@@ -52,28 +60,65 @@ class Metrics:
             "view_agreement", "Share of views that agree with the answer.", SHARES
         )
         self.suspected_adversarial = counter(
-            "suspected_adversarial", "Answers whose suspicion passed the bundle's threshold."
+            "suspected_adversarial", "Answers whose suspicion exceeded the bundle's threshold."
         )
         self.label_changed = counter(
-            "label_changed", "Answers whose first label differs from the undefended one."
+            "label_changed", "Answers whose first label differs from that of undefended CLIP."
         )
         self.truncated = counter("truncated", "Answers cut short.", "reason")
-        self.rejected = counter("rejected", "Requests refused before any work.", "reason")
+        self.rejected = counter("rejected", "Requests refused before they ran.", "reason")
         self.query_similarity = histogram(
             "query_similarity",
-            "Likeness of an image to the nearest recent one of its key; retries are left out.",
-            LIKENESS,
+            "Similarity of an image to the nearest recent one of its key, without retries.",
+            SIMILARITY,
         )
         self.image_fetches = counter("image_fetches", "Images fetched by URL.", "outcome")
         self.key_file_errors = counter(
-            "key_file_errors", "Looks at a key file that could not be read; the old keys stayed."
+            "key_file_errors", "Failed attempts to reload the key file; the old keys stay."
         )
-        self.worker_restarts = counter("worker_restarts", "Worker processes started again.")
+        self.worker_restarts = counter("worker_restarts", "Worker processes restarted.")
         self.worker_up = gauge("worker_up", "1 while the worker is ready.", "worker")
         self.device_memory_bytes = gauge(
             "device_memory_bytes", "Memory in use on the worker's device.", "worker"
         )
-        self.text_cache_hits = counter("text_cache_hits", "Label sets found in the cache.")
-        self.text_cache_misses = counter("text_cache_misses", "Label sets computed anew.")
-        self.batch_splits = counter("batch_splits", "Batches run again in parts.", "reason")
+        self.text_cache_hits = counter("text_cache_hits", "Label sets found in the text cache.")
+        self.text_cache_misses = counter(
+            "text_cache_misses", "Label sets not found in the text cache."
+        )
+        self.batch_splits = counter(
+            "batch_splits", "Batches run again in parts after a failure.", "reason"
+        )
         self.build_info = gauge("build_info", "Constant 1; versions as labels.", "version", "torch")
+
+    def set_build(self, info: Mapping[str, Any]) -> None:
+        """Publish the versions; `info` is that of a worker's Ready."""
+        torch = info.get("versions", {}).get("torch", "")
+        self.build_info.labels(version("tapt-serve"), torch).set(1)
+
+    def observe_batch(self, batch: Sequence[Task]) -> None:
+        self.batch_size.observe(len(batch))
+        self.batch_views.observe(sum(task.views for task in batch))
+
+    def add_counts(self, counts: Mapping[str, int]) -> None:
+        """Add the counts that a worker sends at the end of a batch."""
+        self.text_cache_hits.inc(counts.get("text_cache_hits", 0))
+        self.text_cache_misses.inc(counts.get("text_cache_misses", 0))
+        for reason in ("oom", "error"):
+            self.batch_splits.labels(reason).inc(counts.get(f"{reason}_splits", 0))
+
+    def observe_answer(self, task: Task, answer: Answer) -> None:
+        self.adaptation_seconds.labels(task.method, answer.design).observe(answer.adapt_seconds)
+        self.adaptation_steps.observe(answer.steps)
+        self.entropy_before.observe(answer.entropy_before)
+        self.entropy_after.observe(answer.entropy_after)
+        self.view_agreement.observe(answer.agreement)
+        self.suspected_adversarial.inc(bool(answer.suspected))
+        self.label_changed.inc(_first(answer.scores) != _first(answer.undefended_scores))
+        if answer.truncated:
+            self.truncated.labels(answer.truncated).inc()
+        if answer.labels_truncated:
+            self.truncated.labels("labels").inc()
+
+
+def _first(scores: Sequence[float]) -> int:
+    return max(range(len(scores)), key=scores.__getitem__)

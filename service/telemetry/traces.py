@@ -1,12 +1,12 @@
-"""Traces by OpenTelemetry: one span a request, and in it decode, queue, adapt and predict.
+"""OpenTelemetry traces: a span per request with the children decode, queue, adapt and predict.
 
-FastAPI opens the request's span, as a child of the caller's `traceparent`, and exports by OTLP over
-HTTP where the standard variables name an endpoint (`OTEL_EXPORTER_OTLP_ENDPOINT`); that needs the
-extra `otel`. Without an endpoint no SDK is loaded and nothing is recorded. No span holds a label,
-a picture or a key.
+FastAPI opens the request's span as a child of the caller's `traceparent`. It exports by OTLP over
+HTTP if `OTEL_EXPORTER_OTLP_ENDPOINT` names an endpoint, which needs the extra `otel`. Without an
+endpoint no SDK is loaded and nothing is recorded. No span holds a label, an image or a key.
 """
 
 import time
+from contextlib import AbstractContextManager
 
 from fastapi.telemetry import TelemetryConfig
 from opentelemetry import trace
@@ -18,23 +18,23 @@ QUIET = {"/livez", "/readyz", "/startupz", "/health", "/metrics"}
 TELEMETRY: TelemetryConfig = {
     "auto_configure": True,
     "exclude": lambda scope: scope["path"] in QUIET,
-    "operation_spans": False,  # of FastAPI's own inner steps
-    "metrics": False,  # Prometheus has them
+    "operation_spans": False,  # FastAPI's internal steps
+    "metrics": False,  # exported for Prometheus
     "logs": False,
 }
-"""What FastAPI is told; without the extra `otel` it warns that it cannot export, and serves."""
+"""FastAPI's configuration. Without the extra `otel` it warns that it cannot export, and serves."""
 
 _tracer = trace.get_tracer("tapt-serve")
 
 
-def record(
-    work: Task, answer: Answer, decoding: float, decoded: float, queue_seconds: float
-) -> None:
-    """Write down the spans of a request that was answered just now.
+def trace_decoding() -> AbstractContextManager[trace.Span]:
+    """A span around the decoding of an image."""
+    return _tracer.start_as_current_span("decode")
 
-    `decoding` and `decoded` are instants of `time.monotonic()`. What the pipes took lies between
-    the queue and the adaptation.
-    """
+
+def trace_answer(task: Task, answer: Answer, enqueued: float, queue_seconds: float) -> None:
+    """Add the spans of a request that was just answered. `enqueued` is an instant of
+    `time.monotonic()`. The gap between `queue` and `adapt` is the way to the worker and back."""
     request = trace.get_current_span()
     if not request.is_recording():
         return
@@ -47,17 +47,15 @@ def record(
         named = {f"tapt.{key}": value for key, value in attributes.items()}
         _tracer.start_span(name, start_time=start_ns, attributes=named).end(end_ns)
 
-    height, width, _ = work.image.shape
-    request.set_attribute("tapt.request_id", work.id)
-    span("decode", decoding, decoded, height=height, width=width)
-    span("queue", decoded, decoded + queue_seconds)
+    request.set_attribute("tapt.request_id", task.id)
+    span("queue", enqueued, enqueued + queue_seconds)
     span(
         "adapt",
         adapting,
         predicting,
-        method=work.method,
+        method=task.method,
         design=answer.design,
-        labels=len(work.labels),
+        labels=len(task.labels),
         steps=answer.steps,
         views=answer.views,
         views_kept=answer.views_kept,
@@ -69,7 +67,7 @@ def record(
         "predict",
         predicting,
         now,
-        readout=work.readout,
+        readout=task.readout,
         agreement=answer.agreement,
         suspicion=answer.suspicion,
         suspected=bool(answer.suspected),

@@ -1,7 +1,7 @@
-"""One worker process and its pipes, seen from both ends: `Process` outside, `main` inside.
+"""One worker process and its pipes: `Process` in the API process, `main` in the worker.
 
-One pipe each way, each end used by one thread, so that an end of file is the news that the other
-side is gone. A queue of multiprocessing would keep its locks when a process is killed.
+There is one pipe each way, and each end is used by one thread, so an end of file tells that the
+other side is gone. A multiprocessing queue would leave its locks held when a process is killed.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from typing import Protocol
 from service.errors import ModelError
 from service.messages import (
     Answer,
-    Beat,
     Cancel,
     Failure,
     Fatal,
     Finished,
+    Heartbeat,
     Progress,
     ProgressEvent,
     Ready,
@@ -35,23 +35,26 @@ from service.messages import (
 from service.settings import Settings
 from service.telemetry import logs
 
-LEAVE = 5.0  # seconds a process gets to end by itself
+EXIT_TIMEOUT = 5.0  # seconds for a process to exit by itself
 
 log = logging.getLogger(__name__)
 spawn = multiprocessing.get_context("spawn")
 
-Message = Ready | Beat | Progress | Settled | Finished | Fatal
+Message = Ready | Heartbeat | Progress | Settled | Finished | Fatal
 
 
 class Runner(Protocol):
-    """What runs the batches in the process. Built with (settings, index), it loads the model and
-    warms up, or raises ModelError. `progress` is the instant of its last step boundary."""
+    """Runs the batches in the worker.
+
+    The constructor takes (settings, index), loads the model and warms it up, or raises ModelError.
+    `progress` is the instant of the last step boundary.
+    """
 
     ready: Ready
     progress: float
 
     def memory_bytes(self) -> int:
-        """Device memory in use."""
+        """Device memory in use, in bytes."""
 
     def run(
         self,
@@ -59,15 +62,16 @@ class Runner(Protocol):
         settle: Callable[[str, Answer | Failure | ProgressEvent], None],
         cancelled: Callable[[str], bool],
     ) -> dict[str, int]:
-        """Settle every request, each once, early where possible; return counters to add.
+        """Settle every task once, as soon as possible; return the counts for `Finished`.
 
-        Glimpses of a request may go before its result."""
+        The ProgressEvents of an attack precede its result.
+        """
 
 
 class Process:
-    """The API's handle on one process, from its start to its end.
+    """One worker process, seen from the API process.
 
-    `runner` is the dotted path of a Runner class, `beat` the seconds between signs of life.
+    `runner` is the dotted path of a Runner class, `beat` the seconds between heartbeats.
     """
 
     def __init__(self, settings: Settings, index: int, runner: str, beat: float) -> None:
@@ -78,7 +82,7 @@ class Process:
             target=main, args=(settings, index, runner, beat, inbox, outbox), name=f"worker-{index}"
         )
         self._process.start()
-        # Only the child may hold its ends, or the end of file would never come.
+        # The child must hold the only copies of its ends, or there would be no end of file.
         inbox.close()
         outbox.close()
         self._sender = threading.Thread(target=self._send_all, daemon=True)
@@ -89,26 +93,26 @@ class Process:
         return self._process.pid
 
     def send(self, message: Run | Cancel) -> None:
-        """Queue a message; never blocks. To a process that is gone it comes to nothing."""
+        """Queue a message without blocking. Messages to a process that is gone are dropped."""
         self._outbox.put(message)
 
     def close(self) -> None:
-        """Ask the process to end, by the end of file."""
+        """Ask the process to exit, by an end of file."""
         self._outbox.put(None)
 
     def kill(self) -> None:
         self._process.kill()
 
     def messages(self) -> Iterator[Message]:
-        """Everything the process says, until it is gone."""
-        with contextlib.suppress(Exception):  # a broken message is as good as a broken pipe
+        """All messages of the process, until it is gone."""
+        with contextlib.suppress(Exception):  # treat a broken message like a broken pipe
             while True:
                 yield self._from_child.recv()
 
     def end(self) -> int | None:
-        """See to it that the process is gone; its exit code, negative for a signal."""
+        """Make sure that the process is gone; its exit code, negative for a signal."""
         self.close()
-        self._process.join(LEAVE)
+        self._process.join(EXIT_TIMEOUT)
         self._process.kill()
         self._process.join()
         self._sender.join()
@@ -116,7 +120,7 @@ class Process:
         return self._process.exitcode
 
     def _send_all(self) -> None:
-        """In order, and off the event loop: the pipe blocks while large images go through."""
+        """Send in order, in a thread: the pipe blocks while it carries large images."""
         with contextlib.suppress(OSError), self._to_child:
             while message := self._outbox.get():
                 self._to_child.send(message)
@@ -130,33 +134,32 @@ def main(
     inbox: "Connection[Run | Cancel]",
     outbox: "Connection[Message]",
 ) -> None:
-    """The inside: load, then run batch after batch until the pipe ends."""
-    # A Ctrl-C or a SIGTERM to the group is for the API process, which still drains through us.
+    """The worker: load the model, then run batches until the pipe is closed."""
+    # A Ctrl-C or SIGTERM to the process group is for the API process, which drains this one first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.configure(settings.log_format)
     prepare_torch(settings.workers)
-    inside = _Inside(inbox, outbox)
-    threading.Thread(target=inside.receive, daemon=True).start()
-    threading.Thread(target=inside.beat, args=(beat,), daemon=True).start()
+    worker = _Worker(inbox, outbox)
+    threading.Thread(target=worker.receive, daemon=True).start()
+    threading.Thread(target=worker.beat, args=(beat,), daemon=True).start()
     module, _, name = runner_path.partition(":")
     try:
         runner: Runner = getattr(importlib.import_module(module), name)(settings, index)
     except ModelError as error:
-        inside.send(Fatal(str(error)))
+        worker.send(Fatal(str(error)))
         return
-    inside.work(runner)
+    worker.run_batches(runner)
 
 
 def prepare_torch(workers: int = 1) -> None:
-    """Tell torch how to behave, before its import: the cores (`OMP_NUM_THREADS` where it is set,
-    else those that this process may use) are divided among the workers, its threads wait for each
-    other only briefly before they sleep, and on a GPU it compiles nothing.
+    """Set the environment variables that torch reads when it is imported.
 
-    By default every worker takes all cores, and threads spin while they wait, so that where
-    anything else wants a core each step takes many times as long; threads that never spin cost an
-    idle machine a good part of its speed. For a few products on a GPU torch would build kernels of
-    its own at run time, for which the image has no compiler.
+    The cores (`OMP_NUM_THREADS` if it is set, else those that this process may use) are divided
+    among the workers; by default every worker would use all of them. Threads spin only briefly
+    while they wait: with the default, a step takes many times as long if anything else needs a
+    core, and without any spinning an idle machine is noticeably slower. On a GPU torch compiles no
+    kernels at run time, because the image has no compiler.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")
@@ -167,14 +170,14 @@ def prepare_torch(workers: int = 1) -> None:
 
 
 def count_cores() -> int:
-    """How many this process may use, where the system tells; else how many there are."""
+    """How many cores this process may use; if the system does not tell, how many there are."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-class _Inside:
-    """Three threads: one receives, one beats, the main one works."""
+class _Worker:
+    """Three threads: one receives, one sends heartbeats, the main one runs batches."""
 
     def __init__(self, inbox: "Connection[Run | Cancel]", outbox: "Connection[Message]") -> None:
         self._inbox = inbox
@@ -198,36 +201,36 @@ class _Inside:
             while True:
                 match self._inbox.recv():
                     case Run(batch=batch):
-                        self._unfinished |= {work.id for work in batch}
+                        self._unfinished |= {task.id for task in batch}
                         self._batches.put(batch)
                     case Cancel(ids=ids):
                         self._cancelled |= ids & self._unfinished
         except (EOFError, OSError):
-            # The API process closed the pipe or is gone; whatever runs here is for nobody.
+            # The API process closed the pipe or is gone, so nobody waits for what runs here.
             os._exit(0)
 
     def beat(self, seconds: float) -> None:
         while True:
             runner, began = self._runner, self._began
             stalled = time.monotonic() - max(began, runner.progress) if runner and began else 0.0
-            self.send(Beat(stalled, runner.memory_bytes() if runner else 0))
+            self.send(Heartbeat(stalled, runner.memory_bytes() if runner else 0))
             time.sleep(seconds)
 
-    def work(self, runner: Runner) -> None:
+    def run_batches(self, runner: Runner) -> None:
         self._runner = runner
         self.send(runner.ready)
         while True:
             batch = self._batches.get()
             self._began = time.monotonic()
-            wanted = [work for work in batch if work.id not in self._cancelled]
+            wanted = [task for task in batch if task.id not in self._cancelled]
             counts = self._run(runner, wanted) if wanted else {}
             self._began = None
-            self._unfinished -= {work.id for work in batch}
+            self._unfinished -= {task.id for task in batch}
             self._cancelled &= self._unfinished
             self.send(Finished(counts))
 
     def _run(self, runner: Runner, batch: list[Task]) -> dict[str, int]:
-        unsettled = {work.id for work in batch}
+        unsettled = {task.id for task in batch}
 
         def settle(id: str, result: Answer | Failure | ProgressEvent) -> None:
             if isinstance(result, ProgressEvent):
@@ -243,4 +246,4 @@ class _Inside:
             return {}
         finally:
             for id in list(unsettled):
-                settle(id, Failure("internal", "The request could not be worked on."))
+                settle(id, Failure("internal", "The request could not be processed."))

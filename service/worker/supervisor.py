@@ -1,4 +1,4 @@
-"""A worker as the engine meets it, and the supervision that keeps a process behind it."""
+"""The interface of a worker, and its implementation as a supervised process."""
 
 import asyncio
 import atexit
@@ -10,23 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from service.messages import Beat, Cancel, Fatal, Ready, Run, Task
+from service.messages import Cancel, Fatal, Heartbeat, Ready, Run, Task
 from service.settings import Settings
-from service.worker.process import LEAVE, Message, Process
+from service.worker.process import EXIT_TIMEOUT, Message, Process
 
-BEATS = 10  # in `silence`: a process that misses so many in a row is killed
-START_PATIENCE = 12  # times as many before the first Ready, as loading may hold the interpreter
-MIN_STALL = 30.0  # seconds without progress that are always allowed
+BEATS = 10  # heartbeats that a process may miss in a row, `silence` seconds, before it is killed
+START_FACTOR = 12  # times as many before the first Ready: loading may hold the interpreter lock
+MIN_STALL = 30.0  # seconds without progress that are allowed at least
 MAX_FAILED_STARTS = 5  # in a row, before giving up
 MAX_BACKOFF = 30.0  # seconds
-STEADY = 60.0  # seconds of life after which the backoff begins anew
+STEADY = 60.0  # seconds of uptime after which the backoff is reset
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The worker is gone, and what it ran with it. Another follows unless `restarting` is False."""
+    """The worker is gone, with its batches. Another one starts unless `restarting` is False."""
 
     reason: str
     restarting: bool
@@ -36,27 +36,28 @@ Event = Message | Lost
 
 
 class Backend(Protocol):
-    """What the engine needs of a worker; the seam at which tests put a fake one."""
+    """What the engine needs of a worker. Tests pass a fake one."""
 
     def start(self, deliver: Callable[[Event], None]) -> None:
-        """Begin to start up; `deliver` is called on the running event loop with every event."""
+        """Begin to start. `deliver` is called with every event, on the running event loop."""
 
     def run(self, batch: list[Task]) -> None:
-        """Work on a batch, after the one before it. Settled follows for each request that was not
-        cancelled before, then Finished; or else Lost."""
+        """Run a batch after the one before it. Settled follows for each task that was not
+        cancelled, then Finished; or else Lost."""
 
     def cancel(self, ids: frozenset[str]) -> None:
-        """Nobody waits for these any more; unknown ids are ignored."""
+        """Drop these tasks. Unknown ids are ignored."""
 
     async def stop(self) -> None:
-        """End the worker; nothing is delivered afterwards."""
+        """Stop the worker; nothing is delivered afterwards."""
 
 
 class WorkerProcess:
-    """A Backend in a process of its own, started again when it dies, is silent for `silence`
-    seconds, or makes no progress; after `backoff` seconds, doubling up to MAX_BACKOFF.
+    """A Backend in a process of its own.
 
-    `runner` is the dotted path of the Runner class that works inside.
+    The process is restarted when it dies, sends no heartbeat for `silence` seconds, or makes no
+    progress. The first restart waits for `backoff` seconds, and each further one twice as long, up
+    to MAX_BACKOFF. `runner` is the dotted path of the Runner class inside.
     """
 
     def __init__(
@@ -72,13 +73,13 @@ class WorkerProcess:
         self._index = index
         self._runner = runner
         self._beat = silence / BEATS
-        # Nobody waits for a batch longer than the timeout; a step that is merely slow gets twice.
+        # Nobody waits for a batch longer than the timeout; twice that leaves room for a slow step.
         self._max_stall = max(MIN_STALL, 2 * settings.request_timeout_ms / 1000)
         self._backoff = backoff
         self._stopping = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, daemon=True)
         self._process: Process | None = None  # set by the supervisor
-        self._ready: Process | None = None  # set on the event loop, in step with what it delivers
+        self._ready: Process | None = None  # set on the event loop, in the order of delivery
         self._missed_beats = 0
 
     @property
@@ -89,7 +90,7 @@ class WorkerProcess:
         self._deliver = deliver
         self._loop = asyncio.get_running_loop()
         self._watcher = self._loop.create_task(self._watch())
-        # multiprocessing waits for its children at exit, and ours would wait for us.
+        # At exit multiprocessing waits for its children, which would wait for this process.
         atexit.register(self._kill)
         self._supervisor.start()
 
@@ -106,7 +107,7 @@ class WorkerProcess:
         self._watcher.cancel()
         if self._process:
             self._process.close()
-        await asyncio.to_thread(self._supervisor.join, LEAVE)
+        await asyncio.to_thread(self._supervisor.join, EXIT_TIMEOUT)
         self._kill()
         await asyncio.to_thread(self._supervisor.join)
         atexit.unregister(self._kill)
@@ -117,22 +118,22 @@ class WorkerProcess:
             self._process.kill()
 
     async def _watch(self) -> None:
-        """Kill a silent process. Our own ticks are counted and not the seconds: when the whole
-        machine paused, the worker is not to blame."""
+        """Kill a silent process. This counts ticks of this loop and not seconds, so that a pause of
+        the whole machine is not held against the worker."""
         while True:
             await asyncio.sleep(self._beat)
             self._missed_beats += 1
-            patience = BEATS if self._ready else BEATS * START_PATIENCE
-            if self._process and self._missed_beats > patience:
-                log.error("worker %d is silent and is killed", self._index)
+            allowed = BEATS if self._ready else BEATS * START_FACTOR
+            if self._process and self._missed_beats > allowed:
+                log.error("worker %d sent no heartbeat; killing it", self._index)
                 self._process.kill()
 
     def _supervise(self) -> None:
-        """The supervisor thread: one process after the other."""
+        """The supervisor thread: run one process after another."""
         failed_starts, delay = 0, self._backoff
         while not self._stopping.is_set():
             began = time.monotonic()
-            last, reason = self._live()
+            last, reason = self._run_process()
             if last is Fatal or self._stopping.is_set():
                 return
             failed_starts = 0 if last is Ready else failed_starts + 1
@@ -146,14 +147,14 @@ class WorkerProcess:
             self._stopping.wait(delay)
             delay = min(2 * delay, MAX_BACKOFF)
 
-    def _live(self) -> tuple[type[Ready] | type[Fatal] | None, str]:
-        """One process from start to end: how far it came, and why it ended."""
+    def _run_process(self) -> tuple[type[Ready] | type[Fatal] | None, str]:
+        """Run one process to its end: how far it came, and why it ended."""
         reached: type[Ready] | type[Fatal] | None = None
         self._missed_beats = 0
         try:
             process = Process(self._settings, self._index, self._runner, self._beat)
         except Exception as error:
-            return reached, f"no process: {error}"
+            return reached, f"cannot start: {error}"
         self._process = process
         if self._stopping.is_set():
             process.close()
@@ -161,20 +162,20 @@ class WorkerProcess:
             self._missed_beats = 0
             if isinstance(message, Ready | Fatal):
                 reached = type(message)
-            elif isinstance(message, Beat) and message.stalled_seconds > self._max_stall:
-                log.error("worker %d makes no progress and is killed", self._index)
+            elif isinstance(message, Heartbeat) and message.stalled_seconds > self._max_stall:
+                log.error("worker %d makes no progress; killing it", self._index)
                 process.kill()
             self._post(message, process)
         return reached, f"exit code {process.end()}"
 
     def _post(self, event: Event, process: Process | None) -> None:
-        # At the end of the API process the loop may be closed already.
+        # When the API process exits, the loop may be closed already.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._on_event, event, process)
 
     def _on_event(self, event: Event, process: Process | None) -> None:
-        """On the event loop. A batch goes to the process whose Ready was delivered and whose Lost
-        was not, so a message for one process can never reach the next."""
+        """Deliver on the event loop. Batches go to the process whose Ready was delivered and whose
+        Lost was not, so a message for one process cannot reach the next."""
         if self._stopping.is_set():
             return
         if isinstance(event, Ready):

@@ -21,10 +21,10 @@ from conftest import Server
 from registries import fetch
 
 from k8s.monitoring import rules
-from service.server import LAST_WORDS
+from service.server import SHUTDOWN_TIMEOUT
 from service.settings import Settings, unknown_variables
 from service.telemetry.metrics import Metrics
-from service.worker.process import LEAVE
+from service.worker.process import EXIT_TIMEOUT
 
 K8S = Path(__file__).parents[2] / "k8s"
 OVERLAYS = ("cpu", "gpu")
@@ -355,7 +355,7 @@ def test_selectors_and_references_lead_somewhere(resources: list[Resource]) -> N
 
 def test_the_pod_has_time_to_drain(resources: list[Resource], settings: Settings) -> None:
     pause = main_container(resources)["lifecycle"]["preStop"]["sleep"]["seconds"]
-    needed = pause + settings.drain_timeout_s + LAST_WORDS + LEAVE
+    needed = pause + settings.drain_timeout_s + SHUTDOWN_TIMEOUT + EXIT_TIMEOUT
     assert pod(resources)["terminationGracePeriodSeconds"] > needed
     # Every request that was accepted ends by itself within the drain.
     assert settings.drain_timeout_s > settings.request_timeout_ms / 1000

@@ -166,7 +166,7 @@ def test_classify_asks_a_server(
     ("arguments", "code", "sentence"),
     [
         (["--labels", "a"], 2, "at least two labels"),
-        (["--labels", "a,b", "--url", "http://127.0.0.1:9"], 1, "cannot be asked"),
+        (["--labels", "a,b", "--url", "http://127.0.0.1:9"], 1, "cannot be reached"),
         (["--labels", "a,b", "--model", "broken"], 1, "cannot be loaded"),
     ],
 )

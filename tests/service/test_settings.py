@@ -30,7 +30,6 @@ def test_every_knob_is_described() -> None:
 def test_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAPT_MAX_VIEWS", "128")
     monkeypatch.setenv("TAPT_ALLOW_CLIENT_SEED", "true")
-    monkeypatch.setenv("TAPT_COMPILE", "false")
     monkeypatch.setenv("TAPT_API_KEYS", " alpha, beta,,")
     settings = Settings()
     assert settings.max_views == 128
@@ -39,13 +38,6 @@ def test_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "alpha" not in repr(settings)
     monkeypatch.setenv("TAPT_API_KEYS", ",")  # how compose.yaml is told that there are none
     assert Settings().api_keys == ()
-
-
-@pytest.mark.parametrize("name", ["compile"])
-def test_what_is_not_built_cannot_be_switched_on(name: str) -> None:
-    assert getattr(Settings(**{name: "false"}), name) is False
-    with pytest.raises(ValidationError, match="not available yet"):
-        Settings(**{name: True})
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
 """`POST /v1/classify`: an image and labels in, ranked labels and the defense's report out."""
 
+import time
+from functools import partial
+
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from service.http.authentication import check_key
-from service.http.response import build_response
-from service.http.routes.docs import ERRORS, FORM, REQUEST_ID, body_of
+from service.http.response import Classification, build_response, measure_times
+from service.http.routes.docs import ERROR_RESPONSES, FORM, REQUEST_ID, describe_body
+from service.intake.body import parse, read_json, validate
 from service.intake.image_urls import ImageURL, read_source
-from service.intake.intake import Intake
+from service.intake.intake import Intake, Ticket
 from service.intake.multipart import read_form
-from service.schemas import Choices, Classification, ClassifyRequest
+from service.intake.requests import ClassifyOptions, ClassifyRequest
+from service.messages import Answer, Task
 
 router = APIRouter(tags=["classification"])
 
@@ -18,31 +23,62 @@ router = APIRouter(tags=["classification"])
     "/v1/classify",
     summary="Classify an image",
     response_model=Classification,
-    responses={200: {"headers": REQUEST_ID}, **ERRORS},
+    responses={200: {"headers": REQUEST_ID}, **ERROR_RESPONSES},
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {"application/json": body_of(ClassifyRequest), "multipart/form-data": FORM},
+            "content": {
+                "application/json": describe_body(ClassifyRequest),
+                "multipart/form-data": FORM,
+            },
         }
     },
     dependencies=[Depends(check_key)],
 )
 async def classify(request: Request) -> Response:
     """Send a form with the file, or JSON with the file as base64. The labels come back best
-    first, with what the defense spent and what it saw."""
+    first, together with what the defense did and measured."""
     state = request.app.state
     intake: Intake = state.intake
-    max_labels: int = state.settings.max_labels
+    async with intake.admit(request) as ticket:
+        max_labels = state.settings.max_labels
+        read = partial(_read, content_type=ticket.content_type, max_labels=max_labels)
+        source, options = await parse(ticket.body, read)
+        task = await intake.prepare(ticket, source, options)
+        answer = await state.engine.submit(ticket.permit, task)
+        shown = respond(request, ticket, task, answer, options.top_k)
+    return Response(shown.model_dump_json(), media_type="application/json")
 
-    def parse(body: bytes, content_type: str) -> tuple[bytes | ImageURL, Choices]:
-        if content_type.lower().startswith("multipart/form-data"):
-            file, rest = read_form(body, content_type, max_labels)
-            return file, Choices.model_validate(rest)
-        asked = ClassifyRequest.model_validate_json(body)
-        return read_source(asked.image), asked
 
-    outcome = await intake.classify(request, parse)
-    answer = build_response(
-        outcome, state.settings.expose, request.state.caller.may_see_diagnostics
+def respond(
+    request: Request, ticket: Ticket, task: Task, answer: Answer, top_k: int | None
+) -> Classification:
+    """The answer as the caller of this request may see it."""
+    state = request.app.state
+    # Logged beside the key's id: only there can an operator see that a surge has one caller.
+    ticket.log["suspected"] = answer.suspected
+    timings = measure_times(
+        answer,
+        queue_seconds=ticket.permit.waited,
+        decode_seconds=ticket.decode_seconds,
+        total_seconds=time.monotonic() - ticket.started,
     )
-    return Response(answer.model_dump_json(), media_type="application/json")
+    return build_response(
+        task,
+        answer,
+        timings,
+        model=state.engine.info["model"]["name"],
+        top_k=top_k,
+        expose=state.settings.expose,
+        diagnostics=request.state.caller.may_see_diagnostics,
+    )
+
+
+def _read(
+    body: bytes, content_type: str, max_labels: int
+) -> tuple[bytes | ImageURL, ClassifyOptions]:
+    if content_type.lower().startswith("multipart/form-data"):
+        file, fields = read_form(body, content_type, max_labels)
+        return file, validate(ClassifyOptions, fields)
+    asked = read_json(ClassifyRequest, body)
+    return read_source(asked.image), asked

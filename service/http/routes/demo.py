@@ -1,11 +1,14 @@
-"""`POST /demo/...`: what the page needs to show an attack and the views. Mounted only where
-`enable_attack_demo` is on, which is never anywhere but on a loopback address."""
+"""`POST /demo/...`: an attack step by step, and the views of an image, for the playground.
+
+Mounted only with `enable_attack_demo`, which needs a loopback `host`.
+"""
 
 import asyncio
 import base64
 import io
 import json
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -15,106 +18,137 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from numpy.typing import NDArray
 from PIL import Image
 
+from service.engine.engine import Engine
 from service.errors import InternalError, QueueFull, ServiceError, Unauthorized
 from service.http.access_log import error_body
 from service.http.authentication import check_key
-from service.http.response import build_response
+from service.http.response import AttackStage, DemoClassification, ScoredLabel, View, clamp
+from service.http.routes.classify import respond
+from service.intake.body import parse, read_json
 from service.intake.decode import from_base64
-from service.intake.intake import Intake, Outcome
-from service.messages import DemoAttack, ProgressEvent, Task
-from service.schemas import (
-    AttackRequest,
-    AttackStage,
-    Choices,
-    ClassifyRequest,
-    ExhibitedClassification,
-    ScoredLabel,
-    View,
-)
+from service.intake.intake import Intake, Ticket
+from service.intake.requests import AttackRequest, ClassifyRequest
+from service.messages import Answer, DemoAttack, ProgressEvent, Task
 
 MAX_EPSILON = 16  # levels of 255
 MAX_STEPS = 40
 MAX_ADAPTIVE_STEPS = 20  # one costs as much as several answers
 THUMBNAIL = 96  # pixels
-AGAIN = 3.0  # seconds after which a refused attack may try again
+RETRY_AFTER = 3.0  # seconds, while another attack runs
 
 
-async def check_insight(request: Request) -> None:
-    """Raises Unauthorized unless the caller may see how the defense fared: all of this shows it."""
+async def check_diagnostics(request: Request) -> None:
+    """Raises Unauthorized unless the caller may see diagnostics: every answer here shows them."""
     await check_key(request)
     if not request.state.caller.may_see_diagnostics:
         raise Unauthorized("This key lacks the scope `diagnostics`, which the demonstration needs.")
 
 
-router = APIRouter(prefix="/demo", include_in_schema=False, dependencies=[Depends(check_insight)])
+router = APIRouter(
+    prefix="/demo", include_in_schema=False, dependencies=[Depends(check_diagnostics)]
+)
 
 
 @router.post("/classify")
 async def classify(request: Request) -> JSONResponse:
-    """As `POST /v1/classify` with JSON; the answer shows the views too."""
-    intake: Intake = request.app.state.intake
-
-    def parse(body: bytes, content_type: str) -> tuple[bytes, Choices]:
-        asked = ClassifyRequest.model_validate_json(body)
-        return from_base64(asked.image), asked
-
-    outcome = await intake.classify(request, parse, lambda work: replace(work, return_views=True))
-    return JSONResponse(_exhibit(outcome).model_dump())
+    """Like `POST /v1/classify` with JSON, and the answer shows the views."""
+    state = request.app.state
+    intake: Intake = state.intake
+    async with intake.admit(request) as ticket:
+        file, asked = await parse(ticket.body, _read_classify)
+        task = replace(await intake.prepare(ticket, file, asked), return_views=True)
+        answer = await state.engine.submit(ticket.permit, task)
+        shown = _with_views(request, ticket, task, answer, asked.top_k)
+    return JSONResponse(shown.model_dump())
 
 
 @router.post("/attack")
 async def attack(request: Request) -> StreamingResponse:
-    """Attack the picture and answer as it goes: a line of JSON for each stage, then one with the
-    answer about the last, or with an error. One attack at a time."""
-    state, intake = request.app.state, request.app.state.intake
+    """Attack the image and stream lines of JSON: one for each stage, then one with the answer for
+    the last image or with an error. One attack runs at a time."""
+    state = request.app.state
     if getattr(state, "attacking", False):
-        raise QueueFull("Another attack is running; there is one at a time.", retry_after=AGAIN)
+        raise QueueFull("Another attack is running; only one may run.", retry_after=RETRY_AFTER)
     state.attacking = True
-    news: asyncio.Queue[ProgressEvent | None] = asyncio.Queue()
-    assaults: list[DemoAttack] = []
-    works: list[Task] = []
+    lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+    running = asyncio.create_task(_attack(request, lines))
 
-    def parse(body: bytes, content_type: str) -> tuple[bytes, Choices]:
-        asked = AttackRequest.model_validate_json(body)
-        assaults.append(_plan(asked))
-        return from_base64(asked.image), asked
-
-    def amend(work: Task) -> Task:
-        works.append(replace(work, attack=assaults[0]))
-        return works[0]
-
-    def finish(task: "asyncio.Task[Outcome]") -> None:
+    def finish(running: "asyncio.Task[None]") -> None:
         state.attacking = False
-        news.put_nowait(None)
+        lines.put_nowait(None)
 
-    task: asyncio.Task[Outcome] = asyncio.create_task(
-        intake.classify(request, parse, amend, news.put_nowait)
-    )
-    task.add_done_callback(finish)
+    running.add_done_callback(finish)
     try:
-        first = await news.get()
+        first = await lines.get()
     except asyncio.CancelledError:
-        task.cancel()
+        running.cancel()
         raise
     if first is None:
-        task.result()  # a refusal before anything began has a status of its own
-        raise InternalError("The attack ended before it began.")
-
-    async def tell() -> AsyncIterator[str]:
-        event: ProgressEvent | None = first
-        try:
-            while event:
-                stage = _stage(event, works[0])
-                yield _line({"stage": stage.model_dump()})
-                event = await news.get()
-            yield _line(_end(task, assaults[0], request.state.request_id))
-        finally:
-            task.cancel()
-
-    return StreamingResponse(tell(), media_type="application/x-ndjson")
+        await running  # an error before the first stage has its own status
+        raise InternalError("The attack ended before its first stage.")
+    stream = _stream(first, lines, running, request.state.request_id)
+    return StreamingResponse(stream, media_type="application/x-ndjson")
 
 
-def _plan(asked: AttackRequest) -> DemoAttack:
+async def _attack(request: Request, lines: asyncio.Queue[dict[str, Any] | None]) -> None:
+    """Run the attack and put each stage and the answer on `lines`.
+
+    A task of its own: its admission must end in the task in which it began, and the response is
+    streamed by another one.
+    """
+    intake: Intake = request.app.state.intake
+    engine: Engine = request.app.state.engine
+    async with intake.admit(request) as ticket:
+        file, asked = await parse(ticket.body, _read_attack)
+        attack = _limit(asked)
+        task = replace(await intake.prepare(ticket, file, asked), attack=attack)
+        async with aclosing(engine.stream(ticket.permit, task)) as events:
+            async for event in events:
+                if isinstance(event, ProgressEvent):
+                    stage = _stage(event, task.labels, attack.steps)
+                    lines.put_nowait({"stage": stage.model_dump()})
+                    continue
+                shown = _with_views(request, ticket, task, event, asked.top_k)
+                lines.put_nowait(
+                    {
+                        "answer": shown.model_dump(),
+                        "threat": "adaptive" if attack.adaptive else "transfer",
+                        "epsilon": attack.epsilon,
+                        "truncated": event.truncated,
+                    }
+                )
+
+
+async def _stream(
+    first: dict[str, Any],
+    lines: asyncio.Queue[dict[str, Any] | None],
+    running: "asyncio.Task[None]",
+    request_id: str,
+) -> AsyncIterator[str]:
+    line: dict[str, Any] | None = first
+    try:
+        while line is not None:
+            yield _to_line(line)
+            line = await lines.get()
+        await running
+    except ServiceError as error:
+        yield _to_line(error_body(error, request_id))
+    finally:
+        running.cancel()
+
+
+def _read_classify(body: bytes) -> tuple[bytes, ClassifyRequest]:
+    asked = read_json(ClassifyRequest, body)
+    return from_base64(asked.image), asked
+
+
+def _read_attack(body: bytes) -> tuple[bytes, AttackRequest]:
+    asked = read_json(AttackRequest, body)
+    return from_base64(asked.image), asked
+
+
+def _limit(asked: AttackRequest) -> DemoAttack:
+    """The attack asked for, within the limits."""
     wanted = asked.attack
     target = None if wanted.target is None else asked.candidate_labels.index(wanted.target)
     limit = MAX_ADAPTIVE_STEPS if wanted.adaptive else MAX_STEPS
@@ -123,59 +157,46 @@ def _plan(asked: AttackRequest) -> DemoAttack:
     )
 
 
-def _stage(event: ProgressEvent, work: Task) -> AttackStage:
+def _stage(event: ProgressEvent, labels: tuple[str, ...], steps: int) -> AttackStage:
     def scored(scores: list[float]) -> list[ScoredLabel]:
-        pairs = zip(work.labels, scores, strict=True)
-        return [ScoredLabel(label=label, score=min(1.0, max(0.0, s))) for label, s in pairs]
+        pairs = zip(labels, scores, strict=True)
+        return [ScoredLabel(label=label, score=clamp(score)) for label, score in pairs]
 
-    assert work.attack is not None
     defended = event.defended_scores
     return AttackStage(
         step=event.step,
-        steps=work.attack.steps,
+        steps=steps,
         image=_data_uri(event.image),
         undefended=scored(event.undefended_scores),
         defended=None if defended is None else scored(defended),
     )
 
 
-def _end(task: "asyncio.Task[Outcome]", attack: DemoAttack, request_id: str) -> dict[str, Any]:
-    try:
-        outcome = task.result()
-    except ServiceError as error:
-        return error_body(error, request_id)
-    return {
-        "answer": _exhibit(outcome).model_dump(),
-        "threat": "adaptive" if attack.adaptive else "transfer",
-        "epsilon": attack.epsilon,
-        "truncated": outcome.answer.truncated,
-    }
-
-
-def _exhibit(outcome: Outcome) -> ExhibitedClassification:
-    labels = outcome.work.labels
+def _with_views(
+    request: Request, ticket: Ticket, task: Task, answer: Answer, top_k: int | None
+) -> DemoClassification:
     views = [
         View(
-            label=labels[seen.best],
-            score=seen.score,
-            kept=seen.kept,
-            thumbnail=_data_uri(seen.image, THUMBNAIL),
+            label=task.labels[view.best],
+            score=view.score,
+            kept=view.kept,
+            thumbnail=_data_uri(view.image, THUMBNAIL),
         )
-        for seen in outcome.answer.view_reports
+        for view in answer.view_reports
     ]
-    shown = build_response(outcome, "full", diagnostics=True)
-    return ExhibitedClassification(**shown.model_dump(), views=views)
+    shown = respond(request, ticket, task, answer, top_k)
+    return DemoClassification(**shown.model_dump(), views=views)
 
 
-def _data_uri(image: NDArray[np.uint8], side: int | None = None) -> str:
-    """A lossless PNG, scaled down to a side of so many pixels if it is larger."""
+def _data_uri(image: NDArray[np.uint8], max_side: int | None = None) -> str:
+    """An image as a lossless PNG, scaled down to at most `max_side` pixels a side."""
     picture = Image.fromarray(image)
-    if side:
-        picture.thumbnail((side, side))
+    if max_side:
+        picture.thumbnail((max_side, max_side))
     file = io.BytesIO()
     picture.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _line(value: dict[str, Any]) -> str:
+def _to_line(value: dict[str, Any]) -> str:
     return json.dumps(value, separators=(",", ":")) + "\n"

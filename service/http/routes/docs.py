@@ -1,6 +1,7 @@
-"""`GET /docs`: the OpenAPI description in a browser, with no resource from elsewhere.
+"""`GET /docs`: the OpenAPI description in a browser, served without resources from other hosts.
 
-Bodies are streamed by hand, so what FastAPI would describe by itself is described here.
+The routes read their bodies themselves, so the parts of the description that FastAPI would derive
+from its parameters are built here.
 """
 
 from importlib.resources import files
@@ -14,91 +15,87 @@ from pydantic.json_schema import models_json_schema
 
 from service.errors import NotFound
 from service.http.authentication import check_pages
-from service.schemas import Choices, ClassifyRequest, DefenseOptions, ErrorBody, HFRequest
+from service.http.response import INFERENCE, DefenseReport, ErrorBody, Timings, marked_fields
+from service.intake.requests import ClassifyOptions, ClassifyRequest, DefenseOptions, HFRequest
 
 router = APIRouter(include_in_schema=False, dependencies=[Depends(check_pages)])
 
 _REF = "#/components/schemas/{model}"
-_PLAIN = ("top_k", "hypothesis_template")
-_BODIES: tuple[type[BaseModel], ...] = (Choices, ClassifyRequest, HFRequest)
+_TOP_LEVEL = ("top_k", "hypothesis_template")
+_BODIES: tuple[type[BaseModel], ...] = (ClassifyOptions, ClassifyRequest, HFRequest)
 
 
 def _header(text: str, kind: str = "string") -> dict[str, Any]:
     return {"description": text, "schema": {"type": kind}}
 
 
-REQUEST_ID = {"X-Request-Id": _header("The client's own, or a new one.")}
-_RETRY = {"Retry-After": _header("Seconds after which to try again.", "integer")}
+REQUEST_ID = {"X-Request-Id": _header("The client's own id, or a new one.")}
+_RETRY = {"Retry-After": _header("Seconds to wait before trying again.", "integer")}
 _CHALLENGE = {"WWW-Authenticate": _header("`Bearer`.")}
 
-REPORT = {
-    "x-defense-tier": _header("Tier that was granted."),
-    "x-defense-method": _header("Defense that ran."),
-    "x-defense-design": _header("Which prompts adapted."),
-    "x-defense-steps": _header("Adaptation steps done.", "integer"),
-    "x-defense-views": _header("Views taken.", "integer"),
-    "x-defense-views-kept": _header("Views that the loss was taken over.", "integer"),
-    "x-defense-readout": _header("Views that the prediction was read from."),
-    "x-defense-truncated": _header("`deadline` when cut short, else absent."),
-    "x-labels-truncated": _header("Labels cut to the model's context.", "integer"),
-    "x-entropy-before": _header("Nats, before adapting.", "number"),
-    "x-entropy-after": _header("Nats, after adapting.", "number"),
-    "x-agreement": _header("Share of the views that agree with the answer.", "number"),
-    "x-suspicion": _header("Grows with the signs of an attack.", "number"),
-    "x-suspected": _header("Whether suspicion passed the threshold.", "boolean"),
-    "x-undefended-label": _header("What plain CLIP would have answered, percent-encoded UTF-8."),
-    "x-queue-time": _header("Milliseconds in the queue.", "number"),
-    "x-inference-time": _header("Milliseconds of adapting and predicting.", "number"),
-    "x-total-time": _header("Milliseconds in all.", "number"),
-}
-"""Headers of the Hugging Face route, which has no room for a report in its body."""
 
-_MEANINGS = {
+def _report() -> dict[str, Any]:
+    """The headers of the Hugging Face route, described by the fields that they return."""
+    headers: dict[str, Any] = {}
+    for model in (DefenseReport, Timings):
+        fields = model.model_json_schema()["properties"]
+        for name, header in marked_fields(model).items():
+            field = fields[name]
+            kind = field.get("type") or field["anyOf"][0]["type"]  # the other is null
+            headers[header.name] = _header(field["description"], kind)
+    headers[INFERENCE.name] = _header("Adapting and predicting, milliseconds.", "number")
+    return headers
+
+
+REPORT = _report()
+
+_DESCRIPTIONS = {
     400: "The body, its base64 or its image is malformed.",
     401: "The key is missing or wrong.",
     408: "The body did not arrive in time.",
-    413: "The body is too long, or the image has too many pixels.",
-    415: "Not an image of a known format.",
-    422: "The request makes no sense: labels, template or a value.",
-    429: "The queue is full, or this key asks for too much.",
-    500: "A fault of the server.",
-    503: "Loading, recovering or shutting down.",
+    413: "The body is too large, or the image has too many pixels.",
+    415: "The image is in no supported format.",
+    422: "The labels, the template or another value are invalid.",
+    429: "The queue is full, or this key has reached a limit.",
+    500: "The server failed.",
+    503: "The server is loading, recovering or shutting down.",
     504: "The deadline passed.",
 }
 
 
-def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Responses for these statuses, all of one shape."""
+def describe_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses for these statuses."""
     extra = {401: _CHALLENGE, 429: _RETRY, 503: _RETRY}
     return {
         status: {
             "model": ErrorBody,
-            "description": _MEANINGS[status],
+            "description": _DESCRIPTIONS[status],
             "headers": REQUEST_ID | extra.get(status, {}),
         }
         for status in statuses
     }
 
 
-ERRORS = errors_of(*_MEANINGS)
+ERROR_RESPONSES = describe_errors(*_DESCRIPTIONS)
 
 
-def body_of(model: type[BaseModel]) -> dict[str, Any]:
+def describe_body(model: type[BaseModel]) -> dict[str, Any]:
+    """An OpenAPI request body; `add_bodies` adds the model's schema."""
     return {"schema": {"$ref": _REF.format(model=model.__name__)}}
 
 
 def _form() -> dict[str, Any]:
-    """The multipart form: a file, the fields of `Choices`, those of its defense laid out flat."""
-    flat = {name: Choices.model_json_schema()["properties"][name] for name in _PLAIN}
+    """The multipart form: the file, the fields of `ClassifyOptions` and, flat, of its defense."""
+    flat = {name: ClassifyOptions.model_json_schema()["properties"][name] for name in _TOP_LEVEL}
     flat |= DefenseOptions.model_json_schema()["properties"]
     for field in flat.values():
-        field |= field.pop("anyOf")[0]  # a form leaves out what JSON may set to null
+        field |= field.pop("anyOf")[0]  # a form omits what JSON may set to null
         field.pop("default", None)
     labels = {
         "type": "array",
         "items": {"type": "string"},
-        "description": "Repeated, or once with a JSON array or a comma-separated list; "
-        "`candidate_labels` is read as well.",
+        "description": "Repeated, or once with a JSON array or a comma-separated list. "
+        "`candidate_labels` is accepted too.",
         "example": ["cat", "dog"],
     }
     properties = {
@@ -106,20 +103,20 @@ def _form() -> dict[str, Any]:
         "labels": labels,
         "defense": {
             "type": "string",
-            "description": "DefenseOptions as JSON, instead of the single fields.",
+            "description": "DefenseOptions as JSON, instead of single fields.",
         },
         **flat,
     }
     schema = {"type": "object", "required": ["image", "labels"], "properties": properties}
-    # Without `explode`, a browser would send the labels as one field.
+    # Without `explode`, Swagger UI sends the labels as one field.
     return {"schema": schema, "encoding": {"labels": {"style": "form", "explode": True}}}
 
 
 FORM = _form()
 
 
-def complete(app: FastAPI) -> None:
-    """Add to the app's OpenAPI the bodies that FastAPI cannot see."""
+def add_bodies(app: FastAPI) -> None:
+    """Add the request bodies to the app's OpenAPI."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -134,7 +131,7 @@ def complete(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-# Addresses relative to the page, so that a proxy may put the service under a prefix.
+# Relative URLs, so that a proxy may serve this under a prefix.
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -175,7 +172,7 @@ async def asset(name: str) -> Response:
     if name == "start.js":
         return Response(_START, headers=_HEADERS, media_type="text/javascript")
     if name not in kinds:
-        raise NotFound("There is nothing at this address.")
+        raise NotFound("There is nothing at this URL.")
     body = files("fastapi_offline").joinpath("static", name).read_bytes()
     headers = _HEADERS | {"Cache-Control": "max-age=86400"}
     return Response(body, headers=headers, media_type=kinds[name])

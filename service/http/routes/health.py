@@ -1,30 +1,30 @@
-"""Health for those who watch from outside: live, ready, started. No key is asked for."""
+"""Health checks: live, ready, started. They need no key."""
 
 from fastapi import APIRouter, Request
 
 from service.engine.engine import Engine
 from service.errors import NotReady
-from service.http.routes.docs import errors_of
-from service.schemas import Status
+from service.http.response import Status
+from service.http.routes.docs import describe_errors
 
-router = APIRouter(tags=["health"], responses=errors_of(503))
+router = APIRouter(tags=["health"], responses=describe_errors(503))
 
-RETRY = 5.0  # seconds
+RETRY_AFTER = 5.0  # seconds
 
 
-@router.get("/livez", summary="Whether the process should go on living")
+@router.get("/livez", summary="Whether the process should keep running")
 async def livez(request: Request) -> Status:
-    """Fails only when no worker will ever be ready again; a recovery in progress is life."""
-    return _status(_engine(request).alive, "The workers cannot be started any more.")
+    """Fails only when no worker can be started again. A server that recovers is alive."""
+    return _status(_engine(request).alive, "The workers cannot be started again.")
 
 
-@router.get("/readyz", summary="Whether a request would be worked on now")
+@router.get("/readyz", summary="Whether requests are served now")
 @router.get("/health", summary="The same as /readyz")
 async def readyz(request: Request) -> Status:
     return _status(_engine(request).ready, "The server is loading, recovering or shutting down.")
 
 
-@router.get("/startupz", summary="Whether the model has been loaded once")
+@router.get("/startupz", summary="Whether the model has been loaded")
 async def startupz(request: Request) -> Status:
     return _status(_engine(request).started, "The model is loading.")
 
@@ -34,7 +34,7 @@ def _engine(request: Request) -> Engine:
     return engine
 
 
-def _status(well: bool, otherwise: str) -> Status:
-    if not well:
-        raise NotReady(otherwise, retry_after=RETRY)
+def _status(ok: bool, problem: str) -> Status:
+    if not ok:
+        raise NotReady(problem, retry_after=RETRY_AFTER)
     return Status()

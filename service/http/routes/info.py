@@ -1,4 +1,4 @@
-"""`GET /info` and `GET /metrics`: what runs here, and how it fares."""
+"""`GET /info` and `GET /metrics`."""
 
 from importlib.metadata import version
 from typing import Any
@@ -8,11 +8,11 @@ from fastapi.responses import Response
 from prometheus_client.exposition import choose_encoder
 
 from service.http.authentication import check_key, check_metrics
-from service.http.routes.docs import errors_of
-from service.intake.decode import DOOR_LENGTH, DOOR_SIDE, FORMATS, MAX_ASPECT
+from service.http.routes.docs import describe_errors
+from service.intake.decode import FORMATS, MAX_ASPECT, MAX_LONG_SIDE, MAX_SHORT_SIDE
 from service.settings import Settings
 
-router = APIRouter(tags=["operation"], responses=errors_of(401))
+router = APIRouter(tags=["operation"], responses=describe_errors(401))
 
 DEFAULTS = ("tier", "method", "steps", "views", "readout", "hypothesis_template")
 LIMITS = (
@@ -28,19 +28,18 @@ LIMITS = (
     "request_timeout_ms",
     "upload_timeout_ms",
 )
-POLICIES = ("allow_client_seed", "allow_image_urls", "expose", "on_overload")
+POLICIES = ("allow_client_seed", "allow_image_urls", "expose")
 
 
 @router.get("/info", summary="Model, limits, defaults, versions", dependencies=[Depends(check_key)])
 async def info(request: Request) -> dict[str, Any]:
-    """What the workers say of the model (nothing of it before one was ready), and the settings
-    that a client may care about."""
+    """The model (once a worker has loaded it), and the settings that concern a client."""
     settings: Settings = request.app.state.settings
     values = settings.model_dump()
     images = {
         "formats": FORMATS,
-        "shorter_side": DOOR_SIDE,
-        "longer_side": DOOR_LENGTH,
+        "shorter_side": MAX_SHORT_SIDE,
+        "longer_side": MAX_LONG_SIDE,
         "max_aspect": MAX_ASPECT,
     }
     return {
@@ -65,7 +64,7 @@ async def info(request: Request) -> dict[str, Any]:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: Request) -> Response:
-    """The service and its workers as one target."""
+    """Metrics of the API process and its workers."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
     registry = request.app.state.metrics.registry
     return Response(encode(registry), headers={"Content-Type": content_type})

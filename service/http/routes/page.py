@@ -1,5 +1,7 @@
-"""`GET /`: the playground, a page that asks the API in the browser. It loads nothing from
-elsewhere, and its policy lets nothing else in."""
+"""`GET /`: the playground, a page that calls the API from the browser.
+
+It loads nothing from other hosts, and its content security policy forbids it.
+"""
 
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +25,7 @@ FILES = {
     for file in files("service.playground").iterdir()
     if Path(file.name).suffix in TYPES
 }
-"""Every file of the page: named here, so that no path of a client's ever reaches the disk."""
+"""All files by name, in memory: a client's path never reaches the file system."""
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -48,5 +50,5 @@ async def file(name: str) -> Response:
 
 def _file(name: str) -> Response:
     if name not in FILES:
-        raise NotFound("There is nothing at this address.")
+        raise NotFound("There is nothing at this URL.")
     return Response(FILES[name], headers=HEADERS, media_type=TYPES[Path(name).suffix])

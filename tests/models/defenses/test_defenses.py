@@ -13,8 +13,7 @@ from models.classifier import DefendedClassifier, Finding, Picture
 from models.defenses import DEFENSES, gate, rtpt, thrift, ttc
 from models.objective import Objective
 from models.tapt import entropies, gradients
-from service import schemas
-from service.intake import options
+from service.intake import options, requests
 from service.settings import Settings
 from tests import tiny
 from tests.tiny import make_pictures
@@ -228,7 +227,7 @@ def test_learned_prompts_without_a_bundle_are_refused(checkpoint: Checkpoint) ->
 def test_the_service_offers_the_table() -> None:
     """Its API process imports no torch, so it keeps names and facts of its own."""
     offered = get_args(Settings.model_fields["method"].annotation)
-    asked = get_args(get_args(schemas.DefenseOptions.model_fields["method"].annotation)[0])
+    asked = get_args(get_args(requests.DefenseOptions.model_fields["method"].annotation)[0])
     assert offered == asked == tuple(DEFENSES)
     assert {name for name, method in DEFENSES.items() if not method.adapts} == options.STILL
     assert ttc.PUBLISHED.steps == options.COUNTERATTACK_STEPS

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import functools
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,8 +21,8 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from service.engine.engine import GRACE, Engine
-from service.engine.permits import BYTES_PER_PLACE
-from service.engine.retry_after import LONGEST
+from service.engine.permits import BYTES_PER_PERMIT, Permit
+from service.engine.retry_after import MAX_SECONDS
 from service.errors import DeadlineExceeded, InternalError, NotReady, QueueFull, ServiceError
 from service.messages import Answer, Failure, Finished, Settled, Task
 from service.settings import Settings
@@ -65,8 +65,17 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-class House:
-    """An engine over fake workers, and the ways to ask it."""
+@contextlib.contextmanager
+def reserved(engine: Engine, size_bytes: int) -> Iterator[Permit]:
+    permit = engine.reserve(size_bytes)
+    try:
+        yield permit
+    finally:
+        permit.release()
+
+
+class Harness:
+    """An engine with fake workers, and ways to use it."""
 
     def __init__(self, *workers: FakeWorker, **knobs: Any) -> None:
         self.workers = workers
@@ -76,7 +85,7 @@ class House:
     async def ask(
         self, id: str = "x", label: str = "cat", views: int = 4, timeout: float = 60.0
     ) -> Answer:
-        with self.engine.reserve(1000) as permit:
+        with reserved(self.engine, 1000) as permit:
             image = np.zeros((1, 1, 3), np.uint8)
             labels = (label, "other")
             deadline = now() + timeout
@@ -100,13 +109,13 @@ class House:
 
 
 @asynccontextmanager
-async def open_house(*workers: FakeWorker, **knobs: Any) -> AsyncIterator[House]:
-    house = House(*workers, **knobs)
-    await house.engine.start()
+async def open_engine(*workers: FakeWorker, **knobs: Any) -> AsyncIterator[Harness]:
+    harness = Harness(*workers, **knobs)
+    await harness.engine.start()
     await asyncio.sleep(0.001)
-    yield house
-    await house.engine.stop(0)
-    house.assert_nothing_left()
+    yield harness
+    await harness.engine.stop(0)
+    harness.assert_nothing_left()
 
 
 def by_hand(**kwargs: Any) -> FakeWorker:
@@ -120,27 +129,27 @@ def sizes(worker: FakeWorker) -> list[int]:
 @virtual
 async def test_an_answer_comes_back_and_is_measured():
     worker = FakeWorker(seconds=lambda batch: 0.5)
-    async with open_house(worker) as house:
+    async with open_engine(worker) as harness:
         worker.beat(memory_bytes=7)
-        got = await house.ask(label="attacked")
+        got = await harness.ask(label="attacked")
         assert got == answer(worker.batches[0][0])
         assert now() == pytest.approx(0.001 + 0.005 + 0.5)
-        assert house.metric("batch_size_sum") == 1
-        assert house.metric("batch_views_sum") == 4
-        assert house.metric("queue_seconds_sum") == pytest.approx(0.005)
-        assert house.metric("adaptation_seconds_count", method="tapt", design="vli") == 1
-        assert house.metric("label_changed_total") == 1
-        assert house.metric("suspected_adversarial_total") == 0
-        assert house.metric("truncated_total", reason="cancelled") is None
-        assert house.metric("device_memory_bytes", worker="0") == 7
-        assert house.metric("worker_up", worker="0") == 1
+        assert harness.metric("batch_size_sum") == 1
+        assert harness.metric("batch_views_sum") == 4
+        assert harness.metric("queue_seconds_sum") == pytest.approx(0.005)
+        assert harness.metric("adaptation_seconds_count", method="tapt", design="vli") == 1
+        assert harness.metric("label_changed_total") == 1
+        assert harness.metric("suspected_adversarial_total") == 0
+        assert harness.metric("truncated_total", reason="cancelled") is None
+        assert harness.metric("device_memory_bytes", worker="0") == 7
+        assert harness.metric("worker_up", worker="0") == 1
 
 
 @virtual
 async def test_company_shares_a_batch_but_not_across_keys():
     worker = FakeWorker()
-    async with open_house(worker) as house:
-        await asyncio.gather(*(house.ask(str(i), views=4 + i % 2) for i in range(5)))
+    async with open_engine(worker) as harness:
+        await asyncio.gather(*(harness.ask(str(i), views=4 + i % 2) for i in range(5)))
         assert sizes(worker) == [3, 2]
         assert [{work.views for work in batch} for batch in worker.batches] == [{4}, {5}]
 
@@ -150,17 +159,17 @@ async def test_the_budget_of_the_worker_holds_unless_the_operator_sets_one():
     # Four views of 10 tokens and two labels of 6 are 52 tokens a request.
     for knobs, expected in (({}, [2, 1]), ({"max_batch_tokens": 1000}, [3])):
         worker = FakeWorker(ready=replace(READY, max_batch_tokens=2 * 52))
-        async with open_house(worker, **knobs) as house:
-            await asyncio.gather(*(house.ask(str(i)) for i in range(3)))
+        async with open_engine(worker, **knobs) as harness:
+            await asyncio.gather(*(harness.ask(str(i)) for i in range(3)))
             assert sizes(worker) == expected
 
 
 @virtual
 async def test_one_batch_runs_at_a_time_and_early_answers_do_not_wait():
     worker = by_hand()
-    async with open_house(worker, max_batch_size=2) as house:
+    async with open_engine(worker, max_batch_size=2) as harness:
         worker.be_ready()
-        first, second, third = (house.asking(str(i)) for i in range(3))
+        first, second, third = (harness.asking(str(i)) for i in range(3))
         await asyncio.sleep(0.1)
         worker.settle(worker.batches[0][0])
         await first
@@ -177,8 +186,8 @@ async def test_one_batch_runs_at_a_time_and_early_answers_do_not_wait():
 @virtual
 async def test_all_workers_work():
     workers = [FakeWorker(seconds=lambda batch: 1.0) for _ in range(2)]
-    async with open_house(*workers, max_batch_size=1) as house:
-        await asyncio.gather(*(house.ask(str(i)) for i in range(4)))
+    async with open_engine(*workers, max_batch_size=1) as harness:
+        await asyncio.gather(*(harness.ask(str(i)) for i in range(4)))
         assert [sizes(worker) for worker in workers] == [[1, 1], [1, 1]]
         assert now() < 2.1
 
@@ -187,16 +196,16 @@ async def test_all_workers_work():
 @pytest.mark.parametrize("size", [1, 2], ids=["in a batch that is ready", "in the queue"])
 async def test_a_deadline_before_the_work_began_is_a_504_at_that_instant(size: int):
     worker = by_hand()
-    async with open_house(worker, max_batch_size=size) as house:
+    async with open_engine(worker, max_batch_size=size) as harness:
         worker.be_ready()
-        running = house.asking("running")
+        running = harness.asking("running")
         await asyncio.sleep(0.1)
         began = now()
         with pytest.raises(DeadlineExceeded, match="in the queue"):
-            await house.ask("late", timeout=1.0)
+            await harness.ask("late", timeout=1.0)
         assert now() - began == pytest.approx(1.0)
         assert worker.cancelled == {work.id for batch in worker.batches[1:] for work in batch}
-        assert house.metric("truncated_total", reason="cancelled") is None
+        assert harness.metric("truncated_total", reason="cancelled") is None
         worker.finish()
         await running
 
@@ -204,23 +213,23 @@ async def test_a_deadline_before_the_work_began_is_a_504_at_that_instant(size: i
 @virtual
 async def test_a_full_batch_lies_ready_while_another_runs():
     worker = by_hand()
-    async with open_house(worker, max_batch_size=2) as house:
+    async with open_engine(worker, max_batch_size=2) as harness:
         worker.be_ready()
-        first = [house.asking(f"{i}") for i in range(2)]
+        first = [harness.asking(f"{i}") for i in range(2)]
         await asyncio.sleep(0.1)
-        second = [house.asking("2")]
+        second = [harness.asking("2")]
         await asyncio.sleep(0.1)
         assert sizes(worker) == [2]  # one that may still grow does not go ahead
-        second.append(house.asking("3"))
-        third = [house.asking("4"), house.asking("5")]
+        second.append(harness.asking("3"))
+        third = [harness.asking("4"), harness.asking("5")]
         await asyncio.sleep(0.1)
         assert sizes(worker) == [2, 2]  # and no more than one does
-        assert house.engine.queue_depth == 4  # what has not begun waits
-        assert house.metric("queue_seconds_count") == 2
+        assert harness.engine.queue_depth == 4  # what has not begun waits
+        assert harness.metric("queue_seconds_count") == 2
         worker.finish()
         await asyncio.gather(*first)
         assert sizes(worker) == [2, 2, 2]
-        assert house.engine.queue_depth == 2
+        assert harness.engine.queue_depth == 2
         worker.finish()
         worker.finish()
         await asyncio.gather(*second, *third)
@@ -229,26 +238,26 @@ async def test_a_full_batch_lies_ready_while_another_runs():
 @virtual
 async def test_a_client_that_leaves_a_batch_before_it_began_is_dropped_from_it():
     worker = by_hand()
-    async with open_house(worker, max_batch_size=1) as house:
+    async with open_engine(worker, max_batch_size=1) as harness:
         worker.be_ready()
-        running, leaving = house.asking("running"), house.asking("leaving")
+        running, leaving = harness.asking("running"), harness.asking("leaving")
         await asyncio.sleep(0.1)
         leaving.cancel()
         await asyncio.sleep(0.1)
         assert worker.cancelled == {worker.batches[1][0].id}
-        assert house.engine.queue_depth == 0
+        assert harness.engine.queue_depth == 0
         worker.finish()
         await running
         worker.deliver(Finished())
-        assert house.engine._pool.free
+        assert harness.engine._pool.free
 
 
 @virtual
 async def test_what_had_not_begun_when_the_worker_died_is_not_held_to_account():
     worker = by_hand()
-    async with open_house(worker, max_batch_size=2) as house:
+    async with open_engine(worker, max_batch_size=2) as harness:
         worker.be_ready()
-        asked = [house.asking(f"{i}") for i in range(4)]
+        asked = [harness.asking(f"{i}") for i in range(4)]
         await asyncio.sleep(0.1)
         assert sizes(worker) == [2, 2]
         worker.die()
@@ -265,15 +274,15 @@ async def test_what_had_not_begun_when_the_worker_died_is_not_held_to_account():
 @virtual
 async def test_what_lies_ready_beside_a_slow_worker_goes_to_one_that_is_free():
     slow, fast = by_hand(), by_hand()
-    house = House(slow, fast, max_batch_size=1)
-    await house.engine.start()
+    harness = Harness(slow, fast, max_batch_size=1)
+    await harness.engine.start()
     slow.be_ready()
-    first = house.asking("0")
+    first = harness.asking("0")
     await asyncio.sleep(0.1)
     fast.be_ready()
     others = []
     for number in (1, 2):
-        others.append(house.asking(f"{number}"))
+        others.append(harness.asking(f"{number}"))
         await asyncio.sleep(0.1)
     assert (sizes(slow), sizes(fast)) == ([1, 1], [1])
     fast.finish()
@@ -284,52 +293,52 @@ async def test_what_lies_ready_beside_a_slow_worker_goes_to_one_that_is_free():
     slow.finish()
     await first
     slow.deliver(Finished())
-    house.assert_nothing_left()
-    await house.engine.stop(1.0)
+    harness.assert_nothing_left()
+    await harness.engine.stop(1.0)
 
 
 @virtual
 async def test_a_batch_that_nobody_waited_for_does_not_make_requests_look_quick():
     worker = FakeWorker(seconds=lambda batch: 10.0 if batch[0].labels[0] == "stays" else 0.0)
-    async with open_house(worker, max_batch_size=1) as house:
+    async with open_engine(worker, max_batch_size=1) as harness:
         for _ in range(30):
-            staying = house.asking(label="stays")
+            staying = harness.asking(label="stays")
             await asyncio.sleep(0.1)
-            leaving = house.asking(label="leaves")
+            leaving = harness.asking(label="leaves")
             await asyncio.sleep(0.1)
             leaving.cancel()
             await staying
             await asyncio.sleep(0.1)
-        assert house.engine._pool.seconds_per_request == pytest.approx(10.0, rel=0.01)
-        assert house.metric("batch_size_count") == 30
+        assert harness.engine._pool.seconds_per_request == pytest.approx(10.0, rel=0.01)
+        assert harness.metric("batch_size_count") == 30
 
 
 @virtual
 async def test_the_next_batch_lies_ready_where_it_is_likely_to_begin_first():
     slow, fast = by_hand(), by_hand()
-    house = House(slow, fast, max_batch_size=1)
-    await house.engine.start()
+    harness = Harness(slow, fast, max_batch_size=1)
+    await harness.engine.start()
     slow.be_ready()
-    asked = [house.asking("0")]
+    asked = [harness.asking("0")]
     await asyncio.sleep(0.1)
     fast.be_ready()
     for number in (1, 2):
-        asked.append(house.asking(f"{number}"))
+        asked.append(harness.asking(f"{number}"))
         await asyncio.sleep(0.1)
     assert (sizes(slow), sizes(fast)) == ([1, 1], [1])
     for worker in (slow, fast, slow):
         worker.finish()
     await asyncio.gather(*asked)
-    await house.engine.stop(1.0)
+    await harness.engine.stop(1.0)
 
 
 @virtual
 async def test_a_silent_batch_is_given_up_some_time_after_the_deadline():
     worker = by_hand()
-    async with open_house(worker) as house:
+    async with open_engine(worker) as harness:
         worker.be_ready()
         with pytest.raises(DeadlineExceeded):
-            await house.ask(timeout=1.0)
+            await harness.ask(timeout=1.0)
         assert now() == pytest.approx(0.001 + 1.0 + GRACE)
         assert worker.cancelled == {worker.batches[0][0].id}
 
@@ -337,47 +346,47 @@ async def test_a_silent_batch_is_given_up_some_time_after_the_deadline():
 @virtual
 async def test_a_client_that_leaves_the_queue_is_never_worked_on():
     worker = by_hand()
-    async with open_house(worker) as house:
+    async with open_engine(worker) as harness:
         worker.be_ready()
-        leaving = house.asking()
+        leaving = harness.asking()
         await asyncio.sleep(0.001)
         leaving.cancel()
         await asyncio.sleep(1.0)
         assert leaving.cancelled()
         assert worker.batches == []
-        house.assert_nothing_left()
+        harness.assert_nothing_left()
 
 
 @virtual
 async def test_a_client_that_leaves_a_batch_stops_its_work_only():
     worker = by_hand()
-    async with open_house(worker) as house:
+    async with open_engine(worker) as harness:
         worker.be_ready()
-        leaving, staying = house.asking("leaving"), house.asking("staying")
+        leaving, staying = harness.asking("leaving"), harness.asking("staying")
         await asyncio.sleep(0.1)
         leaving.cancel()
         await asyncio.sleep(0.1)
         assert worker.cancelled == {worker.batches[0][0].id}
-        assert house.metric("truncated_total", reason="cancelled") == 1
+        assert harness.metric("truncated_total", reason="cancelled") == 1
         worker.finish()  # with an answer for the one that left, which nobody takes
         assert (await staying).views == 4
-        assert house.metric("adaptation_steps_count") == 1
+        assert harness.metric("adaptation_steps_count") == 1
 
 
 @virtual
 async def test_a_full_queue_is_a_429_that_knows_how_long():
     worker = FakeWorker(seconds=lambda batch: 8.0 * len(batch))
-    async with open_house(worker, max_queue_size=2, max_batch_size=2) as house:
+    async with open_engine(worker, max_queue_size=2, max_batch_size=2) as harness:
         for _ in range(20):  # the mean forgets its first guess
-            await asyncio.gather(house.ask(), house.ask())
-        running = [house.asking(), house.asking()]
+            await asyncio.gather(harness.ask(), harness.ask())
+        running = [harness.asking(), harness.asking()]
         await asyncio.sleep(0.1)
-        waiting = [house.asking(), house.asking()]
+        waiting = [harness.asking(), harness.asking()]
         await asyncio.sleep(0.1)
         with pytest.raises(QueueFull) as refusal:
-            await house.ask()
+            await harness.ask()
         assert 0.8 * 4 * 7.5 <= refusal.value.retry_after <= 1.2 * 4 * 8
-        assert house.metric("rejected_total", reason="queue_full") == 1
+        assert harness.metric("rejected_total", reason="queue_full") == 1
         await asyncio.gather(*running, *waiting)
 
 
@@ -391,21 +400,21 @@ def test_who_waits_as_told_is_let_in_at_once(seconds: float, clients: int, sprea
     @virtual
     async def scenario() -> None:
         worker = FakeWorker(seconds=lambda batch: seconds * len(batch))
-        async with open_house(worker) as house:
-            await asyncio.gather(*(house.ask(timeout=600) for _ in range(64)))
+        async with open_engine(worker) as harness:
+            await asyncio.gather(*(harness.ask(timeout=600) for _ in range(64)))
             for _ in range(20):  # the mean forgets its first guess
-                await house.ask()
+                await harness.ask()
 
             async def client(i: int) -> bool | None:
                 await asyncio.sleep(spread * i / clients)
                 try:
-                    await house.ask(timeout=600)
+                    await harness.ask(timeout=600)
                 except QueueFull as refusal:
                     await asyncio.sleep(math.ceil(refusal.retry_after or 0))
                 else:
                     return None
                 with contextlib.suppress(QueueFull):
-                    await house.ask(timeout=600)
+                    await harness.ask(timeout=600)
                     return True
                 return False
 
@@ -420,45 +429,45 @@ def test_who_waits_as_told_is_let_in_at_once(seconds: float, clients: int, sprea
 @virtual
 async def test_nobody_is_told_to_wait_for_ever_nor_after_the_crowd_is_gone():
     worker = FakeWorker(seconds=lambda batch: 10.0 * len(batch))
-    async with open_house(worker, max_queue_size=3, max_batch_size=1) as house:
-        first = [house.asking(), house.asking(), house.asking()]
+    async with open_engine(worker, max_queue_size=3, max_batch_size=1) as harness:
+        first = [harness.asking(), harness.asking(), harness.asking()]
         await asyncio.sleep(0.1)
         waits = []
         for _ in range(800):
             with pytest.raises(QueueFull) as refusal:
-                house.engine.reserve(1)
+                harness.engine.reserve(1)
             waits.append(refusal.value.retry_after)
         assert waits == sorted(waits)
-        assert waits[-1] == LONGEST
+        assert waits[-1] == MAX_SECONDS
         await asyncio.gather(*first)
-        again = [house.asking(timeout=60), house.asking(timeout=60), house.asking(timeout=60)]
+        again = [harness.asking(timeout=60), harness.asking(timeout=60), harness.asking(timeout=60)]
         await asyncio.sleep(0.1)
         with pytest.raises(QueueFull) as refusal:
-            house.engine.reserve(1)
+            harness.engine.reserve(1)
         assert refusal.value.retry_after < 60
         await asyncio.gather(*again)
 
 
 @virtual
 async def test_the_queue_is_bounded_in_bytes_and_a_slot_frees_them():
-    async with open_house(FakeWorker(), max_queue_size=8, max_body_bytes=1024) as house:
-        reserve = house.engine.reserve
-        with reserve(7 * BYTES_PER_PLACE) as large:
+    async with open_engine(FakeWorker(), max_queue_size=8, max_body_bytes=1024) as harness:
+        engine = harness.engine
+        with reserved(engine, 7 * BYTES_PER_PERMIT) as large:
             with pytest.raises(QueueFull):
-                reserve(BYTES_PER_PLACE + 1)
+                engine.reserve(BYTES_PER_PERMIT + 1)
             large.release()
-            with reserve(8 * BYTES_PER_PLACE):
-                assert house.engine.queue_depth == 1
+            with reserved(engine, 8 * BYTES_PER_PERMIT):
+                assert harness.engine.queue_depth == 1
 
 
 @virtual
 async def test_the_place_in_the_queue_is_free_once_the_batch_has_begun():
     worker = by_hand()
-    async with open_house(worker, max_queue_size=1) as house:
+    async with open_engine(worker, max_queue_size=1) as harness:
         worker.be_ready()
-        running = house.asking("running")
+        running = harness.asking("running")
         await asyncio.sleep(0.1)
-        assert house.engine.queue_depth == 0
+        assert harness.engine.queue_depth == 0
         worker.finish()
         await running
 
@@ -471,15 +480,15 @@ async def test_the_place_in_the_queue_is_free_once_the_batch_has_begun():
 )
 async def test_what_runs_takes_places_too(places: int, waiting: int):
     worker = by_hand()
-    async with open_house(worker, max_queue_size=places, max_batch_size=2) as house:
+    async with open_engine(worker, max_queue_size=places, max_batch_size=2) as harness:
         worker.be_ready()
-        running = [house.asking(f"running {i}") for i in range(min(2, places))]
+        running = [harness.asking(f"running {i}") for i in range(min(2, places))]
         await asyncio.sleep(0.1)
-        with contextlib.ExitStack() as slots:
+        with contextlib.ExitStack() as permits:
             for _ in range(waiting):
-                slots.enter_context(house.engine.reserve(1))
+                permits.enter_context(reserved(harness.engine, 1))
             with pytest.raises(QueueFull):
-                house.engine.reserve(1)
+                harness.engine.reserve(1)
         worker.finish()
         await asyncio.gather(*running)
 
@@ -487,40 +496,40 @@ async def test_what_runs_takes_places_too(places: int, waiting: int):
 @virtual
 async def test_before_the_first_ready_and_after_the_drain_it_is_503():
     worker = by_hand()
-    async with open_house(worker) as house:
-        assert not house.engine.ready
-        assert not house.engine.started
-        assert house.engine.info == {"workers": {"configured": 1, "ready": 0}}
+    async with open_engine(worker) as harness:
+        assert not harness.engine.ready
+        assert not harness.engine.started
+        assert harness.engine.info == {"workers": {"configured": 1, "ready": 0}}
         with pytest.raises(NotReady, match="not ready") as refusal:
-            await house.ask()
+            await harness.ask()
         assert refusal.value.retry_after >= 1
         worker.be_ready()
-        assert house.engine.ready
-        assert house.engine.started
-        assert house.engine.info == {
+        assert harness.engine.ready
+        assert harness.engine.started
+        assert harness.engine.info == {
             "model": {"name": "fake"},
             "workers": {"configured": 1, "ready": 1},
         }
-        house.engine.drain()
-        assert not house.engine.ready
+        harness.engine.drain()
+        assert not harness.engine.ready
         with pytest.raises(NotReady, match="shutting down"):
-            await house.ask()
-        assert house.metric("rejected_total", reason="not_ready") == 1
-        assert house.metric("rejected_total", reason="draining") == 1
+            await harness.ask()
+        assert harness.metric("rejected_total", reason="not_ready") == 1
+        assert harness.metric("rejected_total", reason="draining") == 1
 
 
 @virtual
 async def test_a_lost_batch_runs_again_one_by_one_before_the_others():
     worker = by_hand()
-    async with open_house(worker, max_batch_size=3) as house:
+    async with open_engine(worker, max_batch_size=3) as harness:
         worker.be_ready()
-        tasks = [house.asking(str(i), label=str(i)) for i in range(4)]
+        tasks = [harness.asking(str(i), label=str(i)) for i in range(4)]
         await asyncio.sleep(0.1)
         worker.die()
-        assert not house.engine.ready
-        assert house.engine.alive
-        assert house.metric("worker_up", worker="0") == 0
-        assert house.metric("worker_restarts_total") == 1
+        assert not harness.engine.ready
+        assert harness.engine.alive
+        assert harness.metric("worker_up", worker="0") == 0
+        assert harness.metric("worker_restarts_total") == 1
         worker.be_ready()
         for _ in tasks:
             await asyncio.sleep(0.1)
@@ -528,7 +537,7 @@ async def test_a_lost_batch_runs_again_one_by_one_before_the_others():
         await asyncio.gather(*tasks)
         order = [[work.labels[0] for work in batch] for batch in worker.batches]
         assert order == [["0", "1", "2"], ["0"], ["1"], ["2"], ["3"]]
-        assert house.metric("queue_seconds_count") == 4
+        assert harness.metric("queue_seconds_count") == 4
 
 
 @virtual
@@ -541,9 +550,9 @@ async def test_who_loses_two_workers_is_503_and_takes_nobody_along():
         return 10.0 if killers else 0.1
 
     worker = FakeWorker(seconds=seconds)
-    async with open_house(worker) as house:
+    async with open_engine(worker) as harness:
         labels = ["cat", "killer", "dog"]
-        asked = (house.ask(label, label=label) for label in labels)
+        asked = (harness.ask(label, label=label) for label in labels)
         cat, killer, dog = await asyncio.gather(*asked, return_exceptions=True)
         assert isinstance(killer, NotReady)
         assert killer.retry_after >= 1
@@ -555,13 +564,13 @@ async def test_who_loses_two_workers_is_503_and_takes_nobody_along():
 @virtual
 async def test_another_worker_takes_over_but_never_a_third():
     first, second = by_hand(), by_hand()
-    async with open_house(first, second) as house:
+    async with open_engine(first, second) as harness:
         first.be_ready()
         second.be_ready()
-        asked = house.asking()
+        asked = harness.asking()
         await asyncio.sleep(0.1)
         first.die()
-        assert house.engine.ready
+        assert harness.engine.ready
         assert sizes(second) == [1]
         first.be_ready()
         second.die()
@@ -573,9 +582,9 @@ async def test_another_worker_takes_over_but_never_a_third():
 @virtual
 async def test_an_answer_in_time_outlives_its_worker():
     worker = by_hand()
-    async with open_house(worker) as house:
+    async with open_engine(worker) as harness:
         worker.be_ready()
-        asked = house.asking()
+        asked = harness.asking()
         await asyncio.sleep(0.1)
         worker.settle()
         worker.die(restarting=False)
@@ -585,25 +594,25 @@ async def test_an_answer_in_time_outlives_its_worker():
 @virtual
 async def test_workers_that_never_come_back_end_the_waiting():
     worker = by_hand()
-    async with open_house(worker) as house:
+    async with open_engine(worker) as harness:
         worker.be_ready()
-        running = house.asking()
+        running = harness.asking()
         await asyncio.sleep(0.1)
         worker.die(restarting=False)
         with pytest.raises(NotReady, match="started"):
             await running
-        assert not house.engine.alive
-        assert house.engine.fatal is None
+        assert not harness.engine.alive
+        assert harness.engine.fatal is None
 
 
 @virtual
 async def test_a_model_that_cannot_be_served_is_told_in_its_sentence():
     worker = by_hand()
-    async with open_house(worker) as house:
+    async with open_engine(worker) as harness:
         worker.give_up("No checkpoint in there.")
-        assert house.engine.fatal == "No checkpoint in there."
-        assert not house.engine.alive
-        assert not house.engine.ready
+        assert harness.engine.fatal == "No checkpoint in there."
+        assert not harness.engine.alive
+        assert not harness.engine.ready
 
 
 @virtual
@@ -611,8 +620,8 @@ async def test_a_poisoned_request_fails_alone():
     def reply(work: Task) -> Answer | Failure:
         return Failure("unprocessable", "Poison.") if work.labels[0] == "bad" else answer(work)
 
-    async with open_house(FakeWorker(reply=reply)) as house:
-        asked = (house.ask(str(i), label="bad" if i == 1 else "good") for i in range(3))
+    async with open_engine(FakeWorker(reply=reply)) as harness:
+        asked = (harness.ask(str(i), label="bad" if i == 1 else "good") for i in range(3))
         outcomes = await asyncio.gather(*asked, return_exceptions=True)
         assert [getattr(outcome, "status", 200) for outcome in outcomes] == [200, 422, 200]
         assert outcomes[1].message == "Poison."
@@ -620,17 +629,17 @@ async def test_a_poisoned_request_fails_alone():
 
 @virtual
 async def test_a_failure_of_no_known_type_is_internal():
-    async with open_house(FakeWorker(reply=lambda work: Failure("?", "Odd."))) as house:
+    async with open_engine(FakeWorker(reply=lambda work: Failure("?", "Odd."))) as harness:
         with pytest.raises(InternalError, match="Odd"):
-            await house.ask()
+            await harness.ask()
 
 
 @virtual
 async def test_answers_that_are_late_double_or_missing():
     worker = by_hand()
-    async with open_house(worker) as house:
+    async with open_engine(worker) as harness:
         worker.be_ready()
-        answered, forgotten = house.asking("answered"), house.asking("forgotten")
+        answered, forgotten = harness.asking("answered"), harness.asking("forgotten")
         await asyncio.sleep(0.1)
         for _ in range(2):
             worker.settle(worker.batches[0][0])
@@ -638,58 +647,58 @@ async def test_answers_that_are_late_double_or_missing():
         counts = {"text_cache_hits": 3, "oom_splits": 2, "error_splits": 1}
         worker.deliver(Finished(counts))
         assert isinstance(await answered, Answer)
-        assert house.metric("adaptation_steps_count") == 1
+        assert harness.metric("adaptation_steps_count") == 1
         with pytest.raises(InternalError):
             await forgotten
-        assert house.metric("text_cache_hits_total") == 3
-        assert house.metric("batch_splits_total", reason="oom") == 2
-        assert house.metric("batch_splits_total", reason="error") == 1
+        assert harness.metric("text_cache_hits_total") == 3
+        assert harness.metric("batch_splits_total", reason="oom") == 2
+        assert harness.metric("batch_splits_total", reason="error") == 1
 
 
 @virtual
 async def test_two_requests_may_carry_the_same_id():
     worker = FakeWorker()
-    async with open_house(worker) as house:
-        await asyncio.gather(house.ask("same"), house.ask("same"))
+    async with open_engine(worker) as harness:
+        await asyncio.gather(harness.ask("same"), harness.ask("same"))
         assert sizes(worker) == [2]
 
 
 @virtual
 async def test_stop_waits_for_what_was_accepted_even_before_its_decoding():
     worker = FakeWorker(seconds=lambda batch: 2.0)
-    house = House(worker)
-    await house.engine.start()
+    harness = Harness(worker)
+    await harness.engine.start()
     await asyncio.sleep(0.001)
 
     async def upload() -> Answer:
-        with house.engine.reserve(10) as permit:
+        with reserved(harness.engine, 10) as permit:
             await asyncio.sleep(1.0)
             image = np.zeros((1, 1, 3), np.uint8)
             work = Task("x", image, ("a", "b"), "{}", "tapt", 1, 4, "all", 0, now() + 60)
-            return await house.engine.submit(permit, work)
+            return await harness.engine.submit(permit, work)
 
     uploading = asyncio.create_task(upload())
     await asyncio.sleep(0.1)
-    await house.engine.stop(30.0)
+    await harness.engine.stop(30.0)
     assert isinstance(await uploading, Answer)
     assert now() < 4
     assert worker.stopped
-    house.assert_nothing_left()
+    harness.assert_nothing_left()
 
 
 @virtual
 async def test_stop_fails_what_the_drain_did_not_finish():
     worker = by_hand()
-    house = House(worker, max_batch_size=1)
-    await house.engine.start()
+    harness = Harness(worker, max_batch_size=1)
+    await harness.engine.start()
     worker.be_ready()
-    asked = [house.asking(str(i)) for i in range(2)]
+    asked = [harness.asking(str(i)) for i in range(2)]
     await asyncio.sleep(0.1)
-    await house.engine.stop(3.0)
+    await harness.engine.stop(3.0)
     assert now() == pytest.approx(3.1)
     outcomes = await asyncio.gather(*asked, return_exceptions=True)
     assert all(isinstance(outcome, NotReady) for outcome in outcomes)
-    house.assert_nothing_left()
+    harness.assert_nothing_left()
 
 
 moments = st.floats(0, 10).map(lambda t: round(t, 2))
@@ -726,22 +735,22 @@ async def test_whatever_happens_each_settles_once_and_nothing_is_left(
         return durations[len(batch[0].id) % len(durations)]
 
     workers = [FakeWorker(reply=reply, seconds=seconds) for _ in range(2)]
-    house = House(*workers, max_queue_size=6, max_batch_size=4)
-    await house.engine.start()
+    harness = Harness(*workers, max_queue_size=6, max_batch_size=4)
+    await harness.engine.start()
     await asyncio.sleep(0)
 
     async def client(id: str, at: float, views: int, timeout: float, leave: float | None) -> str:
         await asyncio.sleep(at)
         try:
             async with asyncio.timeout(leave):
-                await house.ask(id, views=views, timeout=timeout)
+                await harness.ask(id, views=views, timeout=timeout)
         except (ServiceError, TimeoutError) as error:
             return type(error).__name__
         return "answer"
 
     async def death(which: int, at: float, pause: float) -> None:
         await asyncio.sleep(at)
-        if house.engine._pool._workers[which].ready:
+        if harness.engine._pool._workers[which].ready:
             workers[which].die()
             await asyncio.sleep(pause)
             workers[which].be_ready()
@@ -749,8 +758,8 @@ async def test_whatever_happens_each_settles_once_and_nothing_is_left(
     clients = [client("x" * i, *request) for i, request in enumerate(requests)]
     tasks = [asyncio.create_task(each) for each in (*clients, *(death(*each) for each in deaths))]
     await asyncio.sleep(stop[0])
-    await house.engine.stop(stop[1])
+    await harness.engine.stop(stop[1])
     await asyncio.gather(*tasks)
-    house.assert_nothing_left()
+    harness.assert_nothing_left()
     runs = [work.id for worker in workers for batch in worker.begun for work in batch]
     assert all(runs.count(id) <= 2 for id in set(runs))

@@ -7,15 +7,20 @@ from service.engine.scheduler import Item, Scheduler, count_tokens
 from service.messages import Ready, Task
 
 
-def work(id: str = "a", labels: tuple[str, ...] = ("cat", "dog"), views: int = 4) -> Task:
+def make_task(
+    id: str = "a",
+    labels: tuple[str, ...] = ("cat", "dog"),
+    views: int = 4,
+    deadline: float = 100.0,
+) -> Task:
     image = np.zeros((1, 1, 3), np.uint8)
-    return Task(id, image, labels, "a {}", "tapt", 1, views, "all", 0, deadline=100.0)
+    return Task(id, image, labels, "a {}", "tapt", 1, views, "all", 0, deadline)
 
 
 def item(
     id: str, enqueued: float = 0.0, key: str = "k", tokens: int = 1, deadline: float = 100.0
 ) -> Item:
-    return Item(work(id), key, tokens, enqueued, deadline)
+    return Item(make_task(id, deadline=deadline), key, tokens, enqueued)
 
 
 def filled(*items: Item, size: int = 3, tokens: int = 100, delay: float = 1.0) -> Scheduler:
@@ -26,7 +31,7 @@ def filled(*items: Item, size: int = 3, tokens: int = 100, delay: float = 1.0) -
 
 
 def ids(batch: list[Item] | None) -> str | None:
-    return batch and "".join(each.work.id for each in batch)
+    return batch and "".join(each.task.id for each in batch)
 
 
 def test_a_full_batch_is_due_at_once_and_the_rest_waits():
@@ -117,4 +122,4 @@ def test_remove_says_whether_it_was_there():
 )
 def test_tokens_count_every_view_and_the_longest_label_up_to_the_context(labels, expected):
     model = Ready(info={}, max_batch_tokens=1, image_tokens=50, context_length=77)
-    assert count_tokens(work(labels=labels), model, "") == expected
+    assert count_tokens(make_task(labels=labels), model, "") == expected

@@ -19,8 +19,9 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.http.authentication import entry
+from service.http.response import Classification
+from service.intake.requests import DefenseOptions
 from service.messages import Answer, Failure, Task
-from service.schemas import Classification, DefenseOptions
 from service.server import listen
 from service.settings import Settings
 
@@ -482,7 +483,7 @@ def test_a_slow_upload_holds_no_slot_and_times_out(start: START, photo: bytes) -
 def test_unfinished_uploads_are_bounded_in_bytes(
     start: START, photo: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.intake.intake.UPLOADS", 1)
+    monkeypatch.setattr("service.intake.intake.MAX_ARRIVING", 1)
     server = start(max_body_bytes=2 * len(photo))
     head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as client:

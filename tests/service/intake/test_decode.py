@@ -13,7 +13,7 @@ from PIL import Image, features
 from skimage import data
 
 from service.errors import BadRequest, ServiceError, TooLarge, Unprocessable, UnsupportedImage
-from service.intake.decode import DOOR_LENGTH, DOOR_SIDE, FORMATS, MAX_ASPECT, decode
+from service.intake.decode import FORMATS, MAX_ASPECT, MAX_LONG_SIDE, MAX_SHORT_SIDE, decode
 
 PIXELS = 40_000_000
 PHOTO = Image.fromarray(data.chelsea()).resize((96, 64))  # a photograph, wider than tall
@@ -127,7 +127,7 @@ def test_the_first_frame_counts(kind: str) -> None:
 
 
 def test_images_within_the_door_are_untouched() -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (DOOR_SIDE, 700, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (MAX_SHORT_SIDE, 700, 3), dtype=np.uint8)
     np.testing.assert_array_equal(decode(encode(Image.fromarray(noise), "PNG"), PIXELS), noise)
 
 
@@ -136,7 +136,7 @@ def test_images_within_the_door_are_untouched() -> None:
     [
         ((2048, 1024), (1024, 512)),
         ((1024, 2048), (512, 1024)),
-        ((DOOR_LENGTH * 2, 400), (DOOR_LENGTH, 200)),
+        ((MAX_LONG_SIDE * 2, 400), (MAX_LONG_SIDE, 200)),
         ((513, 513), (512, 512)),
     ],
 )

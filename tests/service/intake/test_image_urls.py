@@ -17,7 +17,7 @@ from conftest import Server
 
 import service.intake.image_urls
 from service.errors import QueueFull, ServiceError, TooLarge, Unprocessable
-from service.intake.image_urls import FETCHES, ImageFetcher, ImageURL, is_public, read_source
+from service.intake.image_urls import MAX_FETCHES, ImageFetcher, ImageURL, is_public, read_source
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
@@ -103,7 +103,7 @@ class House:
         self,
         *hosts: str,
         resolve: Any = None,
-        permit: Callable[[str], bool] = lambda address: address == "127.0.0.1",
+        permits: Callable[[str], bool] = lambda address: address == "127.0.0.1",
         tls: ssl.SSLContext | None = None,
         **knobs: Any,
     ) -> None:
@@ -112,7 +112,7 @@ class House:
         self._resolve = resolve or (lambda host: ["127.0.0.1"])
         knobs = {"allow_image_urls": True, "allow_http_image_urls": True} | knobs
         settings = Settings(image_url_hosts=hosts, **knobs)
-        self.links = ImageFetcher(settings, self.metrics, self.resolve, permit, tls)
+        self.links = ImageFetcher(settings, self.metrics, self.resolve, permits, tls)
 
     async def resolve(self, host: str, port: int) -> list[str]:
         self.asked.append(host)
@@ -173,10 +173,10 @@ ADDRESSES = {
 def test_only_public_addresses_are_spoken_to(addresses: list[str]) -> None:
     for address in addresses:
         assert not is_public(address), address
-        house = House("a.test", resolve=lambda host, a=address: [a], permit=is_public)
+        house = House("a.test", resolve=lambda host, a=address: [a], permits=is_public)
         assert house.refusal("http://a.test/") == "The image could not be fetched."
         # One bad address among good ones is one too many: the next answer may bring it first.
-        house = House("a.test", resolve=lambda host, a=address: [PUBLIC, a], permit=is_public)
+        house = House("a.test", resolve=lambda host, a=address: [PUBLIC, a], permits=is_public)
         assert house.refusal("http://a.test/") == "The image could not be fetched."
 
 
@@ -200,7 +200,7 @@ def test_the_address_that_was_checked_is_the_one_connected_to(host: Any) -> None
 def test_the_peer_is_checked_again_before_a_byte_is_sent(host: Any) -> None:
     there = host(ok(b"x"))
     verdicts = iter([True, False])
-    house = House(f"a.test:{there.port}", permit=lambda address: next(verdicts))
+    house = House(f"a.test:{there.port}", permits=lambda address: next(verdicts))
     assert house.refusal(f"http://a.test:{there.port}/") == "The image could not be fetched."
     assert there.requests == []
 
@@ -238,7 +238,7 @@ URLS = [
 @pytest.mark.parametrize("url", URLS)
 def test_other_addresses_are_refused_before_their_name_is_looked_up(url: str) -> None:
     house = House("a.test", "*.example.test")
-    assert house.refusal(url) == "Images are not fetched from this address."
+    assert house.refusal(url) == "This server fetches no images from this URL."
     assert house.asked == []
 
 
@@ -329,7 +329,7 @@ def test_fetches_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(house.links, "_resolve", resolve)
 
     async def run() -> None:
-        running = [asyncio.ensure_future(house.links.fetch(LINK)) for _ in range(FETCHES)]
+        running = [asyncio.ensure_future(house.links.fetch(LINK)) for _ in range(MAX_FETCHES)]
         await asyncio.sleep(0)
         with pytest.raises(QueueFull):
             await house.links.fetch(LINK)
@@ -406,7 +406,7 @@ def test_over_http_an_image_by_url_is_classified_where_it_is_allowed(
     # Listed or not, a neighbour is no public host.
     assert server.http.post(route, json=body).json()["error"] == "The image could not be fetched."
     assert there.connections == 0
-    server.app.state.intake.links = House(hosts).links
+    server.app.state.intake.image_urls = House(hosts).links
     answer = server.http.post(route, json=body)
     assert answer.status_code == 200, answer.text
     assert server.worker.batches[-1][0].image.shape == (300, 451, 3)

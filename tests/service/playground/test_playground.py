@@ -276,7 +276,7 @@ def test_what_the_server_refuses_is_said_in_its_words(start: START, open_page: O
         page.locator("#chips button").first.click()
     page.set_input_files("#file", broken)
     page.click("#classify")
-    expect(message).to_have_text("The image is damaged or cut short.")
+    expect(message).to_have_text("The image is damaged or truncated.")
     page.locator("#chips button").first.click()
     page.locator("#chips button").first.click()
     page.click("#classify")

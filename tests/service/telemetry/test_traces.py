@@ -77,11 +77,11 @@ def test_a_request_is_a_span_of_its_callers_trace_and_its_parts_lie_in_order(
         (found[name].start_time or 0, found[name].end_time or 0)
         for name in ("decode", "queue", "adapt", "predict")
     )
-    assert decode[1] == pytest.approx(queue[0], abs=1000)  # ns
-    assert adapt[1] == pytest.approx(predict[0], abs=1000)
+    assert decode[1] <= queue[0] <= queue[1] <= adapt[0]
+    assert adapt[1] == pytest.approx(predict[0], abs=1000)  # ns
     timings = answer.json()["timings_ms"]
     assert (adapt[1] - adapt[0]) / 1e6 == pytest.approx(timings["adapt"], abs=0.01)
-    assert (decode[1] - decode[0]) / 1e6 == pytest.approx(timings["decode"], abs=0.01)
+    assert 0 < (decode[1] - decode[0]) / 1e6 <= timings["decode"]
 
 
 def test_the_adaptation_tells_its_steps_and_entropies_and_no_span_a_users_text(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from service.engine.engine import Engine
-from service.messages import Beat, Fatal, Finished, Ready, Settled, Task
+from service.messages import Fatal, Finished, Heartbeat, Ready, Settled, Task
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.worker import supervisor as supervision
@@ -63,9 +63,9 @@ class Watched:
         await self.worker.stop()
 
     @property
-    def beat(self) -> Beat:
+    def beat(self) -> Heartbeat:
         """The last one."""
-        return next(event for event in reversed(self.events) if isinstance(event, Beat))
+        return next(event for event in reversed(self.events) if isinstance(event, Heartbeat))
 
     async def until(self, kind: type, count: int = 1) -> list[Any]:
         """The events of a kind, as soon as there are so many."""
@@ -116,8 +116,11 @@ def test_a_kill_with_twenty_requests_in_flight_loses_none():
         await reached(lambda: engine.ready)
 
         async def ask(i: int) -> None:
-            with engine.reserve(1000) as permit:
+            permit = engine.reserve(1000)
+            try:
                 await engine.submit(permit, work(str(i)))
+            finally:
+                permit.release()
 
         asked = [asyncio.create_task(ask(i)) for i in range(20)]
         await reached(lambda: engine.queue_depth == 0)  # a batch of 20 takes 0.4 s
@@ -138,7 +141,9 @@ def test_a_stopped_process_is_noticed_and_replaced():
     async def scenario() -> None:
         async with Watched(silence=1.0) as watched:
             await watched.until(Ready)
-            await watched.until(Beat, len(await watched.until(Beat)) + supervision.BEATS + 2)
+            await watched.until(
+                Heartbeat, len(await watched.until(Heartbeat)) + supervision.BEATS + 2
+            )
             assert not any(isinstance(event, Lost) for event in watched.events)
             first = watched.worker.pid
             os.kill(first, signal.SIGSTOP)

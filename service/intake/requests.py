@@ -1,0 +1,191 @@
+"""The bodies of requests: what a client may ask for, and how it is validated."""
+
+import re
+import unicodedata
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+
+SEED_LIMIT = 2**63
+"""Seeds are smaller than this."""
+
+
+def _split(labels: Any) -> Any:
+    return labels.split(",") if isinstance(labels, str) else labels
+
+
+# Control characters other than white space, and bidirectional embeddings, overrides and isolates,
+# which make a text look like another one.
+_HIDDEN = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # Unicode categories
+
+
+def _check_labels(labels: list[str]) -> list[str]:
+    if len(labels) < 2:
+        raise ValueError("at least two labels are needed")
+    for label in labels:
+        if _HIDDEN.search(label):
+            raise ValueError("a label holds a control character")
+        if all(unicodedata.category(char) in _INVISIBLE for char in label[:1000]):
+            raise ValueError("a label is blank")
+    # Tokenizers, like people, read the composed and decomposed forms of a letter as the same.
+    if len({unicodedata.normalize("NFC", label) for label in labels}) < len(labels):
+        raise ValueError("a label is repeated")
+    return labels
+
+
+def _check_template(template: str) -> str:
+    if _HIDDEN.search(template):
+        raise ValueError("a template holds a control character")
+    if template.count("{}") != 1 or "{" in (rest := template.replace("{}", "")) or "}" in rest:
+        raise ValueError("a template holds exactly one {} and no other brace")
+    return template
+
+
+Method = Literal[
+    "plain", "ensemble", "apt", "apt-ensemble", "tapt", "tpt", "rtpt", "ttc", "gate", "thrift"
+]
+Label = Annotated[str, StringConstraints(strip_whitespace=True)]
+Labels = Annotated[
+    list[Label],
+    BeforeValidator(_split, json_schema_input_type=list[str] | str),
+    AfterValidator(_check_labels),
+    Field(
+        description="Two or more different labels. Surrounding white space is removed. A single "
+        "string is split at its commas.",
+        examples=[["cat", "dog"]],
+    ),
+]
+Template = Annotated[
+    str,
+    AfterValidator(_check_template),
+    Field(description="The prompt around a label, with one `{}`; null for the server's default."),
+]
+
+
+class DefenseOptions(BaseModel):
+    """How to defend, and at what cost. The server's defaults fill in what is missing. Values above
+    the server's limits are lowered to them; the answer reports what was used."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    tier: Literal["fast", "standard", "deep"] | None = Field(
+        default=None,
+        description="Cost of the options below that are missing; lowered to the server's highest "
+        "tier.",
+    )
+    method: Method | None = None
+    steps: int | None = Field(default=None, ge=0, description="Adaptation steps.")
+    views: int | None = Field(
+        default=None, ge=1, description="Random views, the image itself included."
+    )
+    readout: Literal["single", "kept", "all", "weighted"] | None = None
+    deadline_ms: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Answer within this time, milliseconds.",
+    )
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        lt=SEED_LIMIT,
+        description="Seed of the random views; accepted only if the server allows it.",
+    )
+
+
+class ClassifyOptions(BaseModel):
+    """Everything in a request except its image."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    candidate_labels: Labels
+    top_k: int | None = Field(
+        default=None, ge=1, description="How many labels to return; all by default."
+    )
+    hypothesis_template: Template | None = None
+    defense: DefenseOptions | None = None
+
+
+class ClassifyRequest(ClassifyOptions):
+    """The JSON body of `POST /v1/classify`."""
+
+    image: str = Field(
+        description="An image file as base64 or as a `data:` URI; or its `https:` URL, if the "
+        "server allows it."
+    )
+
+
+class AttackOptions(BaseModel):
+    """The attack to demonstrate. Values above the limits are lowered to them."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    epsilon: int = Field(ge=1, description="Largest change of a color channel, in levels of 255.")
+    steps: int = Field(ge=1, description="Steps of projected gradient descent.")
+    target: Label | None = Field(
+        default=None, description="Label to reach; null to leave the current one."
+    )
+    adaptive: bool = Field(default=False, description="Whether to attack through the defense.")
+
+
+class AttackRequest(ClassifyRequest):
+    """The JSON body of `POST /demo/attack`."""
+
+    attack: AttackOptions
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        if self.attack.target not in (None, *self.candidate_labels):
+            raise ValueError("the attack's target is none of the labels")
+        return self
+
+
+class HFParameters(BaseModel):
+    """Unknown fields are ignored, as in transformers: newer clients may send more."""
+
+    model_config = ConfigDict(strict=True)
+
+    candidate_labels: Labels
+    hypothesis_template: Template | None = None
+
+
+class HFRequest(BaseModel):
+    """The JSON body of Hugging Face's zero-shot-image-classification task.
+
+    The older shapes `{"image": ...}` and `{"inputs": {"image": ...}}`, and labels beside the image
+    instead of in `parameters`, are accepted too.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    inputs: str = Field(description="An image file as base64 or as a `data:` URI.")
+    parameters: HFParameters
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        inputs = body.get("inputs", body.get("image"))
+        if isinstance(inputs, dict):
+            inputs = inputs.get("image")
+        parameters = body.get("parameters")
+        if parameters is None:
+            parameters = body
+        return {"parameters": parameters} | ({} if inputs is None else {"inputs": inputs})
+
+    @property
+    def options(self) -> ClassifyOptions:
+        return ClassifyOptions.model_construct(
+            candidate_labels=self.parameters.candidate_labels,
+            hypothesis_template=self.parameters.hypothesis_template,
+        )
