@@ -20,8 +20,7 @@ from conftest import Server
 from fake_worker import FakeWorker
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-
-from tests.service.test_service import Process
+from real_server import RealServer
 
 CHROMIUM = shutil.which("chromium")
 SHOTS = Path(__file__).parents[3] / "build" / "screenshots"
@@ -99,11 +98,10 @@ def open_page(browser: Browser) -> Iterator[OPEN]:
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[Process]:
+def service() -> Iterator[RealServer]:
     """The service as `make serve` starts it, with the embedded model."""
-    process = Process("--enable-attack-demo")
-    yield process
-    process.close()
+    with RealServer("--enable-attack-demo") as server:
+        yield server
 
 
 def ready(page: Page) -> Page:
@@ -161,7 +159,7 @@ def assert_fits(page: Page) -> None:
 
 @needs_chromium
 def test_an_attack_and_its_defense_are_seen_and_can_be_asked_again(
-    service: Process, open_page: OPEN, tmp_path: Path
+    service: RealServer, open_page: OPEN, tmp_path: Path
 ) -> None:
     page = ready(open_page(service.url))
     classify(page)
@@ -202,7 +200,7 @@ def test_an_attack_and_its_defense_are_seen_and_can_be_asked_again(
 
 @needs_chromium
 def test_an_attacker_who_knows_the_defense_can_aim_at_a_label(
-    service: Process, open_page: OPEN
+    service: RealServer, open_page: OPEN
 ) -> None:
     page = ready(open_page(service.url, color_scheme="dark"))
     page.check("#adaptive")
@@ -218,7 +216,7 @@ def test_an_attacker_who_knows_the_defense_can_aim_at_a_label(
 
 
 @needs_chromium
-def test_most_of_the_drawn_examples_get_their_label(service: Process, open_page: OPEN) -> None:
+def test_most_of_the_drawn_examples_get_their_label(service: RealServer, open_page: OPEN) -> None:
     page = ready(open_page(service.url, viewport=PHONE, has_touch=True, is_mobile=True))
     page.evaluate("document.querySelector('#options').open = true")
     page.select_option("#method", "ensemble")
