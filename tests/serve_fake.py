@@ -8,16 +8,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent
-
 
 def main() -> int:
-    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-    from fake_worker import READY, FakeWorker
-
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     from benchmarks.harness.server import read_knobs
     from service.server import serve
     from service.worker.supervisor import WorkerProcess
+    from tests.fake_worker import READY, FakeWorker
 
     kind, *flags = sys.argv[1:]
     settings = read_knobs(flags)
@@ -27,7 +24,7 @@ def main() -> int:
         name, _, seconds = kind.partition(":")
         ready = replace(READY, info={"model": {"name": name}})
         return serve(settings, FakeWorker(seconds=lambda batch: float(seconds), ready=ready))
-    runner = f"fake_worker:{kind}"
+    runner = f"tests.fake_worker:{kind}"
     return serve(settings, WorkerProcess(settings, 0, runner=runner, silence=3.0, backoff=0.005))
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_server import FakeServer
 
 from benchmarks.harness.gateway import CONFIGURATION, NGINX, Gateway
 from benchmarks.harness.load import ClosedLoop
 from benchmarks.harness.requests import LABELS, classification, draw_file
 from service.server import KEEP_ALIVE
 from service.settings import Settings
+from tests.fake_server import FakeServer
 
 BODY = classification(draw_file(0), LABELS)
 PATIENCE = 60.0

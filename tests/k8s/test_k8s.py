@@ -17,13 +17,13 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import Server
-from exposed_series import exposed
-from registries import fetch
 
 from service.server import LAST_WORDS
 from service.settings import Settings, unknown_variables
 from service.worker.process import LEAVE
+from tests.conftest import Server
+from tests.exposed_series import exposed
+from tests.registries import fetch
 
 K8S = Path(__file__).parents[2] / "k8s"
 OVERLAYS = ("cpu", "gpu")

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-from exposed_series import exposed
-from real_server import COFFEE, LABELS
 
 from benchmarks.harness.prometheus import PROMETHEUS, RULES, Prometheus, scrape
 from benchmarks.harness.server import Server
@@ -22,6 +20,8 @@ from k8s.monitoring.__main__ import ROOT, files
 from k8s.monitoring.panels import ROWS, fill
 from service.settings import Settings
 from service.telemetry.metrics import SECONDS
+from tests.exposed_series import exposed
+from tests.real_server import COFFEE, LABELS
 
 PROMTOOL = shutil.which("promtool")
 QUERIES = {

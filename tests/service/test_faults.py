@@ -18,13 +18,13 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Server
-from fake_server import FakeServer, fake_command
-from fake_worker import FakeWorker
 
 from benchmarks.harness.load import Record, drive, steady
 from benchmarks.harness.requests import post_json
 from benchmarks.harness.server import free_port
+from tests.conftest import Server
+from tests.fake_server import FakeServer, fake_command
+from tests.fake_worker import FakeWorker
 
 PIXEL = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk"

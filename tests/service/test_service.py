@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from real_server import COFFEE, COMMAND, LABELS, RealServer
+
+from tests.real_server import COFFEE, COMMAND, LABELS, RealServer
 
 
 @pytest.fixture(scope="module")

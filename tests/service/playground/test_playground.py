@@ -16,11 +16,12 @@ from typing import Any
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import Server
-from fake_worker import FakeWorker
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
-from real_server import RealServer
+from playwright.sync_api import Browser, FilePayload, Page, expect, sync_playwright
+
+from tests.conftest import Server
+from tests.fake_worker import FakeWorker
+from tests.real_server import RealServer
 
 CHROMIUM = shutil.which("chromium")
 SHOTS = Path(__file__).parents[3] / "build" / "screenshots"
@@ -269,7 +270,11 @@ def test_what_the_server_refuses_is_said_in_its_words(start: START, open_page: O
     page.click("#classify")
     message = page.locator("#message")
     expect(message).to_have_text("There are 8 labels; the limit is 3.")
-    broken = {"name": "x.png", "mimeType": "image/png", "buffer": b"\x89PNG\r\n\x1a\nbroken"}
+    broken: FilePayload = {
+        "name": "x.png",
+        "mimeType": "image/png",
+        "buffer": b"\x89PNG\r\n\x1a\nbroken",
+    }
     for _ in range(5):
         page.locator("#chips button").first.click()
     page.set_input_files("#file", broken)
