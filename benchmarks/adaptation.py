@@ -8,9 +8,7 @@ both alike. Writes JSON and, beside it, a table in Markdown; fails where a ratio
 """
 
 import argparse
-import json
 import multiprocessing
-import shlex
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,12 +17,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
-from benchmarks.sections import write_section
+from benchmarks.harness.report import DOCS, command_line, make_parser, publish
 from models.evaluation.table import tabulate
 from service.worker.process import prepare_torch
 
 SIDES = ("published", "ours")
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+PAGE = DOCS / "performance.md"
 CHUNK = 100  # labels whose graph the published shape holds at once, where all would not fit
 PUBLISHED_TEXT_BYTES = 38.5e6  # of the published shape's graph, a label at 77 tokens in fp32
 
@@ -100,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     settings = {k: v for k, v in vars(options).items() if k not in ("json", "section")}
     settings["published_dtype"] = theirs
     return {
-        "command": _command(),
+        "command": command_line("benchmarks.adaptation"),
         "machine": machine,
         "settings": settings,
         "ceiling_flops": ceilings,
@@ -252,19 +250,8 @@ def write_page(figures: dict[str, Any]) -> str:
     )
 
 
-def _command() -> str:
-    """The command as a page may show it, without the folder of the data."""
-    pairs = zip(sys.argv, sys.argv[1:], strict=False)
-    parts = [Path(part).name if flag == "--data" else part for flag, part in pairs]
-    return shlex.join(["python", "-m", "benchmarks.adaptation", *parts])
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.adaptation",
-        description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser("benchmarks.adaptation", __doc__)
     add = parser.add_argument
     add("--size", choices=("vit-b-32", "vit-b-16", "embedded"), default="vit-b-32")
     add("--labels", type=int, nargs="+", default=[10, 100])
@@ -317,13 +304,7 @@ def main() -> int:
     options = parse()
     prepare_torch()
     figures = measure(options)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
-    page = write_page(figures)
-    options.json.with_suffix(".md").write_text(page)
-    if options.section:
-        write_section(options.section, page, PAGE)
-    print("\n" + page)
+    publish(figures, write_page(figures), options.json, options.section, PAGE)
     short = fall_short(figures["rows"], options.labels, options.min_ratio or [0.0])
     print("\n".join(short), file=sys.stderr)
     return 1 if short else 0

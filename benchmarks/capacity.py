@@ -13,7 +13,6 @@ import asyncio
 import heapq
 import json
 import math
-import shlex
 import sys
 import time
 from collections import deque
@@ -23,15 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.openloop import drive, poisson
-from benchmarks.replica import draw_requests, measure_bare, serve
-from benchmarks.sections import write_section
-from benchmarks.service import describe_requests, percentile, summarize
+from benchmarks.harness.load import Record, drive, percentile, poisson, summarize
+from benchmarks.harness.machine import hardware
+from benchmarks.harness.report import DOCS, command_line, make_parser, publish
+from benchmarks.harness.requests import draw_requests
+from benchmarks.harness.server import Server
+from benchmarks.isolated import measure_bare
+from benchmarks.service import describe_requests
 from models.evaluation.table import tabulate
 from service.settings import Settings
 from service.worker.process import prepare_torch
 
-PAGE = Path(__file__).parent.parent / "docs" / "capacity.md"
+PAGE = DOCS / "capacity.md"
 CELL = 16  # replicas behind one gateway
 REQUESTS = 20_000  # simulated for each question
 LOADS = (10, 1_000, 100_000)  # requests a second
@@ -125,7 +127,7 @@ def one_by_one(workers: int) -> float:
     return percentile(latencies, 0.99)
 
 
-def resolve_options(replica: Replica, rate: float, target: float) -> tuple[int, float] | None:
+def plan_replicas(replica: Replica, rate: float, target: float) -> tuple[int, float] | None:
     """The fewest replicas whose p99 is within the target, and that p99; beyond one gateway whole
     cells. None where one request alone takes longer."""
     if replica.time(1) + replica.max_delay > target:
@@ -148,13 +150,15 @@ def check(seconds: float, settings: Settings) -> list[dict[str, Any]]:
     requests, found = draw_requests(16), []
     for replicas in (1, 2):
         with ExitStack() as stack:
-            running = [stack.enter_context(serve([], threads=1)) for _ in range(replicas)]
+            one_thread = {"OMP_NUM_THREADS": "1"}
+            running = [stack.enter_context(Server(env=one_thread)) for _ in range(replicas)]
+            urls = [server.url for server in running]
             # The service times of one thread, measured while the others work as well.
-            alone = _times_through(running, requests, settings.max_batch_size)
+            alone = _times_through(urls, requests, settings.max_batch_size)
             replica = Replica(alone, settings.max_batch_size, settings.max_queue_delay_ms / 1000)
             rate = 0.6 * replicas * replica.throughput
             arrivals = poisson(rate, seconds, replicas)
-            records = asyncio.run(_drive_in_turn([one.url for one in running], arrivals, requests))
+            records = asyncio.run(_drive_in_turn(urls, arrivals, requests))
         real = summarize(records)
         simulated = simulate(replica, replicas, arrivals, route="turn")
         found.append(
@@ -174,14 +178,13 @@ def check(seconds: float, settings: Settings) -> list[dict[str, Any]]:
 
 
 def _times_through(
-    running: Sequence[Any], requests: Sequence[bytes], largest: int
+    urls: Sequence[str], requests: Sequence[bytes], largest: int
 ) -> dict[int, float]:
     """Seconds of a batch by size, seen from outside: so many requests at once to each replica."""
     times: dict[int, float] = {}
     sizes = [size for size in (1, 2, 4, 8, 16) if size <= largest]
     for size in [sizes[0], *sizes]:  # the first warms up
         begun = time.monotonic()
-        urls = [one.url for one in running]
         asyncio.run(_drive_in_turn(urls, [0.0] * size * len(urls), requests))
         times[size] = time.monotonic() - begun
     return times
@@ -189,7 +192,7 @@ def _times_through(
 
 async def _drive_in_turn(
     urls: Sequence[str], arrivals: Sequence[float], requests: Sequence[bytes]
-) -> list[Any]:
+) -> list[Record]:
     """Each replica gets every so-many-th of the arrivals."""
     shares = [arrivals[place :: len(urls)] for place in range(len(urls))]
     runs = (drive(url, share, requests) for url, share in zip(urls, shares, strict=True))
@@ -209,7 +212,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     replica = Replica(seconds, settings.max_batch_size, settings.max_queue_delay_ms / 1000)
     rows = []
     for rate in LOADS:
-        planned = resolve_options(replica, rate, options.target)
+        planned = plan_replicas(replica, rate, options.target)
         row: dict[str, Any] = {"rate": rate, "replicas": None}
         if planned is not None:
             replicas, row["p99"] = planned
@@ -219,7 +222,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             row["price_a_million"] = replicas * options.price / 3600 / rate * 1e6
         rows.append(row)
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.capacity", *sys.argv[1:]]),
+        "command": command_line("benchmarks.capacity"),
         "machine": machine,
         "requests": describe_requests(asked),
         "target": options.target,
@@ -257,13 +260,12 @@ def write_page(figures: dict[str, Any]) -> str:
         for row in figures["rows"]
     ]
     heads = ("requests/s", "replicas", "busy", "p99 s", "price an hour", "price a million requests")
-    machine = figures["machine"]
     batches = ", ".join(f"{n}: {1000 * s:.0f}" for n, s in figures["service_seconds"].items())
     text = (
         f"Simulated, {REQUESTS:,} requests a question, for a p99 of {figures['target']:g} s. One "
         f"replica answers at most {figures['throughput']:.2f} requests/s; milliseconds of a batch "
-        f"by its size: {batches}, measured on {machine['accelerator'] or machine['cpu']}, "
-        f"{machine['cores']} cores, torch {machine['torch']}. {figures['requests']}. "
+        f"by its size: {batches}, measured on {hardware(figures['machine'])}. "
+        f"{figures['requests']}. "
         f"The price of a replica, {figures['price']:g} an hour, is an assumption and the flag "
         "`--price`."
     )
@@ -285,17 +287,9 @@ def write_page(figures: dict[str, Any]) -> str:
             )
             for row in figures["check"]
         ]
-        heads = (
-            "replicas",
-            "requests/s",
-            "n",
-            "p50 s real",
-            "simulated",
-            "p99 s real",
-            "simulated",
-        )
+        times = ("p50 s real", "simulated", "p99 s real", "simulated")
         parts += [
-            tabulate(heads, checked),
+            tabulate(("replicas", "requests/s", "n", *times), checked),
             "Real: that many replicas of one thread each on this machine, requests in turn, at 60% "
             "of what their batches, timed from outside, would allow.",
         ]
@@ -303,11 +297,7 @@ def write_page(figures: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.capacity",
-        description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser("benchmarks.capacity", __doc__)
     add = parser.add_argument
     add("--times", type=Path, help="figures of benchmarks.service; absent: measured now")
     add("--device", default="cpu")
@@ -320,13 +310,8 @@ def main() -> int:
     options = parser.parse_args()
     prepare_torch()
     figures = measure(options)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    page = write_page(figures)
-    options.json.with_suffix(".md").write_text(page)
-    if options.write:
-        write_section("capacity", page, PAGE)
-    print(page)
+    section = "capacity" if options.write else None
+    publish(figures, write_page(figures), options.json, section, PAGE)
     return 0
 
 

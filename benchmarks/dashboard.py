@@ -7,16 +7,11 @@ pictures come as well (PGD, transfer, 8/255), then three times as many as at fir
 worker is killed. The picture is ours, not Grafana's.
 """
 
-import argparse
 import asyncio
-import base64
-import io
 import itertools
-import json
 import math
 import os
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -29,9 +24,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage import data
 
-from benchmarks.openloop import Record, drive, poisson, post
-from benchmarks.watched import Watched, watch
-from k8s.monitoring.panels import ROWS, Panel
+from benchmarks.harness.load import Record, drive, poisson
+from benchmarks.harness.machine import load_average
+from benchmarks.harness.prometheus import Prometheus, scrape
+from benchmarks.harness.report import make_parser
+from benchmarks.harness.requests import classification, encode, post_json
+from benchmarks.harness.server import Server
+from k8s.monitoring.panels import ROWS, Panel, fill
 
 LABELS = ["espresso", "cat", "astronaut", "rocket", "dog", "school bus", "lemon", "volleyball"]
 METHODS = ["tapt", "tapt", "tapt", "ensemble", "plain"]
@@ -44,14 +43,7 @@ COLUMNS = 4
 
 def ask(picture: NDArray[np.uint8], **defense: object) -> bytes:
     """A classification as it goes over the wire."""
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    body = {
-        "image": base64.b64encode(file.getvalue()).decode(),
-        "candidate_labels": LABELS,
-        "defense": defense,
-    }
-    return post("/v1/classify", json.dumps(body).encode())
+    return post_json(classification(encode(picture), LABELS, **defense))
 
 
 def photographs() -> list[NDArray[np.uint8]]:
@@ -104,23 +96,23 @@ def prepare() -> Traffic:
     clean = photographs()
     calm = [ask(picture, method=method) for picture, method in itertools.product(clean, METHODS)]
     return Traffic(
-        calm=[*calm, post("/v1/classify", b"{}")],
+        calm=[*calm, post_json({})],
         attacked=[ask(picture) for picture in attack(clean)],
         hurried=[ask(clean[0], steps=8, deadline_ms=800)],
     )
 
 
-async def misuse(watched: Watched, traffic: Traffic, rate: float, seconds: float) -> list[Record]:
+async def misuse(server: Server, traffic: Traffic, rate: float, seconds: float) -> list[Record]:
     """The whole run; the records of every request."""
 
     async def phase(begin: float, end: float, times: float, requests: list[bytes]) -> list[Record]:
         await asyncio.sleep(begin * seconds)
         arrivals = poisson(times * rate, (end - begin) * seconds, seed=round(100 * begin))
-        return await drive(watched.service, arrivals, requests)
+        return await drive(server.url, arrivals, requests)
 
     async def kill() -> list[Record]:
         await asyncio.sleep(KILLED * seconds)
-        os.kill(worker_of(watched.pid), signal.SIGKILL)
+        os.kill(server.workers()[0], signal.SIGKILL)
         return []
 
     phases = await asyncio.gather(
@@ -133,20 +125,7 @@ async def misuse(watched: Watched, traffic: Traffic, rate: float, seconds: float
     return [record for records in phases for record in records]
 
 
-def worker_of(pid: int) -> int:
-    """The process id of the service's worker."""
-    command = ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    ours = [line.split(maxsplit=2) for line in lines]
-    return next(int(c) for c, parent, args in ours if parent == str(pid) and "spawn_main" in args)
-
-
-def fill(expr: str, window: str) -> str:
-    """A panel's query without Grafana's variables."""
-    return expr.replace("$__rate_interval", window).replace("$namespace", ".*")
-
-
-def draw(watched: Watched, start: float, end: float, caption: str, out: Path) -> None:
+def draw(prometheus: Prometheus, start: float, end: float, caption: str, out: Path) -> None:
     """All panels but the single number, as small multiples over the same time."""
     import matplotlib
 
@@ -165,7 +144,7 @@ def draw(watched: Watched, start: float, end: float, caption: str, out: Path) ->
         axes.set_title(panel.title, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         (_draw_heatmap if panel.kind == "heatmap" else _draw_lines)(
-            axes, panel, watched, start, end
+            axes, panel, prometheus, start, end
         )
     figure.supxlabel(caption, fontsize=9)
     figure.tight_layout()
@@ -174,10 +153,10 @@ def draw(watched: Watched, start: float, end: float, caption: str, out: Path) ->
 
 
 def _series(
-    watched: Watched, expr: str, start: float, end: float
+    prometheus: Prometheus, expr: str, start: float, end: float
 ) -> list[tuple[dict[str, str], Any]]:
     """Labels and points [n, 2] of each series: seconds from the start, value."""
-    found = watched.range(fill(expr, WINDOW), start, end, 2)
+    found = prometheus.range(fill(expr, WINDOW), start, end, 2)
     return [
         (one["metric"], np.array(one["values"], dtype=float) - [start, 0])
         for one in found
@@ -185,12 +164,12 @@ def _series(
     ]
 
 
-def _draw_lines(axes: Any, panel: Panel, watched: Watched, start: float, end: float) -> None:
+def _draw_lines(axes: Any, panel: Panel, prometheus: Prometheus, start: float, end: float) -> None:
     scale, unit = {"bytes": (2**20, "MiB"), "percentunit": (0.01, "%")}.get(
         panel.unit, (1, {"s": "s", "reqps": "1/s"}.get(panel.unit, ""))
     )
     for query in panel.queries:
-        for metric, points in _series(watched, query.expr, start, end):
+        for metric, points in _series(prometheus, query.expr, start, end):
             legend = query.legend
             for name, value in metric.items():
                 legend = legend.replace(f"{{{{{name}}}}}", value)
@@ -202,8 +181,10 @@ def _draw_lines(axes: Any, panel: Panel, watched: Watched, start: float, end: fl
         axes.legend(frameon=False, fontsize=6.5, ncols=1 + (legends - 1) // 3, loc="upper left")
 
 
-def _draw_heatmap(axes: Any, panel: Panel, watched: Watched, start: float, end: float) -> None:
-    found = _series(watched, panel.queries[0].expr, start, end)
+def _draw_heatmap(
+    axes: Any, panel: Panel, prometheus: Prometheus, start: float, end: float
+) -> None:
+    found = _series(prometheus, panel.queries[0].expr, start, end)
     bounds = sorted((float(metric["le"]), points) for metric, points in found)
     times = bounds[0][1][:, 0]
     cumulative = np.stack([np.interp(times, *points.T) for _, points in bounds])
@@ -217,15 +198,15 @@ def _draw_heatmap(axes: Any, panel: Panel, watched: Watched, start: float, end: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.dashboard")
+    parser = make_parser("benchmarks.dashboard", __doc__)
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--rate", type=float, default=1.5, help="requests a second at first")
     parser.add_argument("--out", type=Path, default=Path("docs/figures/dashboard.svg"))
     options = parser.parse_args()
-    traffic, load = prepare(), os.getloadavg()[0]
-    with watch("--max-queue-size", "8") as watched:
+    traffic, load = prepare(), load_average()
+    with Server("--max-queue-size", "8") as server, scrape(server.url) as prometheus:
         start = time.time()
-        records = asyncio.run(misuse(watched, traffic, options.rate, options.seconds))
+        records = asyncio.run(misuse(server, traffic, options.rate, options.seconds))
         end = time.time()
         attacked, crowded, killed = (
             share * options.seconds for share in (ATTACKED, CROWDED, KILLED)
@@ -237,7 +218,7 @@ def main() -> None:
             f"{crowded:g} s, the worker killed at {killed:g} s. Embedded model, one machine of "
             f"{os.cpu_count()} CPU cores for all, load average {load:.1f} before the run."
         )
-        draw(watched, start, end, caption, options.out)
+        draw(prometheus, start, end, caption, options.out)
     print(dict(sorted(Counter(record.status for record in records).items(), key=str)))
 
 

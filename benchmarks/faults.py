@@ -10,22 +10,21 @@ docs/reliability.md; the exit status is 1 where a promise is broken. Faults that
 misbehaves are tests (tests/service/test_faults.py).
 """
 
-import argparse
 import asyncio
 import contextlib
 import os
-import shlex
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
-from benchmarks.load import Service, measure_capacity, photograph
-from benchmarks.openloop import Record, drive, steady
-from benchmarks.sections import machine, write_section
+from benchmarks.harness.load import Record, drive, measure_capacity, steady
+from benchmarks.harness.machine import machine
+from benchmarks.harness.report import command_line, make_parser, write_section
+from benchmarks.harness.requests import photograph, post_json
+from benchmarks.harness.server import Server
 from models.evaluation.table import tabulate
 
 READY = b"GET /readyz HTTP/1.1\r\nHost: faults\r\nConnection: close\r\n\r\n"
@@ -51,7 +50,7 @@ class Effect:
     cut: list[float] = field(default_factory=list)
 
 
-Fault = Callable[[Service, bytes], AbstractAsyncContextManager[Effect]]
+Fault = Callable[[Server, bytes], AbstractAsyncContextManager[Effect]]
 """Injected on entry; what it still holds is let go on exit, and its effect is known then."""
 
 
@@ -98,27 +97,27 @@ class Trial:
 
 
 @asynccontextmanager
-async def kill_worker(service: Service, request: bytes) -> AsyncIterator[Effect]:
+async def kill_worker(service: Server, request: bytes) -> AsyncIterator[Effect]:
     os.kill(service.workers()[0], signal.SIGKILL)
     yield Effect()
 
 
 @asynccontextmanager
-async def stop_worker(service: Service, request: bytes) -> AsyncIterator[Effect]:
+async def stop_worker(service: Server, request: bytes) -> AsyncIterator[Effect]:
     os.kill(service.workers()[0], signal.SIGSTOP)
     yield Effect()
 
 
 @asynccontextmanager
-async def kill_server(service: Service, request: bytes) -> AsyncIterator[Effect]:
+async def kill_server(service: Server, request: bytes) -> AsyncIterator[Effect]:
     """And start it again on its port, as whoever watches over it does."""
     killed = time.monotonic()
     await asyncio.to_thread(service.restart)
-    yield Effect(outage=(killed, service.listening))
+    yield Effect(outage=(killed, service.ready_at))
 
 
 @asynccontextmanager
-async def leave(service: Service, request: bytes) -> AsyncIterator[Effect]:
+async def leave(service: Server, request: bytes) -> AsyncIterator[Effect]:
     """Forty clients that go in the middle of their upload or of their wait."""
     for share in (0.1, 0.5, 0.9, 1.0):
         for _ in range(10):
@@ -132,7 +131,7 @@ async def leave(service: Service, request: bytes) -> AsyncIterator[Effect]:
 
 
 @asynccontextmanager
-async def idle(service: Service, request: bytes) -> AsyncIterator[Effect]:
+async def idle(service: Server, request: bytes) -> AsyncIterator[Effect]:
     """A thousand connections that say nothing."""
     opened = [await _connect(service) for _ in range(1000)]
     yield Effect()
@@ -141,7 +140,7 @@ async def idle(service: Service, request: bytes) -> AsyncIterator[Effect]:
 
 
 @asynccontextmanager
-async def dawdle(service: Service, request: bytes) -> AsyncIterator[Effect]:
+async def dawdle(service: Server, request: bytes) -> AsyncIterator[Effect]:
     """A hundred uploads of a few bytes a second, after a head that comes at once."""
     effect = Effect(slow=100)
     body = request.index(b"\r\n\r\n") + 4
@@ -188,7 +187,7 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
 """Each with what its server is told besides, if that needs a server of its own."""
 
 
-async def inject(service: Service, request: bytes, rate: float, seconds: float, name: str) -> Trial:
+async def inject(service: Server, request: bytes, rate: float, seconds: float, name: str) -> Trial:
     """One fault under load."""
     fault, _ = FAULTS[name]
     driving = asyncio.create_task(drive(service.url, steady(rate, seconds), [request]))
@@ -201,7 +200,7 @@ async def inject(service: Service, request: bytes, rate: float, seconds: float, 
     return Trial(name, records, unready, effect, began)
 
 
-async def watch(service: Service, driving: asyncio.Task[list[Record]]) -> float:
+async def watch(service: Server, driving: asyncio.Task[list[Record]]) -> float:
     """Seconds from now until the service is ready for good, looked at while the load lasts."""
     began = last = time.monotonic()
     while last - began < PATIENCE and not (driving.done() and time.monotonic() > last + STEADY):
@@ -212,9 +211,8 @@ async def watch(service: Service, driving: asyncio.Task[list[Record]]) -> float:
     return last - began
 
 
-async def _connect(service: Service) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    address = urlsplit(service.url)
-    return await asyncio.open_connection(address.hostname, address.port)
+async def _connect(service: Server) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_connection("127.0.0.1", service.port)
 
 
 def tell(trials: list[Trial]) -> str:
@@ -244,46 +242,35 @@ def tell(trials: list[Trial]) -> str:
     return text
 
 
-@contextlib.contextmanager
-def serving(knobs: list[str]) -> Iterator[Service]:
-    service = Service([*KNOBS, *knobs])
-    try:
-        yield service
-    finally:
-        service.stop()
-
-
 def run(seconds: float) -> tuple[list[Trial], float]:
     """Every trial, and the capacity whose half they were under."""
-    request = photograph()
+    request = post_json(photograph())
     trials = []
-    with serving([]) as service:
-        capacity = asyncio.run(measure_capacity(service, request, seconds))
+    with Server(*KNOBS) as service:
+        capacity = measure_capacity(service.url, photograph(), seconds)
         for name, (_, knobs) in FAULTS.items():
             if not knobs:
                 trials.append(asyncio.run(inject(service, request, capacity / 2, seconds, name)))
     for name, (_, knobs) in FAULTS.items():
         if knobs:
-            with serving(knobs) as service:
-                asyncio.run(measure_capacity(service, request, seconds / 4))  # warm, as the others
+            with Server(*KNOBS, *knobs) as service:
+                measure_capacity(service.url, photograph(), seconds / 4)  # warm, as the others
                 trials.append(asyncio.run(inject(service, request, capacity / 2, seconds, name)))
     return trials, capacity
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("benchmarks.faults", __doc__)
     parser.add_argument("--seconds", type=float, default=30.0, help="of load for each fault")
     parser.add_argument("--dry", action="store_true", help="do not write docs/reliability.md")
     options = parser.parse_args()
-    command = f"python -m benchmarks.faults {shlex.join(a for a in sys.argv[1:] if a != '--dry')}"
     trials, capacity = run(options.seconds)
     broken = [what for trial in trials for what in trial.broken]
     verdict = "Broken: " + "; ".join(broken) + "." if broken else "Every promise above held."
     text = (
         f"{tell(trials)}\n\n{verdict} Load: {capacity / 2:.2f} requests a second, half of the "
-        f"capacity, for {options.seconds:g} s each. {machine()} Written by `{command.strip()}`."
+        f"capacity, for {options.seconds:g} s each. {machine()} "
+        f"Written by `{command_line('benchmarks.faults')}`."
     )
     print(text)
     if not options.dry:

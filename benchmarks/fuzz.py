@@ -6,7 +6,6 @@ A file that brings anything but pixels or a typed error is left in `runs/fuzz/FO
 the decoder takes the whole process down.
 """
 
-import argparse
 import io
 import random
 import struct
@@ -21,7 +20,8 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from benchmarks.sections import machine, write_section
+from benchmarks.harness.machine import machine
+from benchmarks.harness.report import make_parser, write_section
 from service.errors import ServiceError
 from service.intake.decode import FORMATS, decode
 from service.telemetry import logs
@@ -38,7 +38,7 @@ class Misbehaved(AssertionError):
 
 def seeds(kind: str) -> list[bytes]:
     """Sound files of one format, in the variants whose code differs."""
-    photo = Image.fromarray(data.chelsea()).resize((48, 32))  # type: ignore[no-untyped-call]
+    photo = Image.fromarray(data.chelsea()).resize((48, 32))
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "a cat"
@@ -150,9 +150,7 @@ def fuzz(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser("benchmarks.fuzz", __doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each format")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)

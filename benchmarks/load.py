@@ -13,32 +13,23 @@ not be seen.
 
 import argparse
 import asyncio
-import base64
-import io
-import json
-import re
-import shlex
-import subprocess
 import sys
 import time
-import urllib.request
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
-from PIL import Image
-from skimage import data
 
-from benchmarks.openloop import Record, drive, post, steady
-from benchmarks.sections import machine, write_section
+from benchmarks.harness.load import Record, drive, measure_capacity, steady
+from benchmarks.harness.machine import machine
+from benchmarks.harness.report import command_line, make_parser, write_section
+from benchmarks.harness.requests import photograph, post_json
+from benchmarks.harness.server import Server
 
 LOADS = (0.5, 1.0, 2.0, 10.0)
 SOAK_LOAD = 0.8
 WARM_UP = 0.2  # share of a soak that is not looked at
 FLAT = 10.0  # MiB an hour that count as flat; a short soak still sees the warm-up, and fails
 RETRIED = 0.95  # share of the refused that must be let in at their first retry
-LABELS = ["cat", "dog", "espresso", "school bus", "lemon"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,89 +72,8 @@ class Phase:
         return sum(record.status == 200 for record in self.retries) / len(self.retries)
 
 
-class Service:
-    """`tapt-serve serve` with its knobs, ready."""
-
-    def __init__(self, knobs: list[str]) -> None:
-        self._knobs = knobs
-        self._start(0)
-
-    def _start(self, port: int) -> None:
-        serve = [sys.executable, "-m", "service.cli", "serve"]
-        command = [*serve, "--port", str(port), *self._knobs]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        assert self.process.stdout is not None
-        found = re.search(r"http://\S+", self.process.stdout.readline())
-        if found is None:
-            raise SystemExit("the service did not start")
-        self.listening = time.monotonic()
-        self.url = found.group()
-        with urllib.request.urlopen(f"{self.url}/info") as answer:
-            self.info: dict[str, Any] = json.load(answer)
-
-    def memory(self) -> tuple[float, float]:
-        """Resident MiB of the API process, and of its workers together."""
-        rows, pid = _processes(), self.process.pid
-        own = sum(rss for child, _, rss, _ in rows if child == pid)
-        return own / 1024, sum(rss for _, parent, rss, _ in rows if parent == pid) / 1024
-
-    def workers(self) -> list[int]:
-        """The pids of the worker processes."""
-        pid = self.process.pid
-        return [
-            child for child, parent, _, how in _processes() if parent == pid and "spawn_main" in how
-        ]
-
-    def pids(self) -> list[int]:
-        """Of the API process, if it runs, and of its workers."""
-        own = [self.process.pid] if self.process.poll() is None else []
-        return own + sorted(self.workers())
-
-    def restart(self) -> None:
-        """Kill the API process, and start another one at the same address."""
-        self.process.kill()
-        self.process.wait()
-        self._start(urlsplit(self.url).port or 0)
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
-
-
-def _processes() -> list[tuple[int, int, int, str]]:
-    """Of every process: its pid, its parent's, resident KiB, and its command."""
-    command = ["ps", "-A", "-o", "pid=,ppid=,rss=,args="]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows = (line.split(maxsplit=3) for line in listed.splitlines())
-    return [(int(pid), int(parent), int(rss), how) for pid, parent, rss, how in rows]
-
-
-async def measure_capacity(service: Service, request: bytes, seconds: float) -> float:
-    """Answers a second with the queue never empty and never full."""
-    limits = service.info["limits"]
-    clients = min(2 * limits["max_batch_size"], limits["max_queue_size"])
-
-    async def client(until: float) -> int:
-        answered = 0
-        while time.monotonic() < until:
-            (record,) = await drive(service.url, [0.0], [request])
-            answered += record.status == 200
-        return answered
-
-    async def everybody(seconds: float) -> float:
-        began = time.monotonic()
-        until = began + seconds
-        answered = sum(await asyncio.gather(*(client(until) for _ in range(clients))))
-        return answered / (time.monotonic() - began)
-
-    await everybody(seconds / 4)  # caches fill, and the server learns how long a request takes
-    return await everybody(seconds)
-
-
 async def load(
-    service: Service, request: bytes, rate: float, factor: float, seconds: float
+    service: Server, request: bytes, rate: float, factor: float, seconds: float
 ) -> Phase:
     """Offer `factor` times the rate, then let the refused come back when they were told to."""
     records = await drive(service.url, steady(rate * factor, seconds), [request])
@@ -178,7 +88,7 @@ async def load(
 
 
 async def soak(
-    service: Service, request: bytes, rate: float, seconds: float
+    service: Server, request: bytes, rate: float, seconds: float
 ) -> tuple[Phase, list[tuple[float, float, float]]]:
     """A load below capacity, and (hours, MiB of the API, MiB of the workers) meanwhile."""
     began, samples = time.monotonic(), []
@@ -265,32 +175,27 @@ def tell_load(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("benchmarks.load", __doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each load")
     parser.add_argument("--loads", type=float, nargs="+", default=LOADS, help="of the capacity")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="measure memory instead")
     parser.add_argument("--dry", action="store_true", help="do not write docs/reliability.md")
     parser.add_argument("knobs", nargs="*", help="of the server, after `--`")
     options = parser.parse_args()
-    command = f"python -m benchmarks.load {shlex.join(a for a in sys.argv[1:] if a != '--dry')}"
-    service = Service(options.knobs)
-    try:
-        return asyncio.run(run(service, options, command.strip()))
-    finally:
-        service.stop()
+    with Server(*options.knobs) as service:
+        return run(service, options)
 
 
-async def run(service: Service, options: argparse.Namespace, command: str) -> int:
-    limits = service.info["limits"]
-    request = photograph()
-    capacity = await measure_capacity(service, request, min(options.seconds, 30.0))
+def run(service: Server, options: argparse.Namespace) -> int:
+    """Measure, print and write the section; the exit status."""
+    limits = service.http.get("/info").json()["limits"]
+    request = post_json(photograph())
+    capacity = measure_capacity(service.url, photograph(), min(options.seconds, 30.0))
     queue, batch = limits["max_queue_size"], limits["max_batch_size"]
     facts = f"Capacity: {capacity:.2f} requests a second, closed loop. {machine()}"
     if options.soak:
         before = service.pids()
-        phase, samples = await soak(service, request, capacity, options.soak * 60)
+        phase, samples = asyncio.run(soak(service, request, capacity, options.soak * 60))
         hours, api, workers = np.array(samples).T
         lines, broken = tell_soak(phase, options.soak, service.pids() == before)
         for name, mib in (("API process", api), ("worker", workers)):
@@ -299,7 +204,7 @@ async def run(service: Service, options: argparse.Namespace, command: str) -> in
             broken += grows
     else:
         phases = [
-            await load(service, request, capacity, factor, options.seconds)
+            asyncio.run(load(service, request, capacity, factor, options.seconds))
             for factor in options.loads
         ]
         lines, broken = tell_load(phases, capacity, queue, batch)
@@ -309,19 +214,11 @@ async def run(service: Service, options: argparse.Namespace, command: str) -> in
             "measured one where requests were refused, else the capacity.",
         ]
     verdict = "Broken: " + "; ".join(broken) + "." if broken else "Every promise above held."
-    lines += ["", f"{verdict} {facts} Written by `{command}`."]
+    lines += ["", f"{verdict} {facts} Written by `{command_line('benchmarks.load')}`."]
     print("\n".join(lines))
     if not options.dry:
         write_section("soak" if options.soak else "load", "\n".join(lines))
     return 1 if broken else 0
-
-
-def photograph() -> bytes:
-    """One request with a photograph of 451 x 300 pixels, as it goes over the wire."""
-    buffer = io.BytesIO()
-    Image.fromarray(data.chelsea()).save(buffer, "JPEG")  # type: ignore[no-untyped-call]
-    body = {"image": base64.b64encode(buffer.getvalue()).decode(), "candidate_labels": LABELS}
-    return post("/v1/classify", json.dumps(body).encode())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -120,9 +121,7 @@ def clock() -> dict[str, float]:
     found = {}
     for side in (64, 224, 512):
         image = source.integers(0, 256, (side, side, 3)).astype(np.uint8)
-        found[f"fingerprint_{side}"] = median(
-            lambda image=image: similarity.fingerprint(image, b"")
-        )
+        found[f"fingerprint_{side}"] = median(partial(similarity.fingerprint, image, b""))
     prints = iter(
         [
             similarity.fingerprint(source.integers(0, 256, (16, 16, 3)).astype(np.uint8), b"")

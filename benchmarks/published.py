@@ -61,8 +61,12 @@ def adapt(
     for step in range(steps):
         visual, text = _prompts(prompts)
         images, inputs = see(model, views, visual)
-        chunks = [] if rows is None or text is None else list(ids.split(rows))
-        labels = skim(model, chunks, text) if chunks else read(model, ids, text)
+        chunks: list[Tensor] = []
+        if rows is None or text is None:
+            labels = read(model, ids, text)
+        else:
+            chunks = list(ids.split(rows))
+            labels = skim(model, chunks, text)
         logits = model.logit_scale.exp() * images @ labels.T
         if step == 0:
             first = logits.detach()
@@ -84,8 +88,10 @@ def adapt(
         terms["entropy"].append(entropy.detach())
         optimizer.zero_grad()
         loss.backward()
-        for chunk, pull in zip(chunks, labels.grad.split(rows) if chunks else [], strict=True):
-            read(model, chunk, text).backward(pull)
+        if chunks:
+            assert labels.grad is not None
+            for chunk, pull in zip(chunks, labels.grad.split(rows), strict=True):
+                read(model, chunk, text).backward(pull)
         optimizer.step()
     with torch.no_grad():
         visual, text = _prompts(prompts)
@@ -145,7 +151,8 @@ def read(model: Any, ids: Tensor, prompts: list[nn.Parameter] | None) -> Tensor:
     rows = torch.arange(count, device=ids.device)
     hidden = text.final_layer_norm(hidden)[rows, ends]
     features = model.text_projection(hidden)
-    return features / features.norm(dim=-1, keepdim=True)
+    unit: Tensor = features / features.norm(dim=-1, keepdim=True)
+    return unit
 
 
 def _block(block: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -156,4 +163,5 @@ def _block(block: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
     )
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-    return hidden + block.mlp(block.layer_norm2(hidden))
+    out: Tensor = hidden + block.mlp(block.layer_norm2(hidden))
+    return out

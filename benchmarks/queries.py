@@ -9,18 +9,11 @@ attacks of that earlier run again.
 """
 
 import argparse
-import base64
-import io
 import json
 import math
-import os
-import re
 import statistics
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +21,13 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from benchmarks.harness.machine import machine
+from benchmarks.harness.report import ROOT, make_parser, write_section
+from benchmarks.harness.requests import classification, encode
+from benchmarks.harness.server import Server
 from benchmarks.ordinary import FRAMES, STREAMS, Pixels, clock, send
-from benchmarks.sections import machine, write_section
 from models.attacks.attack import Budget
 from models.attacks.square import search
 from models.data import open_dataset
@@ -40,7 +35,7 @@ from models.evaluation.scores import wilson
 from models.evaluation.table import tabulate
 from service.http.authentication import entry
 
-PAGE = Path(__file__).parent.parent / "SECURITY.md"
+PAGE = ROOT / "SECURITY.md"
 LABELS = 10  # a picture's own and others, drawn
 CLIENTS = 4  # pictures asked for at once
 DIGITS = ("all digits", "all digits, throttled")
@@ -67,14 +62,8 @@ class Siege:
 
     def ask(self, http: httpx.Client, method: str, pixels: Tensor) -> None:
         """One query, sent without loss."""
-        out = io.BytesIO()
         grid = (pixels * 255).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(grid).save(out, "PNG")
-        body = {
-            "image": base64.b64encode(out.getvalue()).decode(),
-            "candidate_labels": self.names,
-            "defense": {"method": method},
-        }
+        body = classification(encode(grid), self.names, method=method)
         header = {"Authorization": f"Bearer {self.key}"}
         answer = http.post("/v1/classify", json=body, headers=header)
         if answer.status_code == 429 and answer.json()["error_type"] == "rate_limited":
@@ -104,9 +93,10 @@ def attack(
         drawn = [str(other) for other in source.choice(others, LABELS - 1, replace=False)]
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
         sieges.append(Siege(pixels, 0, [name, *drawn], f"key-{number}"))
+    keys = {"TAPT_API_KEYS": ",".join(entry(siege.key) for siege in sieges)}
     with (
-        serve([siege.key for siege in sieges], *knobs) as url,
-        httpx.Client(base_url=url, timeout=300) as http,
+        Server(*knobs, env=keys) as server,
+        httpx.Client(base_url=server.url, timeout=300) as http,
         ThreadPoolExecutor(CLIENTS) as pool,
     ):
         list(pool.map(lambda siege: siege.ask(http, method, siege.pixels), sieges))
@@ -131,23 +121,6 @@ def attack(
         seeds = [np.random.default_rng([options.seed, i]) for i in range(len(held))]
         search(model, rows, torch.zeros(len(held), dtype=torch.long), budget, seeds)
     return held
-
-
-@contextmanager
-def serve(keys: Sequence[str], *knobs: str) -> Iterator[str]:
-    """The service as an operator starts it; its address."""
-    environ = os.environ | {"TAPT_API_KEYS": ",".join(map(entry, keys))}
-    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", *knobs]
-    quiet: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, text=True, env=environ, **quiet) as server:
-        try:
-            assert server.stdout is not None
-            found = re.search(r"http://\S+", server.stdout.readline())
-            if found is None:
-                raise SystemExit("the service did not start")
-            yield found.group()
-        finally:
-            server.terminate()
 
 
 def summarize(held: Sequence[Siege], limit: int) -> dict[str, Any]:
@@ -190,14 +163,14 @@ def tell(figures: dict[str, Any]) -> str:
         f"key gets {asked['throttle']} pictures alike in an hour, so that {asked['queries']} "
         f"queries take {waits} hours. Made by `{figures['attacked_by']}`.",
     ]
-    rows = [
+    traffic = [
         (name, str(one["n"]), f"{100 * one['alike']:.0f}", f"{100 * one['refused']:.0f}")
         for name, one in figures["ordinary"].items()
     ]
-    heads = ("ordinary traffic of one key", "pictures", "counted as alike, %", "refused, %")
+    kinds = ("ordinary traffic of one key", "pictures", "counted as alike, %", "refused, %")
     spent = figures["microseconds"]
     parts += [
-        tabulate(heads, rows),
+        tabulate(kinds, traffic),
         f"In one hour, with {figures['options']['throttle']} pictures alike allowed; photographs "
         f"of `{figures['options']['ordinary']}`, videos made from them. A fingerprint takes "
         f"{spent['fingerprint_224']:.0f} us of a picture of 224 pixels a side and "
@@ -209,7 +182,7 @@ def tell(figures: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser("benchmarks.queries", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="pictures to attack, with labels")
     parser.add_argument("--ordinary", type=Path, help="photographs of ordinary traffic [--data]")
     parser.add_argument("--limit", type=int, default=20, help="pictures to attack")

@@ -9,22 +9,18 @@ python -m benchmarks.readme --speed DIR              # of what `make benchmark` 
 The blocks `robustness` and `adaptive` keep every picture's outcome and the plot in docs/figures.
 """
 
-import argparse
 import json
-import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sections import write_section
+from benchmarks.harness.report import DOCS, ROOT, make_parser, write_section
+from benchmarks.harness.server import Server
 from benchmarks.service import describe_requests
 from models.evaluation.scores import difference
 from models.evaluation.table import tabulate
 
-ROOT = Path(__file__).parent.parent
-README, ROBUSTNESS = ROOT / "README.md", ROOT / "docs" / "robustness.md"
-FIGURES = ROOT / "docs" / "figures"
+README, ROBUSTNESS, FIGURES = ROOT / "README.md", DOCS / "robustness.md", DOCS / "figures"
 COMPARED = ("plain under its own attack", "ensemble")
 WHOLE = {"robustness", "adaptive"}  # blocks that show the plot and how well attacks are detected
 KNOWN = {  # to the attacker
@@ -37,16 +33,10 @@ LABELS = ["espresso", "dog", "school bus", "lemon"]
 
 def ask(image: Path) -> str:
     """The command as a user types it, and the answer of a fresh server."""
-    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        found = re.search(r"http://\S+", server.stdout.readline())
-        if found is None:
-            raise SystemExit("the service did not start")
+    with Server() as server:
         form = ["-F", f"image=@{image}", "-F", f"labels={','.join(LABELS)}"]
-        curl = ["curl", "--silent", "--fail-with-body", f"{found.group()}/v1/classify", *form]
+        curl = ["curl", "--silent", "--fail-with-body", f"{server.url}/v1/classify", *form]
         answer = subprocess.run(curl, capture_output=True, text=True, check=True).stdout
-        server.terminate()
     typed = (
         "curl -s http://127.0.0.1:8000/v1/classify \\\n"
         f"    -F image=@{image.name} -F labels='{','.join(LABELS)}'"
@@ -222,7 +212,7 @@ def _round(value: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser("benchmarks.readme", __doc__)
     parser.add_argument("--image", type=Path, help="a photograph of a cup of coffee")
     parser.add_argument("--table", type=Path, help="figures of `tapt-serve evaluate`")
     parser.add_argument("--beside", type=Path, help="figures of the same pictures, to compare")

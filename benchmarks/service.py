@@ -12,47 +12,24 @@ a table in Markdown.
 import argparse
 import asyncio
 import json
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.openloop import Record, drive, poisson
-from benchmarks.replica import draw_requests, measure_bare, serve
-from benchmarks.sections import write_section
+from benchmarks.harness.load import Record, drive, percentile, poisson, summarize
+from benchmarks.harness.machine import hardware
+from benchmarks.harness.report import DOCS, command_line, make_parser, publish
+from benchmarks.harness.requests import draw_requests
+from benchmarks.harness.server import Server, read_knobs
+from benchmarks.isolated import measure_bare, serve_instantly
 from models.evaluation.table import tabulate
-from service.settings import Settings
 from service.worker.process import prepare_torch
 
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+PAGE = DOCS / "performance.md"
 PICTURES = 32  # different ones
 HALF = 1000  # requests at half load, at least
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of the values do not exceed; NaN of none."""
-    ordered = sorted(values)
-    if not ordered:
-        return float("nan")
-    return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
-
-
-def summarize(records: Sequence[Record]) -> dict[str, Any]:
-    """Throughput and latencies of the answers, and how many requests got none."""
-    good = [record for record in records if record.status == 200]
-    span = max((record.ended for record in good), default=0.0)
-    span -= min((record.scheduled for record in records), default=0.0)
-    latencies = [record.latency for record in good]
-    return {
-        "sent": len(records),
-        "answered": len(good),
-        "refused": sum(record.status == 429 for record in records),
-        "failed": sum(record.status not in (200, 429) for record in records),
-        "throughput": len(good) / span if span > 0 else 0.0,
-        **{f"p{p}": percentile(latencies, p / 100) for p in (50, 95, 99)},
-    }
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -62,8 +39,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     sizes = [size for size in (1, 2, 4, 8) if size < most] + [most]
     bare = measure_bare(settings, sizes, options.seconds)
     times = {size: median(values) for size, values in bare["times"].items()}
-    with serve(options.knobs) as replica:
-        ask = lambda arrivals: asyncio.run(drive(replica.url, arrivals, requests))  # noqa: E731
+    with Server(*options.knobs) as server:
+
+        def ask(arrivals: Sequence[float]) -> list[Record]:
+            return asyncio.run(drive(server.url, arrivals, requests))
+
         ask([0.0])
         single = [ask([0.0])[0] for _ in range(max(5, int(options.seconds / 2 / times[1])))]
         full = summarize(ask(poisson(2 * bare["rate"], options.seconds, 1)))
@@ -74,7 +54,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     engine_rate = (bare["rate"] + again["rate"]) / 2
     latencies = [record.latency for record in single]
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.service", *sys.argv[1:]]),
+        "command": command_line("benchmarks.service"),
         "machine": bare["machine"],
         "settings": {name: getattr(settings, name) for name in (
             "model", "method", "steps", "views", "readout", "adapts", "workers",
@@ -92,24 +72,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_knobs(knobs: Sequence[str]) -> Settings:
-    """The settings of a server with these flags."""
-    pairs = zip(knobs[::2], knobs[1::2], strict=True)
-    given = {flag.removeprefix("--").replace("-", "_"): value for flag, value in pairs}
-    return Settings(**given)  # type: ignore[arg-type]
-
-
 def measure_api(seconds: float) -> dict[str, float]:
     """Processor milliseconds of the API process for one request, with a worker that answers at
     once; `decode_ms` is what decoding the picture took of them, clocked in that very process."""
     requests, rate = draw_requests(PICTURES), 100.0
-    with serve(["--max-queue-size", "1000"], instant=True) as replica:
-        asyncio.run(drive(replica.url, [i / rate for i in range(20)], requests))
-        before = replica.cpu_seconds()
+    with serve_instantly("--max-queue-size", "1000") as server:
+        asyncio.run(drive(server.url, [i / rate for i in range(20)], requests))
+        before = server.cpu_seconds()
         arrivals = poisson(rate, seconds, 3)
-        records = asyncio.run(drive(replica.url, arrivals, requests))
-        spent = replica.cpu_seconds() - before
-        decode: float = json.loads(replica.stop())["decode_ms"]
+        records = asyncio.run(drive(server.url, arrivals, requests))
+        spent = server.cpu_seconds() - before
+        decode: float = json.loads(server.stop())["decode_ms"]
     answered = sum(record.status == 200 for record in records)
     total = 1000 * spent / max(1, answered)
     return {"n": answered, "cpu_ms": total, "decode_ms": decode, "rest_ms": total - decode}
@@ -151,17 +124,13 @@ def write_page(figures: dict[str, Any]) -> str:
     caption = (
         f"{describe_requests(settings)}; client, server and worker share the machine. Arrivals "
         f"are Poisson, latencies count from the scheduled instant. "
-        f"{machine['accelerator'] or machine['cpu']}, {machine['cores']} cores, "
-        f"torch {machine['torch']}, Python {machine['python']}."
+        f"{hardware(machine)}, Python {machine['python']}."
     )
     return "\n\n".join([table, text, caption, f"Made by `{figures['command']}`."]) + "\n"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.service", description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    parser = make_parser("benchmarks.service", __doc__)
     add = parser.add_argument
     add("--seconds", type=float, default=20.0, help="of load at saturation; the others follow")
     add("--json", type=Path, metavar="OUT", default=Path("runs/benchmarks/service.json"))
@@ -171,13 +140,8 @@ def main() -> int:
     options = parser.parse_args()
     prepare_torch()
     figures = measure(options)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    page = write_page(figures)
-    options.json.with_suffix(".md").write_text(page)
-    if options.write:
-        write_section(options.section, page, PAGE)
-    print(page)
+    section = options.section if options.write else None
+    publish(figures, write_page(figures), options.json, section, PAGE)
     return 0
 
 

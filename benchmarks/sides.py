@@ -6,7 +6,6 @@ in a process of its own, so that its peak memory is its own.
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -22,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
 from benchmarks import published
+from benchmarks.stages import Stages, forget_peak, peak_bytes, resident_bytes
 from models import tapt
 from models.bundle import DefenseBundle
 from models.checkpoint import EMBEDDED, OPENAI_MEAN, OPENAI_STD, Checkpoint, load_checkpoint
@@ -134,42 +134,9 @@ def _draw_bundle(clip: PromptedCLIP) -> DefenseBundle:
         template=TEMPLATE,
         layers=DEPTH,
         checkpoint_sha256="random",
-        suspicion=None,
         false_positive_rate=None,
         provenance={},
     )
-
-
-class Stages:
-    """Seconds by stage, of functions that are wrapped while it watches."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: Counter[str] = Counter()
-        self._device = device
-        self._undo: list[Callable[[], None]] = []
-
-    def watch(self, owner: Any, name: str, stage: Callable[..., str]) -> None:
-        """Count the time of calls of `owner.name`; `stage` names it from the arguments."""
-        call = getattr(owner, name)
-
-        def timed(*arguments: Any, **named: Any) -> Any:
-            key, before, start = stage(*arguments, **named), sum(self.seconds.values()), self.now()
-            result = call(*arguments, **named)
-            inside = sum(self.seconds.values()) - before  # what it called is counted already
-            self.seconds[key] += self.now() - start - inside
-            return result
-
-        setattr(owner, name, timed)
-        self._undo.append(lambda: setattr(owner, name, call))
-
-    def now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def end(self) -> None:
-        for undo in reversed(self._undo):
-            undo()
 
 
 class Ours:
@@ -302,7 +269,7 @@ class Bench:
     def __init__(self, side: str, case: Case) -> None:
         self._side = SIDES[side](case)
         self._device = self._side.guard.checkpoint.clip.device
-        self.idle_bytes = _resident("VmRSS")
+        self.idle_bytes = resident_bytes()
 
     def machine(self) -> dict[str, Any]:
         return describe_machine(self._side.guard)
@@ -313,10 +280,10 @@ class Bench:
         self._side.prepare(case)
         if isinstance(self._side, Ours):
             self._side.run()  # labels become known
-        _forget_peak(self._device)
+        forget_peak(self._device)
         with FlopCounterMode(display=False) as counter:
             self._side.run()
-        return counter.get_total_flops(), _peak(self._device)
+        return counter.get_total_flops(), peak_bytes(self._device)
 
     def run(self) -> Run:
         stages, seconds = Stages(self._device), 0.0
@@ -370,22 +337,3 @@ class Bench:
                 flops = 2 * repeats * math.prod((rows, inner, columns))
                 best = max(best, flops / (stages.now() - start))
         return best
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field)), 0)
-
-
-def _forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _resident("VmHWM")

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.sections import machine, write_section
+from benchmarks.harness.machine import machine
+from benchmarks.harness.report import write_section
 from models.attacks.attack import LEVELS, Budget
 from models.attacks.pgd import pgd
 from models.attacks.threats import static

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sections import write_section
+from benchmarks.harness.report import write_section
 from models.evaluation.scores import Interval, difference
 from models.evaluation.table import percent, tabulate
 

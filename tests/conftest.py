@@ -10,13 +10,13 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from fake_worker import FakeWorker
 from PIL import Image
 from skimage import data
 
 from service.app import create_app
 from service.server import configure, listen
 from service.settings import Settings
+from tests.fake_worker import FakeWorker
 
 # For torch, here and in the processes that tests start: tiny models run faster on one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

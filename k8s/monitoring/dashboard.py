@@ -65,7 +65,7 @@ def render() -> str:
 
 
 def _build(panel: Panel) -> Any:
-    builder = {"lines": _lines, "heatmap": _heatmap, "number": _number}[panel.kind]()
+    builder: Any = {"lines": _lines, "heatmap": _heatmap, "number": _number}[panel.kind]()
     builder.title(panel.title).description(panel.what).unit(panel.unit).datasource(SOURCE)
     builder.span(panel.width).height(HEIGHT)
     if panel.most is not None:

@@ -14,6 +14,7 @@ import torch
 
 from models.bundle import DefenseBundle
 from models.classifier import DefendedClassifier
+from models.evaluation.machine import cpu_name
 from models.evaluation.trial import Protocol
 
 PACKAGES = ("tapt-serve", "torch", "transformers", "numpy", "pyautoattack")
@@ -52,16 +53,11 @@ def describe_settings(
 
 def describe_machine(guard: DefendedClassifier) -> dict[str, Any]:
     """What the times were measured on, and with which versions."""
-    cpu = platform.processor() or platform.machine()
-    listed = Path("/proc/cpuinfo")
-    if listed.exists():
-        lines = [line for line in listed.read_text().splitlines() if line.startswith("model name")]
-        cpu = lines[0].partition(":")[2].strip() if lines else cpu
     device = guard.checkpoint.clip.device
     return {
         "device": str(device),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -9,7 +9,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import AutoTokenizer, CLIPModel
 from transformers import __version__ as transformers_version
 
 from models.data import open_dataset
+from models.evaluation.machine import cpu_name
 from models.evaluation.scores import wilson
 from models.evaluation.table import percent, tabulate
 from research.embedded.lexicon import table_of_foretelling
@@ -91,13 +91,8 @@ def time_forward(model: Any, size: int) -> float:
 
 
 def describe_machine() -> str:
-    cpu = platform.processor() or platform.machine()
-    listed = Path("/proc/cpuinfo")
-    if listed.exists():
-        models = [line for line in listed.read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0].split(":")[1].strip() if models else cpu
     return (
-        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
+        f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, transformers {transformers_version}"
     )
 

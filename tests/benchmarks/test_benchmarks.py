@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import adaptation, capacity, readme, replica, service, sides
-from benchmarks.openloop import drive, poisson
+from benchmarks import adaptation, capacity, readme, sides
+from benchmarks.harness.load import drive, percentile, poisson, summarize
+from benchmarks.harness.report import ROOT
+from benchmarks.harness.requests import draw_requests
+from benchmarks.isolated import serve_instantly
 from benchmarks.sides import Bench, Case
 from models.prompts import DefensePrompts
 from research import reset
@@ -82,13 +85,13 @@ def test_labels_are_all_different() -> None:
 
 def test_percentiles_are_values_that_were_seen() -> None:
     values = [float(number) for number in range(1, 101)]
-    assert [service.percentile(values, share) for share in (0.5, 0.95, 0.99, 1)] == [
+    assert [percentile(values, share) for share in (0.5, 0.95, 0.99, 1)] == [
         50,
         95,
         99,
         100,
     ]
-    assert service.percentile([3.0], 0.99) == 3.0
+    assert percentile([3.0], 0.99) == 3.0
 
 
 def test_the_simulation_serves_one_at_a_time_as_a_queue_does() -> None:
@@ -109,21 +112,22 @@ def test_the_simulation_batches_as_the_scheduler_does() -> None:
 
 def test_a_plan_meets_its_target_with_no_replica_too_many() -> None:
     one = capacity.Replica({1: 0.1, 8: 0.4}, max_batch=8, max_delay=0.005)
-    replicas, found = capacity.resolve_options(one, 50, 0.5) or (0, 0.0)
+    replicas, found = capacity.plan_replicas(one, 50, 0.5) or (0, 0.0)
     assert found <= 0.5 < capacity.p99(one, replicas - 1, 50)
-    fleet, found = capacity.resolve_options(one, 5_000, 0.5) or (0, 0.0)
+    fleet, found = capacity.plan_replicas(one, 5_000, 0.5) or (0, 0.0)
     assert found <= 0.5
     assert fleet % capacity.CELL == 0
     assert fleet >= 5_000 / one.throughput
-    assert capacity.resolve_options(one, 50, 0.05) is None
+    assert capacity.plan_replicas(one, 50, 0.05) is None
 
 
 def test_requests_are_whole_and_the_instant_worker_answers_them() -> None:
-    with replica.serve([], instant=True) as server:
+    with serve_instantly() as server:
         before = server.cpu_seconds()
-        records = asyncio.run(drive(server.url, [0.0, 0.01, 0.02], replica.draw_requests(2)))
+        records = asyncio.run(drive(server.url, [0.0, 0.01, 0.02], draw_requests(2)))
         assert server.cpu_seconds() >= before
-    found = service.summarize(records)
+        assert json.loads(server.stop())["decode_ms"] > 0
+    found = summarize(records)
     assert (found["answered"], found["refused"], found["failed"]) == (3, 0, 0)
     assert 0 < found["p50"] <= found["p99"]
 
@@ -137,7 +141,7 @@ def test_agreement_compares_two_precisions() -> None:
 
 def test_pages_have_the_sections_that_the_commands_write() -> None:
     pages = adaptation.PAGE.read_text(), capacity.PAGE.read_text()
-    makefile = (adaptation.PAGE.parent.parent / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     for section in ("vit-b-32 fp32", "vit-b-32 bf16", "embedded", "gpu", "service"):
         assert f"<!-- {section} -->" in pages[0]
         assert section in makefile

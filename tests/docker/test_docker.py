@@ -38,7 +38,7 @@ def pins(file: Path) -> dict[str, str]:
 @pytest.mark.skipif(not HADOLINT.exists(), reason="hadolint is not installed")
 @pytest.mark.parametrize("name", ["Dockerfile", "gateway/Dockerfile"])
 def test_hadolint_finds_nothing(name: str) -> None:
-    command = [HADOLINT, "--no-color", DOCKER / name]
+    command = [str(HADOLINT), "--no-color", str(DOCKER / name)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert not run.stdout

@@ -1,65 +1,43 @@
 """docker/gateway under Debian's nginx, in front of replicas in processes of their own."""
 
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
-from benchmarks.gateway import BODY, CONFIGURATION, NGINX, Gateway, Load, free_port
+from benchmarks.harness.gateway import CONFIGURATION, NGINX, Gateway
+from benchmarks.harness.load import ClosedLoop
+from benchmarks.harness.requests import LABELS, classification, draw_file
 from service.server import KEEP_ALIVE
 from service.settings import Settings
+from tests.fake_server import FakeServer
 
-REPLICA = Path(__file__).parents[1] / "replica.py"
+BODY = classification(draw_file(0), LABELS)
 PATIENCE = 60.0
+
+START = Callable[..., FakeServer]
 
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 
 
-class Replica:
-    """A service without a model on a port that stays the same when it is started again."""
-
-    def __init__(self, name: str, port: int, seconds: float, *flags: str) -> None:
-        self.name, self.port = name, port
-        self.process = subprocess.Popen(
-            [sys.executable, REPLICA, name, str(seconds), "--port", str(port), *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-
-    def wait(self) -> None:
-        """Until it listens and is ready, which it says in a line."""
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline(), f"{self.name} did not start"
-
-    def end(self, number: int) -> int:
-        self.process.send_signal(number)
-        status = self.process.wait(PATIENCE)
-        self.process.communicate()
-        return status
-
-
 @pytest.fixture
-def start() -> Iterator[Callable[..., Replica]]:
-    """Starts replicas, each of which is ready."""
-    started: list[Replica] = []
+def start() -> Iterator[START]:
+    """Starts replicas whose model has this name and takes so many seconds for a batch."""
+    started: list[FakeServer] = []
 
-    def start(name: str, seconds: float, *flags: str, port: int = 0) -> Replica:
-        started.append(Replica(name, port or free_port(), seconds, *flags))
-        started[-1].wait()
+    def start(name: str, seconds: float, **knobs: Any) -> FakeServer:
+        started.append(FakeServer(f"{name}:{seconds}", **knobs))
         return started[-1]
 
     yield start
     for replica in started:
-        if replica.process.poll() is None:
-            replica.end(signal.SIGKILL)
+        replica.kill()
 
 
 @pytest.fixture
@@ -67,7 +45,7 @@ def gate(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
     """Puts the gateway before some replicas, by default without its limit of requests."""
     with ExitStack() as stack:
 
-        def gate(*replicas: Replica, rate: str = "100000r/s") -> Gateway:
+        def gate(*replicas: FakeServer, rate: str = "100000r/s") -> Gateway:
             ports = [replica.port for replica in replicas]
             return stack.enter_context(Gateway(tmp_path, ports, rate))
 
@@ -97,11 +75,9 @@ def test_its_limits_are_those_of_the_service() -> None:
 
 
 @needs_nginx
-def test_what_passes_and_what_is_refused(
-    start: Callable[..., Replica], gate: Callable[..., Gateway]
-) -> None:
+def test_what_passes_and_what_is_refused(start: START, gate: Callable[..., Gateway]) -> None:
     listed = "sha256:" + sha256(b"s3cret").hexdigest()
-    replica = start("a", 0.0, "--api-keys", listed)
+    replica = start("a", 0.0, api_keys=listed)
     gateway = gate(replica)
     http = gateway.http
     key = {"Authorization": "Bearer s3cret"}
@@ -128,7 +104,7 @@ def test_what_passes_and_what_is_refused(
     plain = httpx.get(gateway.url.replace("https", "http") + "/readyz")
     assert plain.status_code == 400  # TLS only
 
-    replica.end(signal.SIGKILL)
+    replica.kill()
     gone = http.post("/v1/classify", json=BODY, headers=key)
     assert (gone.status_code, gone.json()["error_type"]) == (503, "not_ready")
     assert int(gone.headers["Retry-After"]) > 0
@@ -136,7 +112,7 @@ def test_what_passes_and_what_is_refused(
 
 @needs_nginx
 def test_too_many_requests_from_one_address_are_refused_with_a_hint(
-    start: Callable[..., Replica], gate: Callable[..., Gateway]
+    start: START, gate: Callable[..., Gateway]
 ) -> None:
     http = gate(start("a", 0.0), rate="1r/m").http
     answers = [http.get("/info") for _ in range(106)]  # 100 at once are let through
@@ -150,46 +126,44 @@ def test_too_many_requests_from_one_address_are_refused_with_a_hint(
 
 @needs_nginx
 def test_a_full_queue_is_told_and_never_tried_elsewhere(
-    start: Callable[..., Replica], gate: Callable[..., Gateway], tmp_path: Path
+    start: START, gate: Callable[..., Gateway], tmp_path: Path
 ) -> None:
     log = tmp_path / "access.log"
-    small = ["--max-queue-size", "1", "--max-batch-size", "1"]
-    replicas = [start(name, 0.5, *small) for name in "ab"]
+    replicas = [start(name, 0.5, max_queue_size=1, max_batch_size=1) for name in "ab"]
     gateway = gate(*replicas)
-    load = Load(gateway, 12)
-    until(lambda: sum(answer[0] == 429 for answer in load.answers) > 20)
+    load = ClosedLoop(gateway.client, BODY, 12)
+    until(lambda: sum(answer.status == 429 for answer in load.answers) > 20)
     load.stop()
-    full = [answer for answer in load.answers if answer[0] == 429]
-    assert {answer[0] for answer in load.answers} == {200, 429}
-    assert all('"queue_full"' in text for _, _, text in full)
+    full = [answer for answer in load.answers if answer.status == 429]
+    assert {answer.status for answer in load.answers} == {200, 429}
+    assert all('"queue_full"' in answer.text for answer in full)
     until(lambda: len(re.findall('"status":429', log.read_text())) == len(full))
     assert set(re.findall('"status":429.*"replica_status":"(.*?)"', log.read_text())) == {"429"}
 
 
 @needs_nginx
 def test_the_replica_with_fewer_open_requests_is_asked(
-    start: Callable[..., Replica], gate: Callable[..., Gateway]
+    start: START, gate: Callable[..., Gateway]
 ) -> None:
-    one = ["--max-batch-size", "1"]
-    slow, fast = start("slow", 1.0, *one), start("fast", 0.02, *one)
+    slow, fast = start("slow", 1.0, max_batch_size=1), start("fast", 0.02, max_batch_size=1)
     gateway = gate(slow, fast)
-    load = Load(gateway, 4)
+    load = ClosedLoop(gateway.client, BODY, 4)
     until(lambda: len(load.answers) >= 40)
     load.stop()
-    names = [re.findall('"model":"(.*?)"', text)[0] for _, _, text in load.answers]
+    names = [re.findall('"model":"(.*?)"', answer.text)[0] for answer in load.answers]
     assert names.count("fast") > 2 * names.count("slow")
 
 
 @needs_nginx
 def test_a_kill_a_drain_and_a_rolling_restart_lose_no_request(
-    start: Callable[..., Replica], gate: Callable[..., Gateway], tmp_path: Path
+    start: START, gate: Callable[..., Gateway], tmp_path: Path
 ) -> None:
     first, second = start("version-1", 0.2), start("version-1", 0.2)
     gateway = gate(first, second)
-    load = Load(gateway, 6)
+    load = ClosedLoop(gateway.client, BODY, 6)
 
     def count(name: str) -> int:
-        return sum(f'"{name}"' in text for _, _, text in load.answers)
+        return sum(f'"{name}"' in answer.text for answer in load.answers)
 
     def go_on() -> None:
         reached = len(load.answers) + 40
@@ -197,17 +171,18 @@ def test_a_kill_a_drain_and_a_rolling_restart_lose_no_request(
 
     try:
         go_on()
-        first.end(signal.SIGKILL)
+        first.kill()
         go_on()
         first = start("version-2", 0.2, port=first.port)
         until(lambda: count("version-2") > 20)
-        assert second.end(signal.SIGTERM) == 0  # drained
+        second.stop()
+        assert second.process.returncode == 0  # drained
         second = start("version-2", 0.2, port=second.port)
         before = count("version-1")
         go_on()
     finally:
         load.stop()
-    lost = [answer for answer in load.answers if answer[0] != 200]
+    lost = [answer for answer in load.answers if answer.status != 200]
     assert not lost, lost[:3]
     assert count("version-1") == before
     assert len(load.answers) >= 140

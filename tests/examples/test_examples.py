@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Server
-from fake_worker import FakeWorker, answer
 
 from service.messages import Answer, Task
+from tests.conftest import Server
+from tests.fake_worker import FakeWorker, answer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMANDS = {"sh": "sh", "py": sys.executable, "mjs": "node"}
@@ -22,7 +22,9 @@ START = Callable[..., Server]
 every = pytest.mark.parametrize("kind", COMMANDS)
 
 
-def run(kind: str, server: Server, *arguments: str, key: str = "") -> subprocess.CompletedProcess:
+def run(
+    kind: str, server: Server, *arguments: str, key: str = ""
+) -> subprocess.CompletedProcess[str]:
     command = COMMANDS[kind]
     for needed in (command, *(["curl"] if kind == "sh" else [])):
         if shutil.which(needed) is None:

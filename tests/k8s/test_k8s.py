@@ -17,14 +17,13 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import Server
-from registries import fetch
 
-from k8s.monitoring import rules
 from service.server import SHUTDOWN_TIMEOUT
 from service.settings import Settings, unknown_variables
-from service.telemetry.metrics import Metrics
 from service.worker.process import EXIT_TIMEOUT
+from tests.conftest import Server
+from tests.exposed_series import exposed
+from tests.registries import fetch
 
 K8S = Path(__file__).parents[2] / "k8s"
 OVERLAYS = ("cpu", "gpu")
@@ -484,15 +483,6 @@ def test_the_init_step_fetches_what_it_is_told(
 
 
 # Metrics.
-
-
-def exposed() -> set[str]:
-    """Every series name of the service, and every recorded one."""
-    names = set(rules.recordings())
-    for family in Metrics().registry.collect():
-        endings = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
-        names |= {family.name + ending for ending in endings.get(family.type, [""])}
-    return names
 
 
 def test_autoscalers_look_at_metrics_that_exist(rendered: dict[str, list[Resource]]) -> None:

@@ -10,19 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
-from benchmarks.dashboard import fill
-from benchmarks.watched import PROMETHEUS, RULES, Watched, watch
+from benchmarks.harness.prometheus import PROMETHEUS, RULES, Prometheus, scrape
+from benchmarks.harness.server import Server
 from k8s.monitoring import rules
 from k8s.monitoring.__main__ import ROOT, files
-from k8s.monitoring.panels import ROWS
+from k8s.monitoring.panels import ROWS, fill
 from service.settings import Settings
 from service.telemetry.metrics import SECONDS
-from tests.k8s.test_k8s import exposed
-from tests.service.test_service import COFFEE, LABELS
+from tests.exposed_series import exposed
+from tests.real_server import COFFEE, LABELS
 
 PROMTOOL = shutil.which("promtool")
 QUERIES = {
@@ -252,7 +251,7 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
 # With Prometheus.
 
 
-def bother(watched: Watched) -> None:
+def bother(server: Server) -> None:
     """A little of everything that a metric counts."""
     form = {"labels": json.dumps(LABELS)}
     asked = [
@@ -263,16 +262,15 @@ def bother(watched: Watched) -> None:
     ]
 
     def ask(fields: dict[str, str]) -> None:
-        url = f"{watched.service}/v1/classify"
-        httpx.post(url, data=fields, files={"image": COFFEE}, timeout=90)
+        server.http.post("/v1/classify", data=fields, files={"image": COFFEE}, timeout=90)
 
     with ThreadPoolExecutor(len(asked)) as pool:
         list(pool.map(ask, asked))
 
 
-def finite(watched: Watched, expr: str, since: float) -> bool:
+def finite(prometheus: Prometheus, expr: str, since: float) -> bool:
     """Whether a query found a number at some instant."""
-    found = watched.range(expr, since, time.time(), 1)
+    found = prometheus.range(expr, since, time.time(), 1)
     return any(math.isfinite(float(value)) for one in found for _, value in one["values"])
 
 
@@ -282,12 +280,12 @@ def test_every_query_finds_data_while_the_service_is_used() -> None:
     alerts = " ".join(alert["expr"] for alert in rules.alerts())
     wanted = {**QUERIES, **{name: name for name in rules.recordings()}}
     wanted |= {name: name for name in SERIES.findall(alerts)}
-    with watch("--max-queue-size", "2") as watched:
+    with Server("--max-queue-size", "2") as server, scrape(server.url) as prometheus:
         began, limit = time.time(), time.monotonic() + 240
-        while missing := {n for n, expr in wanted.items() if not finite(watched, expr, began)}:
+        while missing := {n for n, expr in wanted.items() if not finite(prometheus, expr, began)}:
             assert time.monotonic() < limit, f"no data: {sorted(missing)}"
-            bother(watched)
-        told = [rule for group in watched.ask("rules")["groups"] for rule in group["rules"]]
+            bother(server)
+        told = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
         assert {rule["health"] for rule in told} == {"ok"}
         assert len(told) == len(rules.recordings()) + len(rules.alerts())
         # What the autoscalers ask, with their adapter's blanks filled in.
@@ -297,4 +295,4 @@ def test_every_query_finds_data_while_the_service_is_used() -> None:
             expr = rule["metricsQuery"].replace("<<.GroupBy>>", "instance")
             for blank, filling in blanks.items():
                 expr = expr.replace(blank, filling)
-            assert finite(watched, expr, began), expr
+            assert finite(prometheus, expr, began), expr

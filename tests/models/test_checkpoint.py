@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from safetensors.torch import load_file, save_file
 
 import models.checkpoint
 from models.checkpoint import ModelError, load_checkpoint
 from service.settings import Settings
 from service.worker.runner import Runner
+from tests import tiny
 
 
 class Payload:

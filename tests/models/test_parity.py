@@ -36,9 +36,9 @@ def test_every_reference_figure_holds(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_tampered_figure_fails(tmp_path: Path, file: str, name: str, by: float) -> None:
     shutil.copytree(FIGURES / "clip_small", tmp_path / "clip_small")
     source = FIGURES / f"{file}.safetensors"
-    with safe_open(source, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
+    with safe_open(source, "pt") as figures:
+        tensors = {key: figures.get_tensor(key) for key in figures.keys()}  # noqa: SIM118
+        metadata = figures.metadata()
     value = tensors[name].clone()
     value.view(-1)[0] += by
     save_file({**tensors, name: value}, tmp_path / source.name, metadata)

@@ -16,13 +16,13 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Server
-from fake_worker import READY, answer
 
 from service.cli import main
 from service.errors import ModelError
 from service.messages import Answer, Failure, Task
 from service.settings import Settings
+from tests.conftest import Server
+from tests.fake_worker import READY, answer
 
 TESTS = Path(__file__).parents[1]
 

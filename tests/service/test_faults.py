@@ -6,12 +6,10 @@ whole service with its model in test_service.py.
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +18,13 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Server
-from fake_server import Service
-from fake_worker import FakeWorker
 
-from benchmarks.openloop import Record, drive, post, steady
+from benchmarks.harness.load import Record, drive, steady
+from benchmarks.harness.requests import post_json
+from benchmarks.harness.server import free_port
+from tests.conftest import Server
+from tests.fake_server import FakeServer, fake_command
+from tests.fake_worker import FakeWorker
 
 PIXEL = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk"
@@ -38,7 +38,7 @@ def body(label: str = "cat", **fields: Any) -> dict[str, Any]:
     return {"image": PIXEL, "candidate_labels": [label, "dog"]} | fields
 
 
-def ready_again(service: Service) -> float:
+def ready_again(service: FakeServer) -> float:
     """Seconds until it is ready, with liveness all the while."""
     began = time.monotonic()
     while service.http.get("/readyz").status_code != 200:
@@ -62,20 +62,12 @@ def alive(pid: int) -> bool:
         return False
 
 
-def children(pid: int) -> list[int]:
-    listed = subprocess.run(
-        ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
-    )
-    pairs = (line.split() for line in listed.stdout.splitlines())
-    return [int(child) for child, parent in pairs if parent == str(pid)]
-
-
 # The worker.
 
 
 @pytest.fixture(scope="module")
-def faulty() -> Iterator[Service]:
-    with Service("FaultyRunner", max_queue_delay_ms=100) as service:
+def faulty() -> Iterator[FakeServer]:
+    with FakeServer("FaultyRunner", max_queue_delay_ms=100) as service:
         yield service
 
 
@@ -96,15 +88,13 @@ def faulty() -> Iterator[Service]:
     ],
 )
 def test_a_fault_of_the_worker_stays_with_its_request(
-    faulty: Service, fault: str, status: int, error_type: str | None
+    faulty: FakeServer, fault: str, status: int, error_type: str | None
 ) -> None:
     """Whatever a request does to the worker, it alone pays; the others are answered, once each,
     and the server is ready again."""
     ready_again(faulty)
 
-    everybody = [
-        post("/v1/classify", json.dumps(body(label)).encode()) for label in ("cat", fault, "cow")
-    ]
+    everybody = [post_json(body(label)) for label in ("cat", fault, "cow")]
     records = asyncio.run(drive(faulty.url, [0.0] * 3, everybody))
     assert [record.answers for record in records] == [1, 1, 1]
     first, poisoned, last = records
@@ -124,9 +114,9 @@ def test_a_fault_of_the_worker_stays_with_its_request(
     assert faulty.http.post("/v1/classify", json=body()).status_code == 200
 
 
-def test_a_stopped_worker_is_replaced_and_loses_nothing(faulty: Service) -> None:
+def test_a_stopped_worker_is_replaced_and_loses_nothing(faulty: FakeServer) -> None:
     ready_again(faulty)
-    (worker,) = (pid for pid in children(faulty.process.pid) if b"spawn_main" in _command(pid))
+    (worker,) = faulty.workers()
     with ThreadPoolExecutor() as pool:
         os.kill(worker, signal.SIGSTOP)
         asked = [pool.submit(faulty.http.post, "/v1/classify", json=body()) for _ in range(4)]
@@ -134,20 +124,11 @@ def test_a_stopped_worker_is_replaced_and_loses_nothing(faulty: Service) -> None
     assert not alive(worker)
 
 
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
 def test_a_worker_that_never_starts_is_tried_and_then_given_up() -> None:
     """What clients and the orchestrator are told meanwhile: to come back, as long as it is tried;
     and at the end that only a new process will do."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    script = Path(__file__).parents[1] / "fake_server.py"
-    command = [sys.executable, str(script), "CrashingRunner", f"--port={port}"]
+    port = free_port()
+    command = [*fake_command("CrashingRunner"), "--port", str(port)]
     with (
         subprocess.Popen(command, stderr=subprocess.DEVNULL) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as http,
@@ -182,27 +163,27 @@ def test_a_worker_that_never_starts_is_tried_and_then_given_up() -> None:
 
 
 def test_a_killed_server_leaves_no_worker_and_its_port_is_free_at_once() -> None:
-    with Service("EchoRunner") as service:
-        workers = children(service.process.pid)
-        service.signal(signal.SIGKILL)
+    with FakeServer("EchoRunner") as service:
+        workers = service.workers()
+        service.process.send_signal(signal.SIGKILL)
         service.process.wait(PATIENCE)
         with pytest.raises(httpx.TransportError):
             service.http.get("/livez")
-        with Service("EchoRunner", port=service.port) as again:
+        with FakeServer("EchoRunner", port=service.port) as again:
             assert again.http.post("/v1/classify", json=body()).status_code == 200
         eventually(lambda: not any(alive(pid) for pid in workers))
 
 
 def test_sigterm_under_load_answers_each_accepted_request_once_and_exits_cleanly() -> None:
-    with Service("slow", max_queue_size=16, drain_timeout_s=20) as service:
-        requests = [post("/v1/classify", json.dumps(body()).encode())]
+    with FakeServer("slow", max_queue_size=16, drain_timeout_s=20) as service:
+        requests = [post_json(body())]
         began = time.monotonic()
 
         async def load() -> tuple[list[Record], float, int]:
             driving = asyncio.create_task(drive(service.url, steady(60, 2.0), requests))
             await asyncio.sleep(1.0)
             told = time.monotonic()
-            service.signal()
+            service.process.send_signal(signal.SIGTERM)
             status = await asyncio.to_thread(service.process.wait, PATIENCE)
             assert time.monotonic() - told < 20 + SOON
             return await driving, told - began, status
@@ -224,16 +205,16 @@ def test_sigterm_under_load_answers_each_accepted_request_once_and_exits_cleanly
 
 
 def test_a_second_signal_ends_it_now() -> None:
-    with Service("EchoRunner", drain_timeout_s=600) as service:
-        workers = children(service.process.pid)
+    with FakeServer("EchoRunner", drain_timeout_s=600) as service:
+        workers = service.workers()
         with ThreadPoolExecutor() as pool:
             hanging = pool.submit(service.http.post, "/v1/classify", json=body("hang"))
             eventually(lambda: "tapt_batch_size_count 1.0" in service.http.get("/metrics").text)
-            service.signal()
+            service.process.send_signal(signal.SIGTERM)
             eventually(lambda: service.http.get("/readyz").status_code == 503)
             assert not hanging.done()
             began = time.monotonic()
-            service.signal(signal.SIGINT)
+            service.process.send_signal(signal.SIGINT)
             service.process.wait(PATIENCE)
             assert time.monotonic() - began < SOON
             with contextlib.suppress(httpx.TransportError):  # cut off, or told so
@@ -245,23 +226,21 @@ def test_a_second_signal_ends_it_now() -> None:
 def test_a_full_disk_under_the_log_harms_nobody(kind: str) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    with open("/dev/full", "w") as sink, Service(kind, stderr=sink) as service:
+    with open("/dev/full", "w") as sink, FakeServer(kind, stderr=sink) as service:
         for _ in range(5):
             assert service.http.post("/v1/classify", json=body()).status_code == 200
             assert service.http.post("/v1/classify", content=b"{").status_code == 400
         if kind == "EchoRunner":  # its process has a traceback to write
             assert service.http.post("/v1/classify", json=body("raise")).status_code == 500
             assert service.http.post("/v1/classify", json=body()).status_code == 200
-        service.signal()
+        service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(PATIENCE) == 0
 
 
 def test_the_address_need_not_be_read_by_anybody(tmp_path: Path) -> None:
     """Standard output may be full or closed; the server serves and drains all the same."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    script = Path(__file__).parents[1] / "fake_server.py"
-    command = [sys.executable, str(script), "slow", f"--port={port}"]
+    port = free_port()
+    command = [*fake_command("slow"), "--port", str(port)]
     with open("/dev/full", "w") as sink, subprocess.Popen(command, stdout=sink) as process:
 
         def reachable() -> bool:
@@ -299,8 +278,8 @@ def test_steps_of_the_clock_change_nothing(
 
 
 @pytest.fixture(scope="module")
-def hasty() -> Iterator[Service]:
-    with Service("slow", upload_timeout_ms=500) as service:
+def hasty() -> Iterator[FakeServer]:
+    with FakeServer("slow", upload_timeout_ms=500) as service:
         yield service
 
 
@@ -321,7 +300,7 @@ def cut_off(client: socket.socket, drops: Iterable[bytes], pause: float = 0.05) 
 
 
 @pytest.mark.parametrize("sent", [0, 1, None], ids=["nothing", "a byte", "a byte at a time"])
-def test_slow_heads_are_not_waited_for(hasty: Service, sent: int | None) -> None:
+def test_slow_heads_are_not_waited_for(hasty: FakeServer, sent: int | None) -> None:
     """A slow-loris: a connection that brings nothing, or a head a byte at a time."""
     head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 1000
     began = time.monotonic()
@@ -331,7 +310,7 @@ def test_slow_heads_are_not_waited_for(hasty: Service, sent: int | None) -> None
     assert 0.4 < time.monotonic() - began < 0.5 + SOON
 
 
-def test_a_slow_body_is_not_waited_for(hasty: Service) -> None:
+def test_a_slow_body_is_not_waited_for(hasty: FakeServer) -> None:
     head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n"
     began = time.monotonic()
     with socket.create_connection(("127.0.0.1", hasty.port)) as client:
@@ -340,7 +319,7 @@ def test_a_slow_body_is_not_waited_for(hasty: Service) -> None:
     assert 0.4 < time.monotonic() - began < 0.5 + SOON
 
 
-def test_a_slow_head_after_an_answer_is_not_waited_for_either(hasty: Service) -> None:
+def test_a_slow_head_after_an_answer_is_not_waited_for_either(hasty: FakeServer) -> None:
     with socket.create_connection(("127.0.0.1", hasty.port), timeout=PATIENCE) as client:
         client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         received = b""
@@ -352,7 +331,7 @@ def test_a_slow_head_after_an_answer_is_not_waited_for_either(hasty: Service) ->
 
 
 def test_an_adaptation_longer_than_the_patience_for_heads_is_answered(
-    hasty: Service,
+    hasty: FakeServer,
 ) -> None:
     with ThreadPoolExecutor(24) as pool:
         asked = [pool.submit(hasty.http.post, "/v1/classify", json=body()) for _ in range(24)]
@@ -361,7 +340,7 @@ def test_an_adaptation_longer_than_the_patience_for_heads_is_answered(
 
 def test_a_thousand_idle_connections_shut_nobody_out() -> None:
     """Under the usual limit of descriptors, lowered here, which the server raises where it may."""
-    with Service("slow", limit="ulimit -Sn 256") as service:
+    with FakeServer("slow", limit="ulimit -Sn 256") as service:
         idle = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(1000)]
         try:
             for _ in range(5):
@@ -378,7 +357,7 @@ def test_clients_that_leave_in_the_middle_leave_nothing_behind(
     """Mid-head, mid-upload, and while they wait; places and bytes are free again."""
     worker = FakeWorker(seconds=lambda batch: 0.05)
     server = start(worker, max_queue_size=4)
-    whole = post("/v1/classify", json.dumps(body()).encode())
+    whole = post_json(body())
     for share in (0.1, 0.5, 0.9, 1.0):
         for _ in range(10):
             with socket.create_connection(("127.0.0.1", server.port)) as client:

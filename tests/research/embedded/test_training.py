@@ -73,8 +73,8 @@ def make_trainer(tokenizer: Any, budget: Budget) -> Trainer:
 def test_training_learns_the_classes_and_the_published_features(tokenizer: Any) -> None:
     trainer = make_trainer(tokenizer, Budget(steps=120))
     seen = [trainer.train_step() for _ in range(120)]
-    words, images = seen[:30], seen[30:]
-    for rows, kinds in ((words, {"cosine", "relation"}), (images, {"image", "noun"})):
+    phases = ((seen[:30], {"cosine", "relation"}), (seen[30:], {"image", "noun"}))
+    for rows, kinds in phases:
         assert all(row.keys() == kinds for row in rows)
         first, last = (sum(sum(row.values()) for row in part) for part in (rows[:5], rows[-5:]))
         assert last < 0.9 * first

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_worker import READY, FakeWorker, answer
 from hypothesis import example, given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
@@ -27,6 +26,7 @@ from service.errors import DeadlineExceeded, InternalError, NotReady, QueueFull,
 from service.messages import Answer, Failure, Finished, Settled, Task
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
+from tests.fake_worker import READY, FakeWorker, answer
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):

@@ -9,7 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Server
 from fastapi.routing import APIRoute
 
 from service.cli import main
@@ -17,6 +16,7 @@ from service.errors import KeysError
 from service.http.authentication import ANYONE, DIAGNOSTICS, RELOAD, Keys, entry, make_key
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
+from tests.conftest import Server
 
 START = Callable[..., Server]
 
@@ -185,6 +185,7 @@ def walk(routes: list[Any]) -> list[Any]:
         if isinstance(route, APIRoute) or hasattr(route, "methods"):
             found.append(route)
         else:
+            assert inner is not None
             found += walk(inner.routes)
     return found
 

@@ -12,9 +12,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import tiny
-from conftest import Server
-from fake_worker import FakeWorker, answer
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -33,6 +30,9 @@ from service.messages import (
 from service.settings import Settings
 from service.worker.demo import LOOKS, run_demo
 from service.worker.runner import Runner
+from tests import tiny
+from tests.conftest import Server
+from tests.fake_worker import FakeWorker, answer
 
 LABELS = ["cat", "dog", "horse"]
 START = Callable[..., Server]
@@ -300,7 +300,7 @@ def test_every_picture_is_within_reach_of_the_first(runner: Runner) -> None:
 def test_the_way_goes_where_it_is_told(runner: Runner, adaptive: bool, method: str) -> None:
     def scores(picture: NDArray[np.uint8]) -> list[float]:
         work = make_work(None, time.monotonic() + 60, image=picture, method=method)
-        return settle(runner, work)[-1].scores  # type: ignore[no-any-return]
+        return settle(runner, work)[-1].scores
 
     clean, *_, away = run_attack(runner.guard, None, adaptive, method=method)
     named = int(np.argmax(scores(clean)))

@@ -13,8 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Server
-from fake_worker import FakeWorker, answer
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -24,6 +22,8 @@ from service.intake.requests import DefenseOptions
 from service.messages import Answer, Failure, Task
 from service.server import listen
 from service.settings import Settings
+from tests.conftest import Server
+from tests.fake_worker import FakeWorker, answer
 
 LABELS = ["cat", "dog", "horse"]
 START = Callable[..., Server]
@@ -81,7 +81,12 @@ def test_labels_are_ranked_and_cut_to_top_k(start: START, photo: bytes) -> None:
         return replaced(answer(work), scores=[0.2, 0.5, 0.3])
 
     server = start(FakeWorker(reply))
-    for top_k, expected in [(1, ["dog"]), (9, ["dog", "horse", "cat"]), (None, 3 * [...])]:
+    cases: list[tuple[int | None, list[Any]]] = [
+        (1, ["dog"]),
+        (9, ["dog", "horse", "cat"]),
+        (None, 3 * [...]),
+    ]
+    for top_k, expected in cases:
         body = server.http.post("/v1/classify", json=as_json(photo, top_k=top_k)).json()
         assert len(body["labels"]) == len(expected)
         assert [scored["label"] for scored in body["labels"]][: top_k or 0] == (
@@ -415,7 +420,7 @@ def test_a_fault_of_ours_tells_nothing(
 )
 def test_request_ids(server: Server, given: str, kept: bool) -> None:
     for path in ("/livez", "/nope"):
-        echo = server.http.get(path, headers={"X-Request-Id": given.encode("latin-1")})
+        echo = server.http.get(path, headers={b"X-Request-Id": given.encode("latin-1")})
         assert (echo.headers["x-request-id"] == given) is kept
         assert echo.headers["x-request-id"].isascii()
 
@@ -432,11 +437,11 @@ def test_keys_guard_the_api_and_not_the_health(start: START, photo: bytes) -> No
         {"method": "GET", "url": "/info"},
     ):
         for header in ({}, {"Authorization": "Bearer gamma"}, {"Authorization": "Basic alpha"}):
-            answer = server.http.request(**request, headers=header)  # type: ignore[arg-type]
+            answer = server.http.request(**request, headers=header)
             assert_error(answer, 401, "unauthorized")
             assert answer.headers["www-authenticate"] == "Bearer"
         header = {"Authorization": "bearer beta"}
-        answer = server.http.request(**request, headers=header)  # type: ignore[arg-type]
+        answer = server.http.request(**request, headers=header)
         assert answer.status_code != 401
     for path in ("/livez", "/readyz", "/startupz", "/health"):
         assert server.http.get(path).status_code == 200

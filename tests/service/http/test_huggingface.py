@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Server
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
-from registries import fetch
 
 from service.settings import Settings
+from tests.conftest import Server
+from tests.registries import fetch
 
 LABELS = ["cat", "dog", "horse"]
 EXPECTED = [{"label": "cat", "score": 1.0}, {"label": "dog", "score": 0.0}]

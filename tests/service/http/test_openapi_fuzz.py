@@ -1,13 +1,17 @@
 """The OpenAPI description against the running server: schemathesis makes requests that fit it and
 requests that do not; no answer may be a fault of ours, or one that is not described."""
 
+from typing import Any
+
 import hypothesis
 import pytest
-from conftest import Server
 from hypothesis import HealthCheck, Phase
-from schemathesis import Case, GenerationMode, openapi
+from schemathesis import GenerationMode, openapi
 from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi import checks
+
+from tests.conftest import Server
 
 CHECKS = [
     not_a_server_error,
@@ -21,7 +25,9 @@ CHECKS = [
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_answers_are_as_described(server: Server, mode: GenerationMode) -> None:
     described = openapi.from_url(f"{server.url}/openapi.json")
-    operations = [result.ok() for result in described.get_all_operations()]
+    results = list(described.get_all_operations())
+    operations = [result.ok() for result in results if isinstance(result, Ok)]
+    assert len(operations) == len(results)
     assert {operation.path for operation in operations} >= {"/", "/v1/classify", "/info", "/livez"}
     for operation in operations:
         has_body = operation.method.lower() == "post"
@@ -36,7 +42,7 @@ def test_answers_are_as_described(server: Server, mode: GenerationMode) -> None:
             suppress_health_check=list(HealthCheck),
         )
         @hypothesis.given(case=operation.as_strategy(mode))
-        def ask(case: Case) -> None:
+        def ask(case: Any) -> None:
             case.call_and_validate(base_url=server.url, checks=CHECKS)
 
         ask()

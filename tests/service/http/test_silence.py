@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import httpx
-import tiny
+
+from tests import tiny
 
 HOOK = """
 import os, sys

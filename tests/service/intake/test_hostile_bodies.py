@@ -13,8 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Server
 from PIL import Image
+
+from tests.conftest import Server
 
 MEGABYTE = 2**20
 PATIENCE = 10.0  # seconds, on a busy machine; the worst takes about one
@@ -365,7 +366,7 @@ def test_a_body_chunked_byte_by_byte(server: Server, image: str) -> None:
 
 def test_headers_of_a_client_are_not_echoed_unchecked(server: Server) -> None:
     for given in ("a\tb", "x" * 5000, "é"):
-        headers = {"X-Request-Id": given.encode("latin-1")}
+        headers = {b"X-Request-Id": given.encode("latin-1")}
         echoed = server.http.get("/livez", headers=headers).headers["x-request-id"]
         assert re.fullmatch(r"[0-9a-f]{32}", echoed)
 
@@ -378,5 +379,6 @@ def test_the_hugging_face_route_is_as_careful(server: Server, image: str) -> Non
         assert post(inputs=image, parameters={"candidate_labels": labels}).status_code == 422
     for inputs in ({"image": {"image": image}}, [image], 5, {}, {"text": "x"}):
         assert post(inputs=inputs, parameters={"candidate_labels": ["a", "b"]}).status_code == 422
-    for parameters in ([], "x", 1):
+    wrong: list[object] = [[], "x", 1]
+    for parameters in wrong:
         assert post(inputs=image, parameters=parameters).status_code == 422

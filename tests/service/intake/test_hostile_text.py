@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
-from conftest import Server
-from fake_worker import FakeWorker
 from PIL import Image
 
 from service.messages import Answer, Failure, Task
 from service.settings import Settings
 from service.worker.runner import Runner
+from tests import tiny
+from tests.conftest import Server
+from tests.fake_worker import FakeWorker
 
 LONG = "cat dog " * 300
 ODD = [

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Server
 
 import service.intake.image_urls
 from service.errors import QueueFull, ServiceError, TooLarge, Unprocessable
 from service.intake.image_urls import MAX_FETCHES, ImageFetcher, ImageURL, is_public, read_source
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
+from tests.conftest import Server
 
 START = Callable[..., Server]
 PUBLIC = "93.184.216.34"  # never spoken to

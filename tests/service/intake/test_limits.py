@@ -9,8 +9,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from conftest import Server
-from fake_worker import FakeWorker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +16,8 @@ from service.errors import RateLimited
 from service.intake.limits import Limits
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
+from tests.conftest import Server
+from tests.fake_worker import FakeWorker
 
 START = Callable[..., Server]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Server
 from numpy.typing import NDArray
 from PIL import Image
 from skimage import data
@@ -19,6 +18,7 @@ from service.errors import RateLimited
 from service.intake.similarity import CALLERS, CODES, RECENT, WINDOW, Similarity
 from service.settings import Settings
 from service.telemetry.metrics import NEAR, Metrics
+from tests.conftest import Server
 
 START = Callable[..., Server]
 Pixels = NDArray[np.uint8]
@@ -112,6 +112,7 @@ def test_whoever_waits_as_told_is_let_in_again() -> None:
         assert house.send(next(attack)) is None
         house.now += 10
     wait = house.send(next(attack))
+    assert wait is not None
     assert wait == pytest.approx(WINDOW - 30)
     house.now += wait - 1
     assert house.send(next(attack)) is not None

@@ -16,12 +16,12 @@ from typing import Any
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import Server
-from fake_worker import FakeWorker
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, FilePayload, Page, expect, sync_playwright
 
-from tests.service.test_service import Process
+from tests.conftest import Server
+from tests.fake_worker import FakeWorker
+from tests.real_server import RealServer
 
 CHROMIUM = shutil.which("chromium")
 SHOTS = Path(__file__).parents[3] / "build" / "screenshots"
@@ -99,11 +99,10 @@ def open_page(browser: Browser) -> Iterator[OPEN]:
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[Process]:
+def service() -> Iterator[RealServer]:
     """The service as `make serve` starts it, with the embedded model."""
-    process = Process("--enable-attack-demo")
-    yield process
-    process.close()
+    with RealServer("--enable-attack-demo") as server:
+        yield server
 
 
 def ready(page: Page) -> Page:
@@ -161,7 +160,7 @@ def assert_fits(page: Page) -> None:
 
 @needs_chromium
 def test_an_attack_and_its_defense_are_seen_and_can_be_asked_again(
-    service: Process, open_page: OPEN, tmp_path: Path
+    service: RealServer, open_page: OPEN, tmp_path: Path
 ) -> None:
     page = ready(open_page(service.url))
     classify(page)
@@ -202,7 +201,7 @@ def test_an_attack_and_its_defense_are_seen_and_can_be_asked_again(
 
 @needs_chromium
 def test_an_attacker_who_knows_the_defense_can_aim_at_a_label(
-    service: Process, open_page: OPEN
+    service: RealServer, open_page: OPEN
 ) -> None:
     page = ready(open_page(service.url, color_scheme="dark"))
     page.check("#adaptive")
@@ -218,7 +217,7 @@ def test_an_attacker_who_knows_the_defense_can_aim_at_a_label(
 
 
 @needs_chromium
-def test_most_of_the_drawn_examples_get_their_label(service: Process, open_page: OPEN) -> None:
+def test_most_of_the_drawn_examples_get_their_label(service: RealServer, open_page: OPEN) -> None:
     page = ready(open_page(service.url, viewport=PHONE, has_touch=True, is_mobile=True))
     page.evaluate("document.querySelector('#options').open = true")
     page.select_option("#method", "ensemble")
@@ -271,7 +270,11 @@ def test_what_the_server_refuses_is_said_in_its_words(start: START, open_page: O
     page.click("#classify")
     message = page.locator("#message")
     expect(message).to_have_text("There are 8 labels; the limit is 3.")
-    broken = {"name": "x.png", "mimeType": "image/png", "buffer": b"\x89PNG\r\n\x1a\nbroken"}
+    broken: FilePayload = {
+        "name": "x.png",
+        "mimeType": "image/png",
+        "buffer": b"\x89PNG\r\n\x1a\nbroken",
+    }
     for _ in range(5):
         page.locator("#chips button").first.click()
     page.set_input_files("#file", broken)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fake_worker
 import numpy as np
 import pytest
 
@@ -21,6 +20,7 @@ from service.telemetry.metrics import Metrics
 from service.worker import supervisor as supervision
 from service.worker.process import prepare_torch
 from service.worker.supervisor import Event, Lost, WorkerProcess
+from tests import fake_worker
 
 ECHO, FATAL, CRASHING = (
     f"{fake_worker.__name__}:{name}" for name in ("EchoRunner", "FatalRunner", "CrashingRunner")

@@ -5,11 +5,12 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from conftest import Server
 
 from benchmarks.faults import Effect, Trial, dawdle
+from benchmarks.harness.load import Record, drive, poisson, steady
+from benchmarks.harness.requests import post
 from benchmarks.load import Phase, tell_load, tell_soak
-from benchmarks.openloop import Record, drive, poisson, post, steady
+from tests.conftest import Server
 
 
 def test_arrivals_are_fixed_beforehand() -> None:

@@ -1,99 +1,35 @@
-"""Processes that a load is sent to: the service as started, the same with a worker that answers
-at once, and the bare engine without a service."""
+"""Parts of the service by themselves: the bare engine without HTTP, and the API process without a
+model."""
 
 import asyncio
-import base64
-import io
 import json
 import multiprocessing
-import os
-import re
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 import service.intake.decoders
-from benchmarks.openloop import post
+from benchmarks.harness.requests import LABELS, draw_file
+from benchmarks.harness.server import Server, read_knobs
 from service.intake.decode import decode
 from service.messages import Answer, Finished, Ready, Settled, Task
 from service.settings import Settings
 from service.worker.process import prepare_torch
 from service.worker.supervisor import Event
 
-LABELS = ("cat", "dog", "school bus", "lemon", "espresso", "cliff", "volleyball", "reel", "fog",
-          "keyboard")  # fmt: skip
-SIDES = (640, 480)
 
+def serve_instantly(*flags: str) -> Server:
+    """The server with a worker that answers at once.
 
-def draw_file(number: int) -> bytes:
-    """A random JPEG of a small photograph's size."""
-    source = np.random.default_rng(number)
-    coarse = Image.fromarray(source.integers(0, 256, (12, 16, 3)).astype(np.uint8))
-    file = io.BytesIO()
-    coarse.resize(SIDES, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-    return file.getvalue()
-
-
-def draw_requests(count: int) -> list[bytes]:
-    """Whole HTTP requests with different pictures."""
-    bodies = [
-        {"image": base64.b64encode(draw_file(number)).decode(), "candidate_labels": LABELS}
-        for number in range(count)
-    ]
-    return [post("/v1/classify", json.dumps(body).encode()) for body in bodies]
-
-
-@dataclass(frozen=True, slots=True)
-class Replica:
-    """A server that listens; `process` is its API process."""
-
-    url: str
-    process: subprocess.Popen[str]
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def stop(self) -> str:
-        """End it; what it said last."""
-        self.process.terminate()
-        return self.process.communicate()[0]
-
-    def cpu_seconds(self) -> float:
-        """Processor time that the API process has used, its workers' left out."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-@contextmanager
-def serve(
-    flags: Sequence[str], threads: int | None = None, instant: bool = False
-) -> Iterator[Replica]:
-    """`tapt-serve serve` with these flags on a free port; `instant`: without a model behind it."""
-    module = ["benchmarks.replica"] if instant else ["service.cli", "serve"]
-    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    command = [sys.executable, "-m", *module, "--port", "0", *flags]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    ) as process:
-        assert process.stdout is not None
-        found = re.search(r"http://\S+", process.stdout.readline())
-        try:
-            if found is None:
-                raise SystemExit("the service did not start")
-            yield Replica(found.group(), process)
-        finally:
-            process.terminate()
+    When it stops, it prints as JSON how long decoding a picture took (`decode_ms`), on average and
+    of processor time.
+    """
+    return Server(*flags, command=(sys.executable, "-m", "benchmarks.isolated"))
 
 
 class Instant:
@@ -167,7 +103,7 @@ def _measure_bare(
 
 
 def clock_decoding() -> list[float]:
-    """Have the seconds of processor time of every decoding from now on written into a list."""
+    """Note the seconds of processor time of every decoding, of modules imported from now on."""
     spent: list[float] = []
 
     def clocked(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
@@ -182,11 +118,9 @@ def clock_decoding() -> list[float]:
 
 
 if __name__ == "__main__":
-    from service.server import serve as serve_here
-
-    named = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
-    knobs = {flag.removeprefix("--").replace("-", "_"): value for flag, value in named.items()}
     spent = clock_decoding()
-    status = serve_here(Settings(**knobs), Instant())  # type: ignore[arg-type]
+    from service.server import serve  # only now, so that it decodes under the clock
+
+    status = serve(read_knobs(sys.argv[1:]), Instant())
     print(json.dumps({"decode_ms": 1000 * sum(spent) / max(1, len(spent))}))
     sys.exit(status)
