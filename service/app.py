@@ -39,8 +39,10 @@ def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
+        await intake.decoders.start()
         yield
         await engine.stop(settings.drain_timeout_s)
+        await intake.decoders.stop()
         intake.close()
 
     app = FastAPI(

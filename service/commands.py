@@ -22,6 +22,7 @@ from rich.table import Table
 
 from service.errors import ERRORS, InternalError
 from service.http.response import build_response
+from service.intake.decode import decode
 from service.intake.intake import Outcome
 from service.intake.options import resolve_options
 from service.messages import Answer, Failure, ProgressEvent
@@ -48,7 +49,8 @@ class Comparison(Classification):
 def classify_here(path: Path, choices: Choices, settings: Settings) -> Comparison:
     """One image, by a model loaded into this process. Raises ServiceError, ModelError, OSError."""
     began = time.monotonic()
-    work = resolve_options(uuid.uuid4().hex, path.read_bytes(), choices, settings, began)
+    image = decode(path.read_bytes(), settings.max_image_pixels)
+    work = resolve_options(uuid.uuid4().hex, image, choices, settings, began)
     decode_seconds = time.monotonic() - began
     runner = _load(settings)
     settled: list[Answer | Failure | ProgressEvent] = []

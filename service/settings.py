@@ -127,6 +127,21 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(
         40_000_000, ge=1, description="Largest image, width times height; more is answered 413."
     )
+    decoders: int = Field(
+        0, ge=0, le=64, description="Processes that decode images; 0: one for each core, up to 4."
+    )
+    decode_timeout_ms: int = Field(
+        2000,
+        ge=10,
+        description="Processor time to decode one image, milliseconds; on a busy machine it may "
+        "take half as long again. More is answered 422.",
+    )
+    decode_memory_bytes: int = Field(
+        480 * 2**20,
+        ge=64 * 2**20,
+        description="Memory to decode one image, bytes; an image takes up to 12 bytes a pixel. "
+        "More is answered 422. Images that need over an eighth of it are decoded one at a time.",
+    )
     max_labels: int = Field(1000, ge=2, description="Most candidate labels of a request.")
     max_label_chars: int = Field(256, ge=1, description="Longest label or template, characters.")
 

@@ -26,6 +26,7 @@ REFUSALS = {
     "too_large",
     "unsupported_image",
     "unprocessable",
+    "image_too_costly",
 }
 """Error types that mean that a request was refused before any work; the engine counts its own."""
 

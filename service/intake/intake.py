@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 from fastapi import Request
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
@@ -30,6 +31,7 @@ from service.errors import (
     Unprocessable,
     UploadTimeout,
 )
+from service.intake.decoders import Decoders
 from service.intake.image_urls import ImageFetcher, ImageURL
 from service.intake.limits import Limits
 from service.intake.multipart import check_values
@@ -42,7 +44,9 @@ from service.telemetry.metrics import Metrics
 from service.telemetry.traces import record
 
 UPLOADS = 16  # times max_body_bytes: the memory that unfinished bodies may take together
-DECODERS = min(4, os.cpu_count() or 1)
+PARSERS = min(4, os.cpu_count() or 1)
+
+NO_IMAGE = np.empty((0, 0, 3), np.uint8)
 
 Parse = Callable[[bytes, str], tuple[bytes | ImageURL, Choices]]
 """A body and its content type to an image file, or where it is, and the rest. Raises ServiceError
@@ -91,12 +95,13 @@ class Intake:
         self._engine = engine
         self._limits = Limits(settings, metrics)
         self._similarity = Similarity(settings, metrics)
+        self.decoders = Decoders(settings, metrics)
         self.links = ImageFetcher(settings, metrics)
         self._arriving = 0  # bytes of unfinished bodies
-        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+        self._parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parse")
 
     def close(self) -> None:
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._parsers.shutdown(wait=False, cancel_futures=True)
 
     async def classify(
         self, request: Request, parse: Parse, amend: Amend = _as_it_is, watch: Watch = look_away
@@ -145,16 +150,16 @@ class Intake:
         self, request: Request, parse: Parse, amend: Amend, watch: Watch, body: bytes, began: float
     ) -> Outcome:
         with self._engine.reserve(len(body)) as permit:
-            # Parsed and decoded in one visit to the pool: each costs more than a usual parse.
-            opened = await self._aside(self._open, request, parse, amend, body, permit)
-            if isinstance(opened, _Opened):
+            kind = request.headers.get("content-type", "")
+            source, choices = await self._aside(_translated, parse, body, kind)
+            if isinstance(source, bytes):
+                opened = await self._prepare(request, amend, source, choices, permit)
                 return await self._answer(request, opened, permit, watch, began)
         # An image on its way from elsewhere holds no place, as an upload holds none.
-        link, choices = opened
-        file = await self.links.fetch(link)
+        file = await self.links.fetch(source)
         with self._engine.reserve(len(file)) as permit:
-            found = await self._aside(self._prepare, request, amend, file, choices, permit)
-            return await self._answer(request, found, permit, watch, began)
+            opened = await self._prepare(request, amend, file, choices, permit)
+            return await self._answer(request, opened, permit, watch, began)
 
     async def _answer(
         self, request: Request, opened: _Opened, permit: Permit, watch: Watch, began: float
@@ -170,22 +175,11 @@ class Intake:
         model = self._engine.info["model"]["name"]
         return Outcome(work, answer, model, opened.top_k, permit.waited, decode_seconds, total)
 
-    def _open(
-        self, request: Request, parse: Parse, amend: Amend, body: bytes, permit: Permit
-    ) -> _Opened | tuple[ImageURL, Choices]:
-        """The work in a body, or what to fetch first."""
-        kind = request.headers.get("content-type", "")
-        source, choices = _translated(parse, body, kind)
-        if isinstance(source, bytes):
-            return self._prepare(request, amend, source, choices, permit)
-        return source, choices
-
-    def _prepare(
+    async def _prepare(
         self, request: Request, amend: Amend, file: bytes, choices: Choices, permit: Permit
     ) -> _Opened:
-        decoding = time.monotonic()
         work = resolve_options(
-            request.state.request_id, file, choices, self._settings, permit.since
+            request.state.request_id, NO_IMAGE, choices, self._settings, permit.since
         )
         request.state.log |= {
             "labels": len(work.labels),
@@ -193,6 +187,12 @@ class Intake:
             "steps": work.steps,
             "views": work.views,
         }
+        decoding = time.monotonic()
+        try:
+            async with asyncio.timeout(self._settings.request_timeout_ms / 1000):
+                work = replace(work, image=await self.decoders.decode(file))
+        except TimeoutError:
+            raise DeadlineExceeded("The image was not decoded in time.") from None
         print = self._similarity.fingerprint(work.image, file)
         return _Opened(amend(work), print, choices.top_k, decoding, time.monotonic())
 
@@ -201,9 +201,9 @@ class Intake:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._settings.request_timeout_ms / 1000):
-                return await loop.run_in_executor(self._decoders, partial(act, *args, **kwargs))
+                return await loop.run_in_executor(self._parsers, partial(act, *args, **kwargs))
         except TimeoutError:
-            raise DeadlineExceeded("The image was not decoded in time.") from None
+            raise DeadlineExceeded("The body was not parsed in time.") from None
 
 
 def _translated(parse: Parse, body: bytes, content_type: str) -> tuple[bytes | ImageURL, Choices]:

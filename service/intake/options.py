@@ -3,8 +3,10 @@
 import math
 import secrets
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.errors import Unprocessable
-from service.intake.decode import decode
 from service.messages import Task
 from service.schemas import SEEDS, Choices, DefenseOptions
 from service.settings import TIERS, Settings
@@ -22,12 +24,12 @@ COUNTERATTACK_STEPS = 2  # as published, where the request names none
 
 
 def resolve_options(
-    id: str, file: bytes, choices: Choices, settings: Settings, since: float
+    id: str, image: NDArray[np.uint8], choices: Choices, settings: Settings, since: float
 ) -> Task:
-    """A request with its image decoded and every choice made: the server's where the client made
-    none, and lowered to the server's limits. `since` is the instant from which its time counts.
+    """A request with every choice made: the server's where the client made none, and lowered to
+    the server's limits. `since` is the instant from which its time counts.
 
-    Raises ServiceError: Unprocessable, or what `images.decode` finds.
+    Raises Unprocessable.
     """
     labels = tuple(choices.candidate_labels)
     if len(labels) > settings.max_labels:
@@ -52,7 +54,7 @@ def resolve_options(
     timeout = min(wanted.deadline_ms or math.inf, settings.request_timeout_ms)
     return Task(
         id=id,
-        image=decode(file, settings.max_image_pixels),
+        image=image,
         labels=labels,
         template=template,
         method=method,

@@ -68,6 +68,14 @@ class Metrics:
         self.key_file_errors = counter(
             "key_file_errors", "Looks at a key file that could not be read; the old keys stayed."
         )
+        self.decoder_kills = counter(
+            "decoder_kills",
+            "Decoder processes that an image ended: it took too long or too much memory, crashed "
+            "the process, or its client left.",
+            "reason",
+        )
+        self.decoder_restarts = counter("decoder_restarts", "Decoder processes started again.")
+        self.decoders_up = gauge("decoders_up", "Decoder processes that are ready.")
         self.worker_restarts = counter("worker_restarts", "Worker processes started again.")
         self.worker_up = gauge("worker_up", "1 while the worker is ready.", "worker")
         self.device_memory_bytes = gauge(
