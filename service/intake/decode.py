@@ -195,6 +195,7 @@ def _load(image: Image.Image) -> None:
 
 
 def _free_canvases(image: WebPImagePlugin.WebPImageFile) -> None:
+    del image.load_prepare  # a reference to itself, which would keep its memory
     image._decoder = None
     WebPImagePlugin.WebPImageFile.load_prepare(image)
 

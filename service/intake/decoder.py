@@ -44,7 +44,7 @@ class Status(IntEnum):
     OUT_OF_MEMORY = 3
 
 
-RETAINED = 128 * 2**20
+RETAINED = 96 * 2**20
 """Bytes of address space that a process may keep between images; with more it ends."""
 
 NICE = 5

@@ -14,8 +14,9 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
-from asyncio.subprocess import DEVNULL, Process
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
@@ -30,6 +31,7 @@ from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.worker.process import count_cores
 
+PROGRAM = ("-P", "-m", "service.intake.decoder")
 MAX_DECODERS = 4
 WALL_TIME = 1.5  # times the processor time
 MIN_SECONDS = 0.01  # a timer of 0 would never end
@@ -69,7 +71,7 @@ class Decoders:
         self._memory = settings.decode_memory_bytes
         self._seconds = settings.decode_timeout_ms / 1000
         self._metrics = metrics
-        self._idle: asyncio.Queue[_Decoder] = asyncio.Queue()
+        self._idle: asyncio.Queue[_Decoder | None] = asyncio.Queue()
         self._large = asyncio.Lock()
         self._keepers: list[asyncio.Task[None]] = []
         self._usable: set[int] = set()  # slots whose last process got warm
@@ -144,11 +146,14 @@ class Decoders:
         return reply
 
     async def _take(self) -> "_Decoder":
-        while len(self._failing) < self._count:
+        while True:
             decoder = await self._idle.get()
-            if decoder.alive:
+            if decoder is None:  # wakes those who wait when no process can be started
+                if len(self._failing) == self._count:
+                    self._idle.put_nowait(None)
+                    raise NotReady("No image can be decoded now.", retry_after=RETRY_AFTER)
+            elif decoder.alive:
                 return decoder
-        raise NotReady("No image can be decoded now.", retry_after=RETRY_AFTER)
 
     def _refuse(self, decoder: "_Decoder", reason: str) -> ImageTooCostly:
         decoder.kill()
@@ -165,6 +170,8 @@ class Decoders:
                 log.error("a decoder did not start: %r", error)
                 self._usable.discard(slot)
                 self._failing.add(slot)
+                if len(self._failing) == self._count and self._idle.empty():
+                    self._idle.put_nowait(None)
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, MAX_BACKOFF)
                 continue
@@ -192,11 +199,13 @@ _REFUSALS = {
 class _Decoder:
     """One process and the socket to it. `leaving`: the process ends by itself."""
 
-    def __init__(self, process: Process, connection: socket.socket) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], connection: socket.socket) -> None:
         self.leaving = False
         self._process = process
         self._connection = connection
         self._in_use = asyncio.Lock()
+        self._ended = asyncio.Event()
+        threading.Thread(target=self._wait, args=(asyncio.get_running_loop(),), daemon=True).start()
 
     @classmethod
     async def start(cls) -> Self:
@@ -206,11 +215,10 @@ class _Decoder:
         # A new program, because a fork of this threaded process could deadlock, with a bare
         # environment, because this process may have its keys there.
         with there:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-P", "-m", "service.intake.decoder"),
+            process = subprocess.Popen(
+                (sys.executable, *PROGRAM),
                 stdin=there.fileno(),
-                stdout=DEVNULL,
+                stdout=subprocess.DEVNULL,
                 env=_environment(),
                 start_new_session=True,
             )
@@ -281,7 +289,8 @@ class _Decoder:
     async def cause_of_death(self) -> str:
         """Why a process that closed its socket has ended."""
         self.kill()  # in case it only closed the socket; the end of one that ends stays as it is
-        code = await self._process.wait()
+        await self._ended.wait()
+        code = self._process.returncode
         if code == -signal.SIGPROF:
             return "timeout"
         if code == -signal.SIGKILL:  # by the kernel, which had no memory left
@@ -290,16 +299,22 @@ class _Decoder:
         return "crash"
 
     async def wait(self) -> None:
-        await self._process.wait()
+        """Until the process has ended."""
+        await self._ended.wait()
+
+    def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Not by asyncio's child watcher: its `kill` may take away the exit code."""
+        self._process.wait()
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(self._ended.set)
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            self._process.kill()
+        self._process.kill()
 
     async def end(self) -> None:
         """See to it that the process is gone."""
         self.kill()
-        await self._process.wait()
+        await self._ended.wait()
         async with self._in_use:  # who waits for a reply sees the end of the stream first
             self._connection.close()
 

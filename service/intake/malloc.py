@@ -13,8 +13,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of malloc.h
 KEPT = 64 * 2**20
 """Bytes at the end of a heap, of which threads share a few, that are not given back."""
 
-APART = 32 * 2**20
-"""Bytes from which on a buffer is fetched and given back by itself; glibc allows no more."""
+APART = 8 * 2**20
+"""Bytes from which on a buffer is fetched and given back by itself: those of large photographs."""
 
 
 def keep_freed_memory() -> None:

@@ -5,7 +5,6 @@ import io
 import struct
 import subprocess
 import sys
-import threading
 import time
 import warnings
 import zlib
@@ -188,35 +187,6 @@ def test_a_bomb_is_refused_or_cheap(file: bytes, error: type[ServiceError] | Non
             with pytest.raises(error):
                 decode(file, PIXELS)
     assert time.process_time() - began < PATIENCE
-
-
-@pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow reads no AVIF")
-def test_avif_frames_larger_than_their_header_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The decoder's own limit is the only one on the frame, so no two may be in memory at once."""
-    file = bytearray(encode(Image.new("L", (2048, 2048)), "AVIF", speed=10))
-    at = file.index(b"ispe") + 8
-    file[at : at + 8] = struct.pack(">II", 64, 64)
-    inside, most = 0, 0
-    count = threading.Lock()
-    real = Image.open
-
-    def watched(*args: object, **options: object) -> Image.Image:
-        nonlocal inside, most
-        with count:
-            inside += 1
-            most = max(most, inside)
-        time.sleep(0.05)
-        with count:
-            inside -= 1
-        return real(*args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("service.intake.decode.Image.open", watched)
-    threads = [threading.Thread(target=decode, args=(bytes(file), 10_000)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == 1
 
 
 SILENT = """
