@@ -47,9 +47,6 @@ class Status(IntEnum):
 RETAINED = 96 * 2**20
 """Bytes of address space that a process may keep between images; with more it ends."""
 
-NICE = 5
-"""Lower priority than the API process and the worker."""
-
 NOBODY = 65534
 
 DESCRIPTORS = 4
@@ -173,8 +170,11 @@ def _warm_up() -> None:
 
 
 def _drop_rights() -> None:
-    """Give up what decoding does not need: files, sockets, threads, children, priority."""
-    os.nice(NICE)
+    """Give up what decoding does not need: files, sockets, threads, children.
+
+    The priority stays: beside a busy worker a lower one would let the clock run out for honest
+    images.
+    """
     # When the machine runs out of memory, the kernel should choose this process.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write("1000")
