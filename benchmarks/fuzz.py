@@ -1,14 +1,17 @@
-"""Damaged image files by the ten thousand: each is decoded or refused, quickly, and nothing else.
+"""Damaged image files by the ten thousand, and files made to be expensive.
 
 python -m benchmarks.fuzz --seconds 60            # for each format; writes docs/reliability.md
 
-A file that brings anything but pixels or a typed error is left in `runs/fuzz/FORMAT`, also when
-the decoder takes the whole process down.
+First, damaged files go to the decoder in this process: each is decoded or refused with a typed
+error. One that brings anything else is left in `runs/fuzz/FORMAT`, also when the decoder takes the
+whole process down. Then the files of `bombs`, whole, cut short and damaged, go to a running
+service, and `bombing.py` watches what they cost.
 """
 
 import io
 import random
 import struct
+import sys
 import time
 import warnings
 import zlib
@@ -20,8 +23,11 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
+from benchmarks.bombing import MAX_ANSWER, MAX_GROWTH, MAX_LIVEZ, Summary, Target
+from benchmarks.bombs import bombs, variants
 from benchmarks.harness.machine import machine
 from benchmarks.harness.report import make_parser, write_section
+from benchmarks.harness.server import Server
 from service.errors import ServiceError
 from service.intake.decode import FORMATS, decode
 from service.telemetry import logs
@@ -149,30 +155,73 @@ def fuzz(
     raise AssertionError("files() ends")
 
 
-def main() -> None:
+def bomb(target: Target, kind: str, seed: int) -> Summary:
+    """Strike with every bomb of one format, and with its variants."""
+    summary = Summary()
+    for name, file in bombs(kind):
+        for how, variant in (("whole", file), *variants(file, mutate, seed)):
+            effect = target.strike(f"{kind} {name}, {how}", variant)
+            summary.add(effect)
+            for sentence in effect.broken():
+                print(sentence, flush=True)
+    return summary
+
+
+def tell_bombs(summaries: dict[str, Summary]) -> list[str]:
+    lines = [
+        "| format | expensive files | answers | slowest s | slowest /livez s | growth MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, summary in summaries.items():
+        counts = sorted(summary.statuses.items())
+        answers = ", ".join(f"{count} x {status}" for status, count in counts)
+        worst = summary.worst
+        lines.append(
+            f"| {kind} | {summary.statuses.total()} | {answers} | {worst.answer:.2f} | "
+            f"{worst.livez:.2f} | {worst.growth:.0f} |"
+        )
+    return lines
+
+
+def main() -> int:
     parser = make_parser("benchmarks.fuzz", __doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each format")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
+    parser.add_argument("--skip-damaged", action="store_true", help="only the expensive files")
     parser.add_argument("--dry", action="store_true", help="do not write docs/reliability.md")
     options = parser.parse_args()
     logs.configure("text")
     directory = Path("runs/fuzz")
     directory.mkdir(parents=True, exist_ok=True)
     lines = ["| format | files | decoded | refused | refusals by type |", "|---|---|---|---|---|"]
-    for kind in options.formats:
+    for kind in options.formats if not options.skip_damaged else ():
         counts = fuzz(kind, options.seconds, options.seed, directory / kind)
         total, decoded = counts.total(), counts.pop("decoded", 0)
         types = ", ".join(f"{name} {count}" for name, count in counts.most_common())
         lines.append(f"| {kind} | {total} | {decoded} | {counts.total()} | {types} |")
         print(lines[-1], flush=True)
+    with Server() as service:
+        target = Target(service.url, service.process.pid)
+        summaries = {kind: bomb(target, kind, options.seed) for kind in options.formats}
+    table = tell_bombs(summaries)
+    print("\n".join(table))
+    broken = [sentence for summary in summaries.values() for sentence in summary.broken]
     command = f"python -m benchmarks.fuzz --seconds {options.seconds:g} --seed {options.seed}"
+    verdict = f"Broken: {'; '.join(broken)}." if broken else "Every promise above held."
     lines += [
         "",
-        f"Written by `{command}`; none crashed, hung or raised anything else. {machine()}",
+        "Of the damaged files none crashed, hung or raised anything else.",
+        "",
+        *table,
+        "",
+        f"Bounds: {MAX_ANSWER:g} s for the answer, {MAX_LIVEZ:g} s for `/livez` meanwhile, "
+        f"{MAX_GROWTH:g} MB for all processes together. {verdict} "
+        f"Written by `{command}`. {machine()}",
     ]
-    if not options.dry:
+    if not (options.dry or options.skip_damaged):
         write_section("fuzz", "\n".join(lines))
+    return 1 if broken else 0
 
 
 def _encode(image: Image.Image, kind: str, options: dict[str, object]) -> bytes:
@@ -193,4 +242,4 @@ def _mend_png(file: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,6 @@
 model."""
 
 import asyncio
-import json
 import multiprocessing
 import sys
 import time
@@ -10,10 +9,6 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-import service.intake.decoders
 from benchmarks.harness.requests import LABELS, draw_file
 from benchmarks.harness.server import Server, read_knobs
 from service.intake.decode import decode
@@ -24,11 +19,7 @@ from service.worker.supervisor import Event
 
 
 def serve_instantly(*flags: str) -> Server:
-    """The server with a worker that answers at once.
-
-    When it stops, it prints as JSON how long decoding a picture took (`decode_ms`), on average and
-    of processor time.
-    """
+    """The server with a worker that answers at once."""
     return Server(*flags, command=(sys.executable, "-m", "benchmarks.isolated"))
 
 
@@ -102,25 +93,7 @@ def _measure_bare(
     return {"times": times, "machine": describe_machine(runner.guard)}
 
 
-def clock_decoding() -> list[float]:
-    """Note the seconds of processor time of every decoding, of modules imported from now on."""
-    spent: list[float] = []
-
-    def clocked(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
-        begun = time.thread_time()
-        try:
-            return decode(data, max_pixels)
-        finally:
-            spent.append(time.thread_time() - begun)
-
-    service.intake.decoders.decode = clocked
-    return spent
-
-
 if __name__ == "__main__":
-    spent = clock_decoding()
-    from service.server import serve  # only now, so that it decodes under the clock
+    from service.server import serve
 
-    status = serve(read_knobs(sys.argv[1:]), Instant())
-    print(json.dumps({"decode_ms": 1000 * sum(spent) / max(1, len(spent))}))
-    sys.exit(status)
+    sys.exit(serve(read_knobs(sys.argv[1:]), Instant()))

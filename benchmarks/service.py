@@ -11,7 +11,6 @@ a table in Markdown.
 
 import argparse
 import asyncio
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,18 +73,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def measure_api(seconds: float) -> dict[str, float]:
     """Processor milliseconds of the API process for one request, with a worker that answers at
-    once; `decode_ms` is what decoding the picture took of them, clocked in that very process."""
+    once; `decode_ms` are those of the decoder processes, in addition."""
     requests, rate = draw_requests(PICTURES), 100.0
     with serve_instantly("--max-queue-size", "1000") as server:
         asyncio.run(drive(server.url, [i / rate for i in range(20)], requests))
-        before = server.cpu_seconds()
+        before, decoding = server.cpu_seconds(), server.decoder_cpu_seconds()
         arrivals = poisson(rate, seconds, 3)
         records = asyncio.run(drive(server.url, arrivals, requests))
         spent = server.cpu_seconds() - before
-        decode: float = json.loads(server.stop())["decode_ms"]
+        decoded = server.decoder_cpu_seconds() - decoding
     answered = sum(record.status == 200 for record in records)
-    total = 1000 * spent / max(1, answered)
-    return {"n": answered, "cpu_ms": total, "decode_ms": decode, "rest_ms": total - decode}
+    each = 1000 / max(1, answered)
+    return {"n": answered, "cpu_ms": each * spent, "decode_ms": each * decoded}
 
 
 def describe_requests(settings: Mapping[str, Any]) -> str:
@@ -118,7 +117,7 @@ def write_page(figures: dict[str, Any]) -> str:
         f"server {figures['share_of_engine']:.0%} of that at saturation. At half load p99 is "
         f"{figures['half_p99_of_single']:.1f} times the median of single requests. The API process "
         f"spends {api['cpu_ms']:.1f} ms of processor time a request (n = {api['n']}, a worker that "
-        f"answers at once), {api['decode_ms']:.1f} of them on decoding. Milliseconds of a batch in "
+        f"answers at once), the decoders {api['decode_ms']:.1f} ms. Milliseconds of a batch in "
         f"the bare engine by its size: {batches}{', all workers at work' if workers > 1 else ''}."
     )
     caption = (

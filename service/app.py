@@ -39,9 +39,10 @@ def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
+        await intake.start()
         yield
         await engine.stop(settings.drain_timeout_s)
-        intake.close()
+        await intake.stop()
 
     app = FastAPI(
         title="tapt-serve",

@@ -2,8 +2,8 @@
 
 ServiceError
   BadRequest 400, Unauthorized 401, NotFound 404, MethodNotAllowed 405, UploadTimeout 408,
-  TooLarge 413, UnsupportedImage 415, Unprocessable 422, QueueFull 429, RateLimited 429,
-  ClientGone 499, InternalError 500, NotReady 503, DeadlineExceeded 504
+  TooLarge 413, UnsupportedImage 415, Unprocessable 422, ImageTooCostly 422, QueueFull 429,
+  RateLimited 429, ClientGone 499, InternalError 500, NotReady 503, DeadlineExceeded 504
 """
 
 
@@ -49,6 +49,12 @@ class UnsupportedImage(ServiceError):
 
 class Unprocessable(ServiceError):
     status, error_type = 422, "unprocessable"
+
+
+class ImageTooCostly(ServiceError):
+    """Decoding the image would take, or took, more time or memory than one image may have."""
+
+    status, error_type = 422, "image_too_costly"
 
 
 class QueueFull(ServiceError):

@@ -144,6 +144,24 @@ class Settings(BaseSettings):
     max_label_chars: int = Field(
         256, ge=1, description="Maximum length of a label or template (characters)."
     )
+    decoders: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Number of processes that decode images; 0: one per core, at most 4.",
+    )
+    decode_timeout_ms: int = Field(
+        2000,
+        ge=10,
+        description="Maximum processor time to decode an image (ms), and 1.5 times that in wall "
+        "time; more costly images get a 422.",
+    )
+    decode_memory_bytes: int = Field(
+        480 * 2**20,
+        ge=64 * 2**20,
+        description="Maximum memory to decode an image (bytes), at up to 12 bytes per pixel; more "
+        "costly images get a 422. Images that need over an eighth of it are decoded one at a time.",
+    )
 
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         (),

@@ -97,6 +97,15 @@ class Server:
         times = psutil.Process(self.pid).cpu_times()
         return times.user + times.system
 
+    def decoder_cpu_seconds(self) -> float:
+        """Processor time that the running decoder processes have used."""
+        decoders = [
+            child.cpu_times()
+            for child in psutil.Process(self.pid).children()
+            if "service.intake.decoder" in _command(child)
+        ]
+        return sum(times.user + times.system for times in decoders)
+
     def logs(self) -> str:
         """What it wrote to standard error. Empty if `stderr` was given."""
         if not self._log.closed and self._log.readable():

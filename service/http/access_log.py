@@ -27,6 +27,7 @@ REFUSALS = {
     "too_large",
     "unsupported_image",
     "unprocessable",
+    "image_too_costly",
 }
 """Error types of requests that were refused before they ran; other parts count their own."""
 

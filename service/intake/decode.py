@@ -1,24 +1,40 @@
-"""Decode an image file, as bytes or base64, to an RGB array.
+"""Decode an image file, bytes or base64, into a checked RGB array.
 
-No later stage reads files, so damaged and hostile ones are refused here, each with an error of its
-own. Alpha is dropped and not composited, as in transformers' pipelines (`convert("RGB")`), so that
-equal images get equal answers.
+No later stage sees the file again, so a damaged, hostile or absurd one is refused here with a typed
+error. `decode` runs in the processes of `decoders.py`, under limits of time and memory. Alpha is
+dropped rather than composited, because transformers' own pipelines do the same
+(`convert("RGB")`), and equal input should get equal answers.
 """
 
 import base64
 import binascii
 import contextlib
 import ctypes
-import threading
-from contextlib import AbstractContextManager
+from functools import partial
 from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, _imaging, features
+from PIL import (
+    AvifImagePlugin,
+    ExifTags,
+    Image,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+    _imaging,
+    features,
+)
 
-from service.errors import BadRequest, ServiceError, TooLarge, Unprocessable, UnsupportedImage
-from service.intake.structure import check_structure
+from service.errors import (
+    BadRequest,
+    ImageTooCostly,
+    ServiceError,
+    TooLarge,
+    Unprocessable,
+    UnsupportedImage,
+)
+from service.intake.structure import check_structure, read_webp_size
 
 MAX_SHORT_SIDE = 512
 """Pixels. Larger images are scaled down with antialiasing until the shorter side is this long."""
@@ -35,9 +51,13 @@ if features.check("avif"):
 
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 
-_AVIF = threading.Lock()
-
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF
+
+_BYTES_PER_PIXEL = 12
+"""Most that decoding takes at once: 40-megapixel files of every format took 5 to 12."""
+
+_PROGRESSIVE_BYTES_PER_PIXEL = 6
+"""Coefficients of a progressive JPEG: 2 bytes for each sample, without chroma subsampling."""
 
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
@@ -53,39 +73,51 @@ _UPRIGHT = {
 
 # Pillow's own limit is a process-wide constant; `decode` checks every header itself.
 Image.MAX_IMAGE_PIXELS = None
-Image.init()  # load the decoders now and not with the first request
-with contextlib.suppress(OSError, AttributeError):  # Pillow does not always export libtiff
-    # libtiff writes a line to standard error for each damaged row of a client's file.
+# A decoder process has one image at a time, and may start no threads.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+Image.init()  # otherwise the first request pays for loading the decoders
+with contextlib.suppress(OSError, AttributeError):  # where Pillow's libtiff cannot be reached
+    # By itself libtiff writes a line to standard error for each damaged row of a client's file.
     ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 
-def decode(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    """Decode the first frame of an image file, upright, to uint8 RGB [height, width, 3].
+class OutOfMemory(ImageTooCostly):
+    """Decoding ran out of memory (then the cause is a MemoryError), or is expected to."""
 
-    Raises:
-        BadRequest: the file is empty, damaged or truncated.
-        UnsupportedImage: it is in none of `FORMATS`, or its samples have no defined range.
-        TooLarge: its header names more than `max_pixels`, or it does not fit into memory.
-        Unprocessable: its aspect ratio is above `MAX_ASPECT`.
+
+def decode(data: bytes, max_pixels: int, memory: int | None = None) -> NDArray[np.uint8]:
+    """The first frame of an image file, upright, as uint8 RGB [height, width, 3].
+
+    `memory` refuses what is expected to take more bytes before any are taken; None expects nothing.
+
+    Raises BadRequest (empty, damaged or truncated), UnsupportedImage (not one of `FORMATS`, or
+    samples without a defined range), TooLarge (more than `max_pixels` by its header),
+    Unprocessable (sides further apart than `MAX_ASPECT`), ImageTooCostly, OutOfMemory.
     """
     if not data:
         raise BadRequest("The image is empty.")
     check_structure(data)
     try:
-        with _avif_lock(data), Image.open(BytesIO(data), formats=FORMATS) as image:
-            return _read(image, max_pixels)
+        # libwebp allocates its canvas when the file is opened.
+        if size := read_webp_size(data):
+            _check_size(size, max_pixels)
+            _check_memory(_BYTES_PER_PIXEL * size[0] * size[1], memory)
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            return _read(image, max_pixels, memory)
     except ServiceError:
         raise
-    except MemoryError:
-        raise TooLarge("Decoding the image needs more memory than there is.") from None
     except UnidentifiedImageError:
         if _claims_a_format(data):
             raise BadRequest("The image is damaged or truncated.") from None
         accepted = ", ".join(FORMATS)
         raise UnsupportedImage(f"The image is not one of: {accepted}.") from None
-    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError,
-    # OverflowError, zlib.error, IndexError, TypeError and more.
-    except Exception:
+    # Pillow's decoders fail with whatever they trip over: OSError, SyntaxError, ValueError,
+    # struct.error, EOFError, OverflowError, zlib.error, IndexError, TypeError and more.
+    except Exception as error:
+        # Some decoders report that memory ran out in words only.
+        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+            message = "The image needs more memory to decode than one image may take."
+            raise OutOfMemory(message) from MemoryError()
         raise BadRequest("The image is damaged or truncated.") from None
 
 
@@ -111,14 +143,9 @@ def from_base64(text: str) -> bytes:
         raise BadRequest("The image is not base64.") from None
 
 
-def _read(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
+def _read(image: Image.Image, max_pixels: int, memory: int | None) -> NDArray[np.uint8]:
     width, height = image.size
-    if width < 1 or height < 1:
-        raise BadRequest("The image has no pixels.")
-    if width * height > max_pixels:
-        raise TooLarge(
-            f"The image has {width * height} pixels ({width}x{height}); the limit is {max_pixels}."
-        )
+    _check_size(image.size, max_pixels)
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise Unprocessable(
             f"The image is {width}x{height}; its aspect ratio may be at most {MAX_ASPECT}."
@@ -130,7 +157,12 @@ def _read(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
         # Let libjpeg halve a JPEG while decoding, down to twice the final size. This takes a third
         # of the time and changes the result by less than a quarter of a gray level.
         image.draft(None, (2 * size[0], 2 * size[1]))
-    image.load()
+    _check_memory(
+        _BYTES_PER_PIXEL * image.width * image.height
+        + _PROGRESSIVE_BYTES_PER_PIXEL * width * height * ("progressive" in image.info),
+        memory,
+    )
+    _load(image)
     upright = _UPRIGHT.get(_orientation(image))
     image = _to_rgb(image)
     if image.size != size:
@@ -138,6 +170,34 @@ def _read(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
     if upright is not None:
         image = image.transpose(upright)
     return np.array(image, dtype=np.uint8)
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise BadRequest("The image has no pixels.")
+    if width * height > max_pixels:
+        raise TooLarge(
+            f"The image has {width * height} pixels ({width}x{height}); the limit is {max_pixels}."
+        )
+
+
+def _check_memory(expected: int, memory: int | None) -> None:
+    if memory is not None and expected > memory:
+        raise OutOfMemory(f"The image may take {expected} bytes to decode.")
+
+
+def _load(image: Image.Image) -> None:
+    """Load the pixels. libwebp holds two canvases, which go before Pillow's own copy comes."""
+    if isinstance(image, WebPImagePlugin.WebPImageFile):
+        image.load_prepare = partial(_free_canvases, image)  # type: ignore[method-assign]
+    image.load()
+
+
+def _free_canvases(image: WebPImagePlugin.WebPImageFile) -> None:
+    del image.load_prepare  # a reference to itself, which would keep its memory
+    image._decoder = None
+    WebPImagePlugin.WebPImageFile.load_prepare(image)
 
 
 def _check_tiles(image: Image.Image, max_pixels: int) -> None:
@@ -149,12 +209,6 @@ def _check_tiles(image: Image.Image, max_pixels: int) -> None:
             padded *= -(-side // tile) * tile
         if padded > 2 * max_pixels:
             raise TooLarge(f"The tiles of the image have {padded} pixels.")
-
-
-def _avif_lock(data: bytes) -> AbstractContextManager[object]:
-    """A lock for AVIF files, and nothing for others. An AVIF frame may be larger than its header
-    says, up to the decoder's limit of 16384 x 16384, so only one is decoded at a time."""
-    return _AVIF if data[4:8] == b"ftyp" else contextlib.nullcontext()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from service.engine.engine import Engine
 from service.engine.permits import Permit
-from service.errors import ClientGone, QueueFull, TooLarge, UploadTimeout
+from service.errors import ClientGone, DeadlineExceeded, QueueFull, TooLarge, UploadTimeout
 from service.intake.body import SMALL_BYTES
 from service.intake.decoders import Decoders
 from service.intake.image_urls import ImageFetcher, ImageURL
@@ -65,11 +65,16 @@ class Intake:
         self._limits = Limits(settings, metrics)
         self._similarity = Similarity(settings, metrics)
         self.image_urls = ImageFetcher(settings, metrics)
-        self.decoders = Decoders(settings)
+        self.decoders = Decoders(settings, metrics)
         self._arriving = 0  # bytes of unfinished bodies
 
-    def close(self) -> None:
-        self.decoders.close()
+    async def start(self) -> None:
+        """Start the decoder processes."""
+        await self.decoders.start()
+
+    async def stop(self) -> None:
+        """Stop the decoder processes."""
+        await self.decoders.stop()
 
     @asynccontextmanager
     async def admit(self, request: Request) -> AsyncIterator[Ticket]:
@@ -159,7 +164,11 @@ class Intake:
     async def _decode(self, ticket: Ticket, file: bytes) -> NDArray[np.uint8]:
         began = time.monotonic()
         with trace_decoding() as span:
-            image = await self.decoders.decode(file)
+            try:
+                async with asyncio.timeout(self._settings.request_timeout_ms / 1000):
+                    image = await self.decoders.decode(file)
+            except TimeoutError:
+                raise DeadlineExceeded("The image was not decoded in time.") from None
             span.set_attribute("tapt.height", image.shape[0])
             span.set_attribute("tapt.width", image.shape[1])
         ticket.decode_seconds = time.monotonic() - began

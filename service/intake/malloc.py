@@ -12,8 +12,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # from malloc.h
 TRIM_BYTES = 64 * 2**20
 """Free memory at the end of a heap that is kept. Threads share a few heaps."""
 
-MMAP_BYTES = 32 * 2**20
-"""mmap threshold: larger buffers are mapped and unmapped individually. This is glibc's maximum."""
+MMAP_BYTES = 8 * 2**20
+"""mmap threshold: larger buffers, those of large photographs, are mapped individually."""
 
 
 def keep_freed_memory() -> None:

@@ -76,6 +76,14 @@ class Metrics:
         self.key_file_errors = counter(
             "key_file_errors", "Failed attempts to reload the key file; the old keys stay."
         )
+        self.decoder_kills = counter(
+            "decoder_kills",
+            "Decoder processes killed because of an image: it took too long or too much memory, "
+            "crashed the process, or its client left.",
+            "reason",
+        )
+        self.decoder_restarts = counter("decoder_restarts", "Decoder processes restarted.")
+        self.decoders_up = gauge("decoders_up", "Decoder processes that are ready.")
         self.worker_restarts = counter("worker_restarts", "Worker processes restarted.")
         self.worker_up = gauge("worker_up", "1 while the worker is ready.", "worker")
         self.device_memory_bytes = gauge(

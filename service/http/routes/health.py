@@ -21,7 +21,8 @@ async def livez(request: Request) -> Status:
 @router.get("/readyz", summary="Whether requests are served now")
 @router.get("/health", summary="The same as /readyz")
 async def readyz(request: Request) -> Status:
-    return _status(_engine(request).ready, "The server is loading, recovering or shutting down.")
+    ready = _engine(request).ready and request.app.state.intake.decoders.ready
+    return _status(ready, "The server is loading, recovering or shutting down.")
 
 
 @router.get("/startupz", summary="Whether the model has been loaded")

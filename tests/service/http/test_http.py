@@ -565,11 +565,13 @@ def test_health_follows_the_worker(start: START, photo: bytes) -> None:
     assert int(answer.headers["retry-after"]) >= 1
 
     server.call(worker.be_ready)
+    server.wait(lambda: server.app.state.intake.decoders.ready)
     assert codes() == [200, 200, 200, 200]
     assert server.http.get("/health").json() == {"status": "ok"}
     server.call(worker.die)
     assert codes() == [200, 200, 503, 503]
     server.call(worker.be_ready)
+    server.wait(lambda: server.app.state.intake.decoders.ready)
     assert codes() == [200, 200, 200, 200]
     server.call(lambda: worker.die(restarting=False))
     assert codes() == [503, 200, 503, 503]
