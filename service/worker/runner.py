@@ -52,21 +52,27 @@ class Runner:
     def __init__(self, settings: Settings, index: int) -> None:
         self.progress = time.monotonic()
         self._settings = settings
-        dtype = settings.dtype
         try:
-            self.device = pick_device(settings.device, index)
-            if dtype == "auto":
-                dtype = "float32" if self.device.type == "cpu" else "bfloat16"
-            checkpoint = load_checkpoint(
-                settings.model,
-                self.device,
-                getattr(torch, dtype),
-                settings.model_revision,
-                settings.model_sha256.lower(),
-            )
-            bundle = _find_bundle(settings, checkpoint)
-        except (DeviceError, models.checkpoint.ModelError) as error:
+            self._load(settings, index)
+        except (ModelError, DeviceError, models.checkpoint.ModelError) as error:
             raise ModelError(str(error)) from error
+        except Exception as error:  # whatever the files make a library trip over
+            what = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise ModelError(f"{settings.model} cannot be loaded: {what}") from error
+        self.ready = self._describe()
+
+    def _load(self, settings: Settings, index: int) -> None:
+        self.device = pick_device(settings.device, index)
+        usual = "float32" if self.device.type == "cpu" else "bfloat16"
+        dtype = usual if settings.dtype == "auto" else settings.dtype
+        checkpoint = load_checkpoint(
+            settings.model,
+            self.device,
+            getattr(torch, dtype),
+            settings.model_revision,
+            settings.model_sha256.lower(),
+        )
+        bundle = _find_bundle(settings, checkpoint)
         objective = Objective(
             reference=None if bundle is None else bundle.statistics,
             layers=0 if bundle is None else bundle.layers,
@@ -82,13 +88,11 @@ class Runner:
         if settings.method not in self.guard.methods:
             raise ModelError(f"method {settings.method} needs a defense bundle")
         self._warm_up()
-        self.ready = self._describe()
 
     def memory_bytes(self) -> int:
         """Memory in use on the device; on a CPU, the resident memory of this process."""
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return resident_bytes()
+        on_cuda = self.device.type == "cuda"
+        return torch.cuda.memory_allocated(self.device) if on_cuda else resident_bytes()
 
     def run(self, batch: list[Task], settle: Settle, cancelled: Cancelled) -> dict[str, int]:
         """Answer every request of a batch, each as soon as its own loop ends.
@@ -262,10 +266,7 @@ class Runner:
                 },
                 "designs": ["v", "vli", "vlj"],
                 "defenses": self.guard.methods,
-                "versions": {
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                },
+                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             },
             max_batch_tokens=tokens,
             image_tokens=image_tokens,
