@@ -1,6 +1,6 @@
 """`tapt-serve serve | classify | info | key`: one flag a knob, every mistake one sentence.
 
-`calibrate` and `evaluate` are passed on as they are: no knob of the service is theirs.
+`calibrate`, `harden` and `evaluate` parse their own options: the service's knobs are not theirs.
 """
 
 import argparse
@@ -29,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from models.calibration.calibrate import main as calibrate
 
         return calibrate(arguments[1:])
+    if arguments[:1] == ["harden"]:
+        from models.calibration.harden import main as harden
+
+        return harden(arguments[1:])
     if arguments[:1] == ["evaluate"]:
         from models.evaluation.command import main as evaluate
 
@@ -196,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     key.add_argument("--stdin", action="store_true", help="list the key on the standard input")
 
     commands.add_parser("calibrate", help="make a defense bundle for a checkpoint from pictures")
+    commands.add_parser("harden", help="fine-tune a checkpoint against attacks")
     commands.add_parser("evaluate", help="measure defenses under attack and write the table")
 
     for command in (classify, info):
