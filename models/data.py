@@ -61,13 +61,16 @@ class Dataset(Protocol):
         """
 
 
-def open_dataset(path: str | Path) -> Dataset:
-    """Open a parquet file, a directory of parquet shards, or a directory with a folder a class.
+def open_dataset(path: str | Path, *more: str | Path) -> Dataset:
+    """Open one or several parquet files, a directory of parquet shards, or a directory with a
+    folder a class.
 
     A directory that holds pictures and no folders is a data set without labels. Raises DataError
     where the path is none of these.
     """
     path = Path(path)
+    if more:
+        return ParquetDataset([path, *map(Path, more)])
     if path.is_file():
         return ParquetDataset([path])
     if not path.is_dir():

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.calibration.crops import cut_crops, draw_crops
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -28,25 +30,9 @@ class Mix:
 
 
 def crop(images: Tensor, size: int, generator: torch.Generator, smallest: float = 0.35) -> Tensor:
-    """Random resized crop and horizontal flip (Szegedy et al. 2015): uint8 or float
-    [batch, 3, height, width] to float in [0, 1] of [batch, 3, size, size].
-
-    A crop covers between `smallest` and all of the area, at aspect ratios from 3/4 to 4/3.
-    """
-    count = len(images)
-
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(count, generator=generator) * (high - low) + low
-
-    area, aspect = uniform(smallest, 1.0), uniform(-math.log(4 / 3), math.log(4 / 3)).exp()
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0], theta[:, 0, 2] = width * flip, uniform(-1, 1) * (1 - width)
-    theta[:, 1, 1], theta[:, 1, 2] = height, uniform(-1, 1) * (1 - height)
-    grid = F.affine_grid(theta.to(images.device), [count, 3, size, size], align_corners=False)
-    pixels = images.float() / 255 if images.dtype == torch.uint8 else images
-    return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+    """Random resized crop and horizontal flip: uint8 or float [batch, 3, height, width] to float
+    in [0, 1] of [batch, 3, size, size]. A crop covers between `smallest` and all of the area."""
+    return cut_crops(images, draw_crops(len(images), (smallest, 1.0), generator), size)
 
 
 def jitter(

@@ -1,0 +1,84 @@
+"""Write a hardened CLIP as a checkpoint directory, for `load_checkpoint` and `from_pretrained`."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from models.calibration.hardening import image_parameters
+from models.checkpoint import Checkpoint
+from models.clip import PromptedCLIP
+from models.views import Preprocessing
+
+
+def write_hardened(
+    checkpoint: Checkpoint, hardened: PromptedCLIP, out: Path, provenance: dict[str, Any]
+) -> None:
+    """Write a complete checkpoint in one move: the image weights of `hardened`, everything else of
+    `checkpoint`, and the provenance as `hardening.json`.
+
+    The weights have the dtype of the files that `checkpoint` was loaded from. What `out` held
+    before is replaced. `checkpoint` takes over the weights.
+    """
+    with torch.no_grad():
+        own = image_parameters(checkpoint.clip)
+        for name, value in image_parameters(hardened).items():
+            own[name].copy_(value)
+    fresh, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    checkpoint.clip.model.to(_stored_dtype(checkpoint.directory)).save_pretrained(fresh)
+    tokenizer = checkpoint.tokenizer
+    # Padding and truncation of the last call would be saved with the vocabulary.
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.save_pretrained(fresh)
+    _write_json(fresh / "preprocessor_config.json", _preprocessor(checkpoint.preprocessing))
+    _write_json(fresh / "hardening.json", provenance)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(fresh, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _stored_dtype(directory: Path) -> torch.dtype:
+    """The narrowest dtype that holds every weight of a checkpoint's files exactly."""
+    found: set[torch.dtype] = set()
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as stored:
+            tensors = (stored.get_tensor(name) for name in stored.keys())  # noqa: SIM118
+            found |= {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def _preprocessor(preprocessing: Preprocessing) -> dict[str, Any]:
+    """The settings of transformers' `CLIPImageProcessor` that do the same."""
+    size: dict[str, int] | None = None
+    if preprocessing.short_side is not None:
+        size = {"shortest_edge": preprocessing.short_side}
+    elif preprocessing.size is not None:
+        size = {"height": preprocessing.size[0], "width": preprocessing.size[1]}
+    crop = {"height": preprocessing.crop, "width": preprocessing.crop}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": size is not None,
+        "size": size or {"shortest_edge": preprocessing.crop},
+        "resample": preprocessing.resample,
+        "do_center_crop": True,
+        "crop_size": crop,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

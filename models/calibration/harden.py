@@ -1,0 +1,198 @@
+"""Fine-tune a checkpoint's image tower against attacks, and write it as a new checkpoint.
+
+    tapt-serve harden --data DIR --out DIR [--model embedded] ...
+
+Labelled pictures are learned by their class names, unlabelled ones by the original's embeddings.
+`OUT.partial` holds the decoded pictures, the states of the run and `log.jsonl`. The same command
+continues a run that was stopped; another `--steps` extends it or ends it early. Several GPUs of one
+machine share the batches:
+
+    torchrun --nproc-per-node N -m models.calibration.harden --device cuda ...
+"""
+
+import argparse
+import sys
+from dataclasses import fields
+from datetime import timedelta
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from rich.progress import Progress as Bar
+from torch import Tensor
+
+from models.calibration.decoded import decode_once
+from models.calibration.export import write_hardened
+from models.calibration.hardening import Hardening, HardeningTrainer
+from models.calibration.hardening_run import Run, Validation
+from models.checkpoint import Checkpoint, ModelError, load_checkpoint
+from models.classifier import DEFAULT_TEMPLATE
+from models.data import DataError, open_dataset
+from models.labels import tokenize
+from models.views import make_views
+
+PATIENCE = timedelta(hours=12)  # of processes that wait while the first decodes or validates
+CPU = torch.device("cpu")
+
+
+def harden(options: argparse.Namespace, settings: Hardening, bar: Bar) -> bool:
+    """From the command's options to the new checkpoint; whether the run reached its end.
+
+    Raises:
+        ModelError, DataError, ValueError: checkpoint, pictures or an earlier run cannot be used.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    device = torch.device(options.device)
+    if device.type == "cuda" and dist.is_initialized():
+        device = torch.device("cuda", dist.get_node_local_rank())
+    checkpoint = load_checkpoint(options.model, device)
+    data = open_dataset(*options.data)
+    partial = options.out.with_name(options.out.name + ".partial")
+    source = ", ".join(path.name for path in options.data)
+    task = bar.add_task("reading pictures", total=len(data))
+
+    def read() -> Any:
+        return decode_once(
+            data,
+            source,
+            checkpoint.preprocessing,
+            partial,
+            lambda done: bar.update(task, completed=done),
+        )
+
+    if rank == 0:
+        read()
+    if dist.is_initialized():
+        dist.barrier()
+    pixels, labels = read()  # the second time, the files are there
+    bar.remove_task(task)
+    labelled = bool(data.names) and not options.unsupervised
+    text = encode_names(checkpoint, data.names) if labelled else None
+    trainer = HardeningTrainer(
+        checkpoint.clip, pixels, labels if labelled else None, text, settings
+    )
+    identity = {
+        "checkpoint_sha256": checkpoint.sha256,
+        "data": source,
+        "pictures": len(pixels),
+        "loss": "labelled" if labelled else "unsupervised",
+        "batch": settings.batch,
+        "seed": settings.seed,
+    }
+    run = Run(trainer, partial, identity)
+    run.resume()
+    validation = None
+    if options.validate and rank == 0:
+        validation = read_validation(checkpoint, options.validate, options.validate_limit)
+    if not run.train(validation, bar):
+        return False
+    if rank == 0:
+        provenance = {
+            "base": checkpoint.name,
+            **identity,
+            "classes": len(data.names) if labelled else 0,
+            "steps": trainer.step,
+            "phases": run.phases,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        write_hardened(checkpoint, trainer.average, options.out, provenance)
+    return True
+
+
+def encode_names(checkpoint: Checkpoint, names: list[str]) -> Tensor:
+    """Unit-length text features [C, D] of class names in the default template."""
+    clip = checkpoint.clip
+    texts = [DEFAULT_TEMPLATE.replace("{}", name) for name in names]
+    end = clip.model.config.text_config.eos_token_id
+    batch = tokenize(checkpoint.tokenizer, end, texts, clip.context_length)
+    return clip.encode_labels(batch.to(clip.device))
+
+
+def read_validation(checkpoint: Checkpoint, path: Path, limit: int) -> Validation:
+    """A random sample of labelled pictures. Raises DataError where there are no labels."""
+    data, device = open_dataset(path), checkpoint.clip.device
+    if not data.names:
+        raise DataError(f"{path} has no labels to validate with")
+    examples = list(data.examples(limit, seed=0))
+    views = [make_views(e.pixels, 1, 0, checkpoint.preprocessing, CPU)[0] for e in examples]
+    labels = torch.tensor([example.label for example in examples], device=device)
+    return Validation(torch.stack(views).to(device), labels, encode_names(checkpoint, data.names))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tapt-serve harden",
+        description="Fine-tune a checkpoint's image tower against attacks.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", default="embedded", help="embedded, a directory, or a hub id")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="a directory of pictures, or one or several parquet files",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="directory of the new checkpoint")
+    parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
+    parser.add_argument("--unsupervised", action="store_true", help="ignore the labels")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--validate", type=Path, help="labelled pictures to measure in the log")
+    parser.add_argument("--validate-limit", type=int, default=400, help="how many of them")
+    training = parser.add_argument_group("training")
+    for option in fields(Hardening):
+        flag, value = f"--{option.name.replace('_', '-')}", option.default
+        more: dict[str, Any] = {"default": value, "help": option.metadata["help"]}
+        if choices := option.metadata.get("choices"):
+            more["choices"] = choices
+        elif isinstance(value, tuple):
+            more |= {"type": _number, "nargs": 2, "metavar": ("LOW", "HIGH")}
+        else:
+            more |= {"type": _number if isinstance(value, float) else int, "metavar": "N"}
+        training.add_argument(flag, **more)
+    return parser
+
+
+def _number(text: str) -> float:
+    """A number, or a fraction such as 2/255."""
+    return float(Fraction(text))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status: 1 where it failed or was stopped, 2 for a wrong option."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    values = {option.name: getattr(options, option.name) for option in fields(Hardening)}
+    try:
+        settings = Hardening(**values | {"crop_area": tuple(options.crop_area)})
+    except ValueError as error:
+        parser.error(str(error))
+    if options.out.exists() and not options.force:
+        parser.error(f"{options.out} exists; --force replaces it")
+    if dist.is_torchelastic_launched():
+        dist.init_process_group(
+            "nccl" if options.device.startswith("cuda") else "gloo", timeout=PATIENCE
+        )
+    try:
+        with Bar(disable=dist.is_initialized() and dist.get_rank() > 0) as bar:
+            ended = harden(options, settings, bar)
+    except (ModelError, DataError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    partial = options.out.with_name(options.out.name + ".partial")
+    if not ended:
+        print(f"stopped; the same command continues from {partial}", file=sys.stderr)
+        return 1
+    print(f"{options.out}: {settings.steps} steps; {partial} can be removed, or extended")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
