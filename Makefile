@@ -7,7 +7,7 @@ DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded bundle picture robustness static search image image-local smoke lock audit sbom clean benchmark benchmark-gpu heavy load faults soak fuzz
+.PHONY: serve test setup check format parity embedded bundle harden picture robustness static search image image-local smoke lock audit sbom clean benchmark benchmark-gpu heavy load faults soak fuzz
 
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
@@ -54,6 +54,16 @@ LEARN = GOMP_SPINCOUNT=1000 $(BIN)/tapt-serve calibrate --model embedded \
     --epsilon 2/255
 bundle: setup
 	$(LEARN) --shots 100 --steps 250 --rate 1e-2 --views 8 --batch 32 --out models/embedded/bundle
+
+# Harden the embedded model on all four training shards, for hours; the same command continues a run
+# that was stopped: make harden DATA=DIR [STEPS=4500 HARDENED=DIR]
+STEPS ?= 4500
+HARDENED ?= runs/hardened
+harden: setup
+	GOMP_SPINCOUNT=1000 $(BIN)/tapt-serve harden --model embedded --out $(HARDENED) \
+	    --data $(wildcard $(DATA)/tiny_imagenet_train_*of4.parquet) \
+	    --validate $(DATA)/tiny_imagenet_val.parquet --steps $(STEPS) --rate 5e-4 --warm-up 100 \
+	    --attack-steps 1 --step-size 1.25
 
 # The README's picture, taken of the page by its own test (Debian's chromium).
 picture: setup

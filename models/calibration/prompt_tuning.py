@@ -8,6 +8,7 @@ stays clean, so that the prompts keep what the model knew.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,12 @@ from models.clip import PromptedCLIP
 from models.labels import LabelBatch
 from models.objective import prompt_gradients
 from models.prompts import DefensePrompts
-from models.views import Preprocessing, make_views
+from models.views import Preprocessing, cut_views, round_levels
 
 SPREAD = 0.02  # standard deviation of fresh prompts, as CLIP's own embeddings have
-CPU = torch.device("cpu")
+
+Cut = Callable[[Tensor], Tensor]
+"""Pictures [N, 3, S, S] in [0, 1] to views [N, m, 3, S, S] of them, with a gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,8 @@ class Tuning:
     `epsilon` is in [0, 1] pixels; `depth` and `tokens` count a tower's prompted layers and its
     prompts a layer, for VLI the visual ones alone; `views` 1 takes the loss through the single
     view, as published, and more through the mean prediction over that many, which is what serving
-    reads.
+    reads. `attack_views` does the same for the attack in the inner loop: each of its steps follows
+    the mean prediction over that many freshly drawn views.
     """
 
     design: str = "vli"
@@ -46,6 +50,7 @@ class Tuning:
     weight_decay: float = 0.01
     epsilon: float = 1 / 255
     attack_steps: int = 2
+    attack_views: int = 1
     clean_share: float = 0.5
     views: int = 1
     seed: int = 0
@@ -118,18 +123,23 @@ def attack(
     epsilon: float,
     steps: int,
     generator: torch.Generator | None = None,
+    cut: Cut | None = None,
 ) -> Tensor:
-    """PGD on a prompted CLIP's single view, away from the targets, quantized to uint8 values.
+    """PGD on a prompted CLIP, away from the targets, quantized to uint8 values.
 
     Args:
         pixels: [N, 3, S, S] in [0, 1]; `targets` [N] are indices into the classes.
         text: features [C, D] of the classes at those prompts.
+        generator: draws the random start; None starts at the clean picture.
+        cut: pixels to views [N, m, 3, S, S], drawn anew for each step of the attack, which then
+            goes through the mean prediction over them (expectation over transformation, Athalye
+            et al., ICML 2018); None attacks the single view.
     """
     visual = None if prompts is None else prompts.vision
 
     def loss(attacked: Tensor) -> Tensor:
-        logits = _logits(clip, attacked.unsqueeze(1), text, visual)[:, 0]
-        return F.cross_entropy(logits, targets, reduction="sum")
+        views = attacked.unsqueeze(1) if cut is None else cut(attacked)
+        return _mean_loss(_logits(clip, views, text, visual), targets, "sum")
 
     attacked = ascend(pixels, loss, epsilon, steps, 2 * epsilon / max(2, steps), generator)
     return (attacked * 255).round() / 255
@@ -165,6 +175,11 @@ def tune(
         prompts = progress.prompts
         text = clip.encode_labels(labels, prompts.text)
         hurt = int(tuning.batch * (1 - tuning.clean_share))
+        cut: Cut | None = None
+        if tuning.attack_views > 1:
+            cut = partial(
+                _spread, views=tuning.attack_views, preprocessing=preprocessing, source=source
+            )
         batch[:hurt] = attack(
             clip,
             batch[:hurt],
@@ -174,6 +189,7 @@ def tune(
             tuning.epsilon,
             tuning.attack_steps,
             source,
+            cut,
         )
         views = _spread(batch, tuning.views, preprocessing, source)
         loss, found = _gradients(clip, views, goals, labels, text, prompts)
@@ -195,16 +211,22 @@ def tune(
 def _spread(
     batch: Tensor, views: int, preprocessing: Preprocessing, source: torch.Generator
 ) -> Tensor:
-    """Views [N, views, 3, S, S] of pictures [N, 3, S, S], view 0 the picture itself."""
+    """Views [N, views, 3, S, S] of pictures [N, 3, S, S] in [0, 1], with a gradient; view 0 is the
+    picture itself, the others are drawn from `source`."""
     if views == 1:
         return batch.unsqueeze(1)
-    pictures = (batch * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     seeds = torch.randint(2**31, (len(batch),), generator=source).tolist()
     cut = [
-        make_views(picture, views, seed, preprocessing, batch.device)
-        for picture, seed in zip(pictures, seeds, strict=True)
+        cut_views(picture, views, seed, preprocessing)
+        for picture, seed in zip(round_levels(batch * 255), seeds, strict=True)
     ]
     return torch.stack(cut)
+
+
+def _mean_loss(logits: Tensor, goals: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy of the mean prediction over views, of logits [N, m, C] and classes [N]."""
+    mean = logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(logits.shape[1])
+    return F.nll_loss(mean, goals, reduction=reduction)
 
 
 def _gradients(
@@ -219,8 +241,7 @@ def _gradients(
     values: list[float] = []
 
     def loss(leaves: DefensePrompts, features: Tensor) -> Tensor:
-        log_p = _logits(clip, views, features, leaves.vision).log_softmax(dim=-1)
-        value = F.nll_loss(log_p.logsumexp(dim=1) - math.log(views.shape[1]), goals)
+        value = _mean_loss(_logits(clip, views, features, leaves.vision), goals, "mean")
         values.append(value.item())
         return value
 

@@ -8,7 +8,6 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from service.schemas import Choices
 
 from benchmarks import bombing
 from benchmarks.bombing import Effect, Summary, Target, form, resident
@@ -16,6 +15,7 @@ from benchmarks.bombs import bombs, variants
 from benchmarks.bombs.build import MAX_BYTES
 from benchmarks.fuzz import mutate
 from service.intake.multipart import read_form
+from service.intake.requests import ClassifyOptions
 
 SLOW = 0.3  # seconds
 
@@ -100,7 +100,7 @@ def test_memory_is_that_of_all_processes() -> None:
 def test_the_request_is_one_that_the_service_reads() -> None:
     file, rest = read_form(form(b"\xff\xd8"), "multipart/form-data; boundary=bomb", 10)
     assert file == b"\xff\xd8"
-    assert Choices.model_validate(rest).candidate_labels == ["cat", "dog"]
+    assert ClassifyOptions.model_validate(rest).candidate_labels == ["cat", "dog"]
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF"])

@@ -1,5 +1,6 @@
 """Bundles are learned from pictures, the same after a break, and only for their checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from rich.progress import Progress
 from models.attacks.pgd import ascend
 from models.bundle import DefenseBundle, load_bundle
 from models.calibration import calibrate
-from models.calibration.prompt_tuning import Tuning
+from models.calibration.prompt_tuning import Tuning, _logits, _mean_loss, _spread, attack
 from models.checkpoint import Checkpoint
 from models.data import open_dataset
 from tests import tiny
@@ -180,3 +181,54 @@ def test_the_inner_loop_stays_in_its_ball_and_raises_the_loss() -> None:
     assert attacked.max() <= 1
     best = (pixels + 0.03 * weights.sign()).clamp(0, 1)
     torch.testing.assert_close(attacked, best, atol=1e-6, rtol=0)  # a linear loss has one answer
+
+
+def test_an_attack_through_views_hurts_new_views_more(checkpoint: Checkpoint) -> None:
+    """The mean prediction over views that the attack never met, at the same epsilon and steps."""
+    clip, epsilon, steps = checkpoint.clip, 8 / 255, 8
+    text = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+    text = torch.nn.functional.normalize(text, dim=-1)
+    pictures = [torch.from_numpy(tiny.draw_image(seed)[:32, :32]) for seed in range(12)]
+    pixels = torch.stack(pictures).permute(0, 3, 1, 2).float() / 255
+
+    def cut(seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        source = torch.Generator().manual_seed(seed)
+        return lambda batch: _spread(batch, 8, checkpoint.preprocessing, source)
+
+    with torch.no_grad():
+        goals = _logits(clip, cut(0)(pixels), text, None).softmax(dim=-1).mean(dim=1).argmax(dim=-1)
+
+    def loss(attacked: torch.Tensor) -> float:
+        with torch.no_grad():
+            views = torch.cat([cut(seed)(attacked) for seed in (1, 2, 3)], dim=1)
+            return float(_mean_loss(_logits(clip, views, text, None), goals, "mean"))
+
+    drawn: list[torch.Tensor] = []
+    through = cut(4)
+
+    def watch(batch: torch.Tensor) -> torch.Tensor:
+        drawn.append(through(batch))
+        return drawn[-1]
+
+    def start() -> torch.Generator:
+        return torch.Generator().manual_seed(5)
+
+    single = attack(clip, pixels, goals, text, None, epsilon, steps, start())
+    several = attack(clip, pixels, goals, text, None, epsilon, steps, start(), watch)
+    assert [views.shape for views in drawn] == [(12, 8, 3, 32, 32)] * steps
+    assert not torch.equal(drawn[0][:, 1:], drawn[1][:, 1:])
+    assert (several - pixels).abs().max() <= epsilon + 1e-6
+    assert loss(several) > loss(single) > loss(pixels)
+
+
+def test_prompts_are_learned_against_an_attack_through_views(
+    directory: Path, checkpoint: Checkpoint, folder: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for views in ("1", "3"):
+        out = tmp_path / views
+        few = ("--steps", "3", "--attack-views", views, "--attack-steps", "2")
+        assert run(directory, folder, out, *few) == 0
+        found[views] = load_bundle(out, checkpoint.clip, checkpoint.sha256)
+    assert found["3"].provenance["tuning"]["attack_views"] == 3
+    assert found["3"].prompts_sha256 != found["1"].prompts_sha256
