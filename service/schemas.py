@@ -14,6 +14,8 @@ from pydantic import (
     model_validator,
 )
 
+from models.defenses.catalog import Method, Readout
+
 SEEDS = 2**63
 """Seeds lie below this."""
 
@@ -50,9 +52,6 @@ def _check_template(template: str) -> str:
     return template
 
 
-Method = Literal[
-    "plain", "ensemble", "apt", "apt-ensemble", "tapt", "tpt", "rtpt", "ttc", "gate", "thrift"
-]
 Label = Annotated[str, StringConstraints(strip_whitespace=True)]
 Labels = Annotated[
     list[Label],
@@ -87,7 +86,7 @@ class DefenseOptions(BaseModel):
     views: int | None = Field(
         default=None, ge=1, description="Random views, the image itself included."
     )
-    readout: Literal["single", "kept", "all", "weighted"] | None = None
+    readout: Readout | None = None
     deadline_ms: float | None = Field(
         default=None,
         gt=0,

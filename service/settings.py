@@ -12,12 +12,9 @@ from typing import Annotated, Literal, Self, get_args, get_origin
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from models.defenses.catalog import Method, Readout
+
 PREFIX = "TAPT_"
-
-Method = Literal[
-    "plain", "ensemble", "apt", "apt-ensemble", "tapt", "tpt", "rtpt", "ttc", "gate", "thrift"
-]
-
 
 Tier = Literal["fast", "standard", "deep"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
@@ -95,7 +92,7 @@ class Settings(BaseSettings):
         ge=0,
         description="A request whose entropy a step moved by less, in nats, takes no more; 0: off.",
     )
-    readout: Literal["single", "kept", "all", "weighted"] = Field(
+    readout: Readout = Field(
         "all", description="Views that the prediction is read from after the adaptation."
     )
     hypothesis_template: str = Field(

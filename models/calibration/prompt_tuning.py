@@ -18,8 +18,8 @@ from models.attacks.pgd import ascend
 from models.blocks import run_block
 from models.clip import PromptedCLIP
 from models.labels import LabelBatch
-from models.objective import prompt_gradients
 from models.prompts import DefensePrompts
+from models.tapt import prompt_gradients
 from models.views import Preprocessing, make_views
 
 SPREAD = 0.02  # standard deviation of fresh prompts, as CLIP's own embeddings have

@@ -3,22 +3,14 @@
 import math
 import secrets
 
+from models.defenses.catalog import DEFENSES
 from service.errors import Unprocessable
 from service.intake.decode import decode
 from service.messages import Task
 from service.schemas import SEEDS, Choices, DefenseOptions
 from service.settings import TIERS, Settings
 
-# A test holds these against the defenses, which this process cannot import.
-STILL = {"plain", "ensemble", "apt", "apt-ensemble"}  # these take no steps
-ALONE = {"plain", "apt", "ttc"}  # these look at the picture only
-READOUTS = {  # of those that know no other
-    **dict.fromkeys(("plain", "apt", "tpt", "ttc"), "single"),
-    **dict.fromkeys(("ensemble", "apt-ensemble"), "all"),
-    "rtpt": "weighted",
-}
 SPENDING = {"fast": (0.5, 1), "standard": (1, 1), "deep": (4, 2)}  # times the views, the steps
-COUNTERATTACK_STEPS = 2  # as published, where the request names none
 
 
 def resolve_options(
@@ -41,11 +33,12 @@ def resolve_options(
         raise Unprocessable("This server takes no seed from its clients.")
     tier = min(wanted.tier or settings.tier, settings.max_tier, key=TIERS.index)
     usual = settings.method
-    if tier == "fast" and usual not in ALONE:
+    if tier == "fast" and DEFENSES[usual].views != "one":
         usual = "ensemble"
     method = wanted.method or usual
+    spec = DEFENSES[method]
     views_by, steps_by = SPENDING[tier]
-    default = COUNTERATTACK_STEPS if method == "ttc" else settings.steps * steps_by
+    default = settings.steps * steps_by if spec.steps is None else spec.steps
     steps = min(default if wanted.steps is None else wanted.steps, settings.max_steps)
     few = max(1, int(settings.views * views_by))
     views = min(few if wanted.views is None else wanted.views, settings.max_views)
@@ -56,9 +49,9 @@ def resolve_options(
         labels=labels,
         template=template,
         method=method,
-        steps=0 if method in STILL else steps,
-        views=1 if method in ALONE else views,
-        readout=READOUTS.get(method) or wanted.readout or settings.readout,
+        steps=steps if spec.adapts else 0,
+        views=1 if spec.views == "one" else views,
+        readout=spec.readout or wanted.readout or settings.readout,
         seed=secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed,
         deadline=since + timeout / 1000,
         tier=tier,
