@@ -76,7 +76,7 @@ def test_what_requests_share_reaches_each_of_their_rows() -> None:
 
 def test_slots_never_eat_one_token_labels(tmp_path: Path) -> None:
     checkpoint = tiny.load(tiny.save_checkpoint(tmp_path))
-    encoder = LabelEncoder(checkpoint, tiny.make_bundle(checkpoint))
+    encoder = LabelEncoder(checkpoint, tiny.make_bundle(checkpoint), "{}")
     features = encoder.encode(["cat", "dog"], "{}", "learned").features
     assert (features[0] - features[1]).abs().max() > 1e-3
 
@@ -93,7 +93,7 @@ def test_a_label_beyond_the_context_is_cut_and_counted(tmp_path: Path) -> None:
 
 def test_text_is_cut_behind_its_end_without_changing_it(tmp_path: Path) -> None:
     checkpoint = tiny.load(tiny.save_checkpoint(tmp_path))
-    encoder = LabelEncoder(checkpoint, None)
+    encoder = LabelEncoder(checkpoint, None, "{}")
     short = encoder.encode(["cat", "dog"], "{}", "none")
     long = encoder.encode(["cat", "dog", "dog " * 20], "{}", "none")
     assert short.batch.ids.shape[1] < long.batch.ids.shape[1]

@@ -146,9 +146,7 @@ def test_the_starting_point_is_the_learned_prompts(checkpoint: Checkpoint) -> No
     assert classifier.bundle is not None
     clip, prompts = checkpoint.clip, classifier.bundle.prompts
     view = make_views(query.image, 1, query.seed, checkpoint.preprocessing, tiny.CPU)
-    labels = LabelEncoder(checkpoint, classifier.bundle).encode(
-        query.labels, classifier.bundle.template, "learned"
-    )
+    labels = LabelEncoder(checkpoint, classifier.bundle, "{}").encode(query.labels, None, "learned")
     text = clip.encode_labels(labels.batch, prompts.text)
     image = clip.encode_images(view.unsqueeze(0), prompts.vision).features
     expected = clip.class_logits(image, text, labels.batch)[0, 0].softmax(dim=-1)

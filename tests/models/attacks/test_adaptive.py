@@ -20,7 +20,6 @@ from models.classifier import DefendedClassifier, ImageQuery
 from models.defenses import gate, thrift
 from models.defenses.catalog import DEFENSES
 from models.label_encoder import join_encoded
-from models.readout import gather_views
 from models.tapt import Adapts, Objective
 from models.views import make_views
 from tests import tiny
@@ -250,8 +249,3 @@ def test_a_saturated_defense_is_caught(classifier: DefendedClassifier, pixels: T
         preflight(lambda x: (1e6 * model(x)).log_softmax(1), pixels, labels, budget, [0, 1, 2])
     )
     assert "gradient is zero on 3 of 3" in masked
-
-
-def test_gather_picks_views_by_picture() -> None:
-    values = torch.arange(6).view(2, 3)
-    assert gather_views(values, torch.tensor([[2, 0], [1, 1]])).tolist() == [[2, 0], [4, 4]]
