@@ -90,7 +90,7 @@ def _measure_bare(
     while time.monotonic() < end or not all(times.values()):
         for size in sizes:
             times[size].append(run(size))
-    return {"times": times, "machine": describe_machine(runner.guard)}
+    return {"times": times, "machine": describe_machine(runner.classifier)}
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ from benchmarks.stages import Stages, forget_peak, peak_bytes, resident_bytes
 from models import tapt
 from models.bundle import DefenseBundle
 from models.checkpoint import EMBEDDED, OPENAI_MEAN, OPENAI_STD, Checkpoint, load_checkpoint
-from models.classifier import DefendedClassifier, Picture
+from models.classifier import DefendedClassifier, ImageQuery
 from models.clip import PromptedCLIP
 from models.data import open_dataset
 from models.evaluation.provenance import describe_machine
-from models.objective import Objective
 from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics
+from models.tapt import Objective
 from models.views import Preprocessing, make_views
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -149,22 +149,17 @@ class Ours:
     def prepare(self, case: Case) -> None:
         self._case, names = case, draw_names(case.labels)
         side = 2 * self.guard.checkpoint.clip.image_size
-        self._pictures = [
-            Picture(draw_picture(number, side), names, None, "single", number)
+        self._queries = [
+            ImageQuery(draw_picture(number, side), names, None, "single", number, case.steps)
             for number in range(case.batch)
         ]
 
     def run(self) -> list[list[float]]:
         """Scores of each picture of the batch."""
-        steps, views = self._case.steps, self._case.views
-        found = self.guard.classify(
-            self._pictures,
-            "tapt",
-            views,
-            lambda taken, rows: set(rows) if taken >= steps else set(),
-        )
-        ordered = sorted(found, key=lambda finding: finding.verdict.row)
-        return [finding.verdict.probabilities.tolist() for finding in ordered]
+        (batch,) = self.guard.prepare(self._queries, "tapt")
+        found = self.guard.classify(batch, self._case.views)
+        ordered = sorted(found, key=lambda prediction: prediction.row)
+        return [prediction.probabilities.tolist() for prediction in ordered]
 
     def stages(self, stages: Stages) -> None:
         clip = self.guard.checkpoint.clip
@@ -312,14 +307,10 @@ class Bench:
             names, images = tuple(found.names), [e.pixels for e in found.examples(count, seed=0)]
         winners = []
         for number, image in enumerate(images):
-            picture = Picture(image, names, None, "all", number)
-            (finding,) = guard.classify(
-                [picture],
-                "tapt",
-                min(case.views, AGREEING),
-                lambda taken, rows: set(rows) if taken >= case.steps else set(),
-            )
-            winners.append(int(finding.verdict.probabilities.argmax()))
+            query = ImageQuery(image, names, None, "all", number, case.steps)
+            (batch,) = guard.prepare([query], "tapt")
+            (prediction,) = guard.classify(batch, min(case.views, AGREEING))
+            winners.append(int(prediction.probabilities.argmax()))
         return winners
 
     def ceiling(self, dtype: str) -> float:

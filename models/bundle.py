@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from models.checkpoint import ModelError
 from models.clip import PromptedCLIP
+from models.errors import LoadError
 from models.file_schemas import BundleMetadata, check, read_json
 from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics
@@ -91,21 +91,21 @@ def load_bundle(directory: Path, clip: PromptedCLIP, checkpoint_sha256: str) -> 
     """Read a bundle for a loaded checkpoint, its tensors on that checkpoint's device.
 
     Raises:
-        ModelError: half-written, damaged, of another checkpoint, or of other prompts than its
+        LoadError: half-written, damaged, of another checkpoint, or of other prompts than its
             statistics were taken with.
     """
     try:
         values = read_json(directory / JSON)
         if values.get("format") != FORMAT:
-            raise ModelError(f"{directory} is not a defense bundle of format {FORMAT}")
+            raise LoadError(f"{directory} is not a defense bundle of format {FORMAT}")
         meta = check(BundleMetadata, values, JSON)
         tensors = load_file(directory / TENSORS)
-    except ModelError:
+    except LoadError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{directory} is not a complete defense bundle: {error}") from error
+        raise LoadError(f"{directory} is not a complete defense bundle: {error}") from error
     if meta.checkpoint_sha256 != checkpoint_sha256:
-        raise ModelError(
+        raise LoadError(
             f"the bundle {directory} was learned on checkpoint {meta.checkpoint_sha256}, "
             f"the model is {checkpoint_sha256}"
         )
@@ -129,9 +129,9 @@ def load_bundle(directory: Path, clip: PromptedCLIP, checkpoint_sha256: str) -> 
         )
         _check_tensors(bundle, clip)
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{directory} is not a complete defense bundle: {error}") from error
+        raise LoadError(f"{directory} is not a complete defense bundle: {error}") from error
     if meta.prompts_sha256 != bundle.prompts_sha256:
-        raise ModelError(
+        raise LoadError(
             f"the statistics of {directory} belong to prompts {meta.prompts_sha256}, "
             f"the prompts are {bundle.prompts_sha256}"
         )
@@ -176,4 +176,4 @@ def _check_shapes(bundle: DefenseBundle, clip: PromptedCLIP, directory: Path) ->
         and (statistics is None or bundle.layers <= len(statistics.clean_mean) + 1)
     )
     if not fits:
-        raise ModelError(f"the shapes in the bundle {directory} do not fit the model")
+        raise LoadError(f"the shapes in the bundle {directory} do not fit the model")

@@ -12,16 +12,13 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from models.clip import PromptedCLIP
+from models.errors import LoadError
 from models.file_schemas import CheckpointConfig, ImageProcessorConfig, Model, check, read_json
 from models.views import FILTERS, Preprocessing
 
 EMBEDDED = Path(__file__).parent / "embedded"
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class ModelError(ValueError):
-    """A checkpoint or bundle that cannot be used, in one sentence for the operator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +44,7 @@ def load_checkpoint(
     a hub id the `revision` where one is given. With `sha256`, the weights must have that hash.
 
     Raises:
-        ModelError: missing, not a CLIP, without safetensors weights, damaged, or not the one that
+        LoadError: missing, not a CLIP, without safetensors weights, damaged, or not the one that
             `sha256` names.
     """
     transformers_logging.disable_progress_bar()
@@ -55,15 +52,15 @@ def load_checkpoint(
     config = _read_json(directory / "config.json", name)
     kind = config.get("model_type")
     if kind != "clip":
-        raise ModelError(f"{name} is a {kind or 'unknown'} checkpoint, not a CLIP")
+        raise LoadError(f"{name} is a {kind or 'unknown'} checkpoint, not a CLIP")
     _check(CheckpointConfig, config, name, "config.json")
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
-        raise ModelError(f"{name} holds no safetensors weights; pickled ones are never loaded")
+        raise LoadError(f"{name} holds no safetensors weights; pickled ones are never loaded")
     _check_names(directory, config, files, name)
     found = _hash(files)
     if sha256 and found != sha256:
-        raise ModelError(f"{name} has weights of sha256 {found}, and {sha256} is asked for")
+        raise LoadError(f"{name} has weights of sha256 {found}, and {sha256} is asked for")
     try:
         model, report = CLIPModel.from_pretrained(
             directory,
@@ -74,9 +71,9 @@ def load_checkpoint(
             output_loading_info=True,
         )
     except Exception as error:  # transformers fails with whatever a config makes it trip over
-        raise ModelError(f"{name} cannot be loaded as a CLIP: {_first_line(error)}") from error
+        raise LoadError(f"{name} cannot be loaded as a CLIP: {_first_line(error)}") from error
     if report["missing_keys"] or report["mismatched_keys"]:
-        raise ModelError(f"{name} lacks weights that its config names")
+        raise LoadError(f"{name} lacks weights that its config names")
     tokenizer = _load_tokenizer(directory, name, model.config.text_config.vocab_size)
     preprocessing = _read_preprocessing(directory, name, model.config.vision_config.image_size)
     scale = model.logit_scale.detach().clone()
@@ -92,24 +89,24 @@ def load_checkpoint(
 def _locate(name: str, revision: str) -> Path:
     if name == "embedded" or Path(name).is_dir():
         if revision:
-            raise ModelError(f"{name} is here and not on the hub, so it has no revision {revision}")
+            raise LoadError(f"{name} is here and not on the hub, so it has no revision {revision}")
         return EMBEDDED if name == "embedded" else Path(name)
     patterns = ["*.json", "*.txt", "*.model", "model*.safetensors"]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except HFValidationError as error:
-        raise ModelError(f"{name} is neither a directory nor a hub id") from error
+        raise LoadError(f"{name} is neither a directory nor a hub id") from error
     except LocalEntryNotFoundError as error:
-        raise ModelError(f"{name} is no directory here, and no hub or cache holds it") from error
+        raise LoadError(f"{name} is no directory here, and no hub or cache holds it") from error
     except (HfHubHTTPError, OSError) as error:
-        raise ModelError(f"{name} cannot be fetched: {_first_line(error)}") from error
+        raise LoadError(f"{name} cannot be fetched: {_first_line(error)}") from error
 
 
 def _check_names(directory: Path, config: dict[str, Any], files: list[Path], name: str) -> None:
     """A config or an index may name any file for the weights; only those hashed may be read.
 
     Raises:
-        ModelError: another is named, which might even be a pickled one.
+        LoadError: another is named, which might even be a pickled one.
     """
     named = {str(own)} if (own := config.get("transformers_weights")) else set()
     if (directory / "model.safetensors.index.json").is_file():
@@ -117,7 +114,7 @@ def _check_names(directory: Path, config: dict[str, Any], files: list[Path], nam
         shards = index.get("weight_map")
         named |= set(map(str, shards.values())) if isinstance(shards, dict) else {"nothing"}
     if strange := named - {path.name for path in files}:
-        raise ModelError(f"{name} names weights that are none: {min(strange)[:64]}")
+        raise LoadError(f"{name} names weights that are none: {min(strange)[:64]}")
 
 
 def _load_tokenizer(directory: Path, name: str, vocabulary: int) -> PreTrainedTokenizerBase:
@@ -127,10 +124,10 @@ def _load_tokenizer(directory: Path, name: str, vocabulary: int) -> PreTrainedTo
         )
         ids = tokenizer("a photo of a dog")["input_ids"]
     except Exception as error:  # a tokenizer's own code may raise anything
-        raise ModelError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
+        raise LoadError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
     # Where the files are missing, transformers makes up a tokenizer that knows no words.
     if len(set(ids)) < 4 or max(ids) >= vocabulary:
-        raise ModelError(f"{name} has no tokenizer that fits its {vocabulary} text embeddings")
+        raise LoadError(f"{name} has no tokenizer that fits its {vocabulary} text embeddings")
     return tokenizer
 
 
@@ -154,7 +151,7 @@ def _read_preprocessing(directory: Path, name: str, image_size: int) -> Preproce
     if not config.do_resize:
         square = short_side = None
     if side != image_size or config.resample not in FILTERS:
-        raise ModelError(
+        raise LoadError(
             f"{name}: pictures are cropped to {side} with filter {config.resample}; "
             f"this model takes {image_size}, and filters {sorted(FILTERS)} are known"
         )
@@ -173,16 +170,16 @@ def _check(schema: type[Model], values: dict[str, Any], name: str, file: str) ->
     try:
         return check(schema, values, file)
     except ValueError as error:
-        raise ModelError(f"{name}: {error}") from None
+        raise LoadError(f"{name}: {error}") from None
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         return read_json(path)
     except OSError as error:
-        raise ModelError(f"{name} has no readable {path.name}") from error
+        raise LoadError(f"{name} has no readable {path.name}") from error
     except ValueError as error:
-        raise ModelError(f"{name}: {error}") from error
+        raise LoadError(f"{name}: {error}") from error
 
 
 def _hash(files: list[Path]) -> str:

@@ -1,11 +1,11 @@
-"""A defended CLIP: checkpoint, bundle and objective together, from pictures and labels to verdicts.
+"""A defended CLIP: checkpoint, bundle and objective together, from images and labels to answers.
 
 Service, command line and evaluation all classify through here.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,49 +14,107 @@ from torch import Tensor
 
 from models.bundle import DefenseBundle
 from models.checkpoint import Checkpoint
-from models.defenses import DEFENSES, plain
-from models.defenses.defense import Images, LabelFeatures, Leaving, Verdict
-from models.label_encoder import EncodedLabels, LabelEncoder, Prompting, join_encoded
-from models.objective import Objective
+from models.defenses import plain
+from models.defenses.catalog import DEFENSES, DefenseSpec
+from models.defenses.defense import (
+    Adaptation,
+    DefenseInput,
+    DefenseOutput,
+    LabelFeatures,
+    load_defense,
+)
+from models.label_encoder import EncodedLabels, LabelEncoder, join_encoded
 from models.prompts import DefensePrompts
-from models.suspicion import suspicion
+from models.readout import gather_views, mean_prediction, suspicion
+from models.tapt import Leaving, Objective, leaves_after, view_entropy
 from models.views import make_views
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """What is asked of one image: uint8 RGB [height, width, 3] of any size and its labels.
+class ImageQuery:
+    """What is asked of one image.
 
-    `template` None stands for the default: the bundle's own words behind the prompt slots, and
-    the guard's template for undefended CLIP.
+    Attributes:
+        image: uint8 RGB [height, width, 3] of any size; or whole values [3, height, width] in
+            [0, 255] as a tensor, which a gradient may pass to.
+        labels: at least one.
+        template: holds one `{}`; None for the default (see `LabelEncoder.encode`).
+        readout: views that the answer is read from, where the defense leaves the choice.
+        seed: draws the views, and the noise of a defense that adds some.
+        steps: most optimization steps to take.
     """
 
-    image: NDArray[np.uint8]
+    image: NDArray[np.uint8] | Tensor
     labels: tuple[str, ...]
-    template: str | None
-    readout: str
-    seed: int
+    template: str | None = None
+    readout: str = "all"
+    seed: int = 0
+    steps: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """A verdict and what undefended CLIP says of the same picture.
+class PreparedBatch:
+    """Queries that can run together, with their labels encoded.
 
-    `undefended` are probabilities [C], `doubt` the suspicion in [0, 1], `labels_truncated` the
-    labels that did not fit the context, `seconds` the time to the end of adapting, from the start.
+    Attributes:
+        indices: the queries' places in what `prepare` was given.
+        steps: steps that each query takes; 0 where there is nothing to adapt.
+        plain: the labels as undefended CLIP reads them.
+        prompted: the labels with the prompts that the defense starts from; the same object as
+            `plain` where these change nothing before a step.
+        prompts: those prompts, [B, ...].
     """
 
-    verdict: Verdict
+    spec: DefenseSpec
+    indices: list[int]
+    queries: list[ImageQuery]
+    steps: list[int]
+    plain: LabelFeatures
+    prompted: LabelFeatures
+    prompts: DefensePrompts
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer to one query, and what the defense saw on the way.
+
+    Attributes:
+        row: the query, as an index into its batch.
+        probabilities: [C], in the order of the labels.
+        undefended: [C], what undefended CLIP says of the image.
+        views: probabilities [V, C] of all views before any adaptation.
+        kept: number of views that the loss looked at, or the answer where there is no loss.
+        steps: optimization steps taken.
+        entropy_before, entropy_after: of the kept views' mean prediction, nats.
+        suspicion: attack score in [0, 1], see `readout.suspicion`.
+        suspected: whether it is above the bundle's threshold; None where there is none.
+        labels_truncated: number of labels that did not fit the context.
+        seconds: time from the start of the batch to the end of adapting.
+    """
+
+    row: int
+    probabilities: Tensor
     undefended: Tensor
-    doubt: float
+    views: Tensor
+    kept: int
+    steps: int
+    entropy_before: float
+    entropy_after: float
+    suspicion: float
+    suspected: bool | None
     labels_truncated: int
     seconds: float
 
 
 class DefendedClassifier:
-    """Classifies batches with a defense; holds nothing of a request but cached text features."""
+    """Classifies batches with a defense; keeps nothing of a request but cached text features.
+
+    Args:
+        selection_ratio: share of the views kept for the loss, in (0, 1].
+        template: default template where labels are not read with learned prompts.
+    """
 
     def __init__(
         self,
@@ -69,113 +127,162 @@ class DefendedClassifier:
         self.checkpoint, self.bundle, self.template = checkpoint, bundle, template
         self.objective = objective or Objective()
         self.selection_ratio = selection_ratio
-        self.encoder = LabelEncoder(checkpoint, bundle)
+        self.encoder = LabelEncoder(checkpoint, bundle, template)
 
     @property
     def methods(self) -> list[str]:
-        """The defenses that this model can run; some are nothing without a bundle."""
-        return [name for name, m in DEFENSES.items() if self.bundle or not m.needs_bundle]
+        """Names of the defenses that this model can run; some need a bundle."""
+        return [name for name, spec in DEFENSES.items() if self.bundle or not spec.needs_bundle]
 
     def design(self, method: str) -> str:
-        """The design of a defense's prompts: `text` for the template's own words, `none`."""
-        prompting = self._prompting(method)
+        """Design of a defense's prompts; `text` is the template's own words, `none` no prompts."""
+        prompting = self.encoder.resolve(DEFENSES[method].prompts)
         if self.bundle is not None and prompting == "learned":
             return self.bundle.prompts.design
         return "none" if prompting == "none" else "text"
 
-    def label_sets(self, method: str) -> int:
-        """How many encodings of its labels a picture needs: learned prompts, and undefended CLIP
-        beside them."""
-        return 2 if self._prompting(method) == "learned" else 1
+    def without_resize(self) -> "DefendedClassifier":
+        """The same for images of the model's own size, which it neither resizes nor crops."""
+        preprocessing = replace(self.checkpoint.preprocessing, short_side=None, size=None)
+        checkpoint = replace(self.checkpoint, preprocessing=preprocessing)
+        return DefendedClassifier(
+            checkpoint, self.bundle, self.objective, self.selection_ratio, self.template
+        )
 
-    def group(self, pictures: Sequence[Picture], method: str) -> list[list[int]]:
-        """Which pictures can run together: those whose prompts have one shape. Where these are the
-        template's leading words, that hangs on the template."""
-        groups: dict[torch.Size | None, list[int]] = {}
-        for place, picture in enumerate(pictures):
-            text = self._encode(picture, self._prompting(method)).prompts.text
-            groups.setdefault(None if text is None else text.shape, []).append(place)
-        return list(groups.values())
+    def prepare(self, queries: Sequence[ImageQuery], method: str) -> list[PreparedBatch]:
+        """Encode the queries' labels, once each, and group the queries that can run together.
 
-    def classify(
-        self, pictures: Sequence[Picture], method: str, views: int, leaving: Leaving
-    ) -> Iterator[Finding]:
-        """Yield each picture's finding as soon as it leaves the loop, in whatever order.
-
-        Args:
-            pictures: of one group.
-            leaving: asked at each step boundary with the steps taken and the pictures still in;
-                returns those that leave now.
+        Prompts of one batch have one shape. Where they are the template's leading words, the shape
+        depends on the template.
 
         Raises:
             ValueError: the method needs a bundle and there is none.
         """
         if method not in self.methods:
             raise ValueError(f"{method} needs a defense bundle")
-        start = time.perf_counter()
-        checkpoint = self.checkpoint
-        device, preprocessing = checkpoint.clip.device, checkpoint.preprocessing
-        stacked = torch.stack(
-            [make_views(p.image, views, p.seed, preprocessing, device) for p in pictures]
+        spec = DEFENSES[method]
+        encoded = [self.encoder.encode(q.labels, q.template, spec.prompts) for q in queries]
+        groups: dict[torch.Size | None, list[int]] = {}
+        for index, labels in enumerate(encoded):
+            text = labels.prompts.text
+            groups.setdefault(None if text is None else text.shape, []).append(index)
+        return [
+            self._prepare_group(
+                spec, indices, [queries[i] for i in indices], [encoded[i] for i in indices]
+            )
+            for indices in groups.values()
+        ]
+
+    def _prepare_group(
+        self,
+        spec: DefenseSpec,
+        indices: list[int],
+        queries: list[ImageQuery],
+        encoded: list[EncodedLabels],
+    ) -> PreparedBatch:
+        plain = prompted = LabelFeatures(*join_encoded(encoded))
+        if self.encoder.resolve(spec.prompts) == "learned":  # words change nothing before a step
+            unprompted = [self.encoder.encode(q.labels, q.template, "none") for q in queries]
+            plain = LabelFeatures(*join_encoded(unprompted))
+        adapts = [self._adapts(spec, labels.prompts) for labels in encoded]
+        return PreparedBatch(
+            spec=spec,
+            indices=indices,
+            queries=queries,
+            steps=[q.steps if moves else 0 for q, moves in zip(queries, adapts, strict=True)],
+            plain=plain,
+            prompted=prompted,
+            prompts=_stack([labels.prompts for labels in encoded]),
         )
-        prompting = self._prompting(method)
-        prompted = [self._encode(picture, prompting) for picture in pictures]
-        # Nothing but learned prompts changes what a defense sees first.
-        learned = prompting == "learned"
-        unprompted = [self._encode(p, "none") for p in pictures] if learned else prompted
-        images = Images(
-            views=stacked,
-            plain=LabelFeatures(*join_encoded(unprompted)),
-            prompted=LabelFeatures(*join_encoded(prompted)),
-            prompts=_stack([labels.prompts for labels in prompted]),
+
+    @torch.no_grad()
+    def classify(
+        self, batch: PreparedBatch, views: int, leaving: Leaving | None = None
+    ) -> Iterator[Prediction]:
+        """Yield each query's prediction as soon as it leaves the loop, in any order.
+
+        Args:
+            views: number of views, for a defense that looks at more than one.
+            leaving: asked at each step boundary, see `tapt.adapt`; by default each query takes
+                its steps.
+        """
+        start = time.perf_counter()
+        inputs = self._make_input(batch, views, Adaptation(leaving or leaves_after(batch.steps)))
+        clip, undefended = self.checkpoint.clip, None
+        if batch.plain is not batch.prompted:
+            (output,) = plain.defend(clip, inputs)
+            undefended = mean_prediction(output.logits)
+        for output in load_defense(batch.spec)(clip, inputs):
+            yield from self._predict(batch, output, undefended, start)
+
+    def defend(
+        self, batch: PreparedBatch, views: int, adaptation: Adaptation
+    ) -> Iterator[DefenseOutput]:
+        """The defense's own output, differentiable with respect to the images that are tensors."""
+        inputs = self._make_input(batch, views, adaptation)
+        return load_defense(batch.spec)(self.checkpoint.clip, inputs)
+
+    def _make_input(self, batch: PreparedBatch, views: int, adaptation: Adaptation) -> DefenseInput:
+        preprocessing, device = self.checkpoint.preprocessing, self.checkpoint.clip.device
+        count = 1 if batch.spec.views == "one" else views
+        return DefenseInput(
+            views=torch.stack(
+                [make_views(q.image, count, q.seed, preprocessing, device) for q in batch.queries]
+            ),
+            plain=batch.plain,
+            prompted=batch.prompted,
+            prompts=batch.prompts,
             objective=self.objective,
             selection_ratio=self.selection_ratio,
-            readouts=[picture.readout for picture in pictures],
-            seeds=[picture.seed for picture in pictures],
-            leaving=leaving,
+            readouts=[batch.spec.readout or query.readout for query in batch.queries],
+            seeds=[query.seed for query in batch.queries],
+            adaptation=adaptation,
         )
-        clip = checkpoint.clip
-        undefended = [v.probabilities for v in plain.defend(clip, images)] if learned else None
-        for verdict in DEFENSES[method].defend(clip, images):
-            row = verdict.row
-            alone = verdict.views[0] if undefended is None else undefended[row]
-            yield Finding(
-                verdict,
-                alone,
-                float(suspicion(alone, verdict.views)),
-                prompted[row].batch.truncated[0],
-                verdict.adapted - start,
+
+    def _predict(
+        self, batch: PreparedBatch, output: DefenseOutput, undefended: Tensor | None, start: float
+    ) -> Iterator[Prediction]:
+        """The predictions of the queries of an output."""
+        labels, kept = batch.prompted.batch, output.kept
+        before, after = (
+            view_entropy(logits if kept is None else gather_views(logits, kept)).tolist()
+            for logits in (output.initial, output.logits)
+        )
+        probabilities = mean_prediction(output.logits, output.weights, output.averages_logits)
+        for place, row in enumerate(output.rows):
+            count = labels.counts[row]
+            views = output.initial[place, :, :count].softmax(dim=-1)
+            alone = views[0] if undefended is None else undefended[row, :count]
+            score = float(suspicion(alone, views))
+            threshold = self._threshold(batch.spec, len(views))
+            yield Prediction(
+                row=row,
+                probabilities=probabilities[place, :count],
+                undefended=alone,
+                views=views,
+                kept=len(views) if kept is None else kept.shape[1],
+                steps=output.steps,
+                entropy_before=before[place],
+                entropy_after=after[place],
+                suspicion=score,
+                suspected=None if threshold is None else score > threshold,
+                labels_truncated=labels.truncated[row],
+                seconds=output.adapted - start,
             )
 
-    def adaptable(self, picture: Picture, method: str) -> bool:
-        """Whether there is anything to adapt: a template that begins with its label has no words
-        to start from."""
-        if not DEFENSES[method].adapts:
-            return False
-        prompting = self._prompting(method)
-        prompts = self._encode(picture, prompting).prompts
-        # TPT and R-TPT bring an objective of their own, which moves all prompts there are.
-        own = DEFENSES[method].prompting == "learned"
-        moving = (self.objective if own else Objective()).moving(prompts)
-        return prompting == "none" or any(prompts.tensors[name].numel() for name in moving)
+    def _adapts(self, spec: DefenseSpec, prompts: DefensePrompts) -> bool:
+        """Whether steps would change anything. A template that begins with its label has no words
+        to adapt."""
+        if not spec.adapts_prompts:
+            return spec.adapts
+        return any(prompts.tensors[name].numel() for name in self.objective.moving(prompts))
 
-    def threshold(self, method: str, views: int) -> float | None:
+    def _threshold(self, spec: DefenseSpec, views: int) -> float | None:
         """The suspicion above which an answer counts as suspected; None where the bundle has none
-        for views that are read in this way. One view has no doubts."""
+        for views that are read in this way. One view agrees with itself."""
         if self.bundle is None or views == 1:
             return None
-        return self.bundle.suspicion.get(DEFENSES[method].prompting)
-
-    def _prompting(self, method: str) -> Prompting:
-        prompting = DEFENSES[method].prompting
-        return "words" if self.bundle is None and prompting == "learned" else prompting
-
-    def _encode(self, picture: Picture, prompting: Prompting) -> EncodedLabels:
-        template = picture.template
-        if template is None:
-            learned = self.bundle if prompting == "learned" else None
-            template = learned.template if learned else self.template
-        return self.encoder.encode(picture.labels, template, prompting)
+        return self.bundle.suspicion.get(spec.prompts)
 
 
 def _stack(sets: Sequence[DefensePrompts]) -> DefensePrompts:

@@ -130,30 +130,35 @@ class PromptedCLIP:
         pooled = self.model.visual_projection(vision.post_layernorm(hidden[:, 0]))
         return pooled.float(), inputs
 
-    def encode_labels(
-        self, labels: LabelBatch, prompts: Tensor | None = None, graph: bool = False
-    ) -> Tensor:
-        """Label features [R, D] of unit length in fp32, without gradient unless `graph` asks.
+    def encode_labels(self, labels: LabelBatch, prompts: Tensor | None = None) -> Tensor:
+        """Label features [R, D] of unit length in fp32.
+
+        They have a gradient only to prompts that require one, as those of an attack do. The graph
+        then holds all rows, however many; serving takes `text_gradient`.
 
         Args:
             labels: the rows of B requests, their slots included.
-            prompts: [B, depth, slots, width], one set a request, or None for plain text.
-            graph: keep the graph of all rows, however large, for attacks; serving does not.
+            prompts: [B, depth, slots, width], one set per request, or None for plain text.
         """
-        with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
+        wanted = prompts is not None and prompts.requires_grad
+        with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
             features = [self._encode_text(labels, rows, prompts) for rows in self._chunks(labels)]
         return torch.cat(features)
 
-    def text_gradient(self, labels: LabelBatch, prompts: Tensor, pull: Tensor) -> Tensor:
-        """The gradient [B, depth, slots, width] that `pull` [R, D], a gradient with respect to
-        the label features, has at the prompts. Exact, and in chunks of rows: the text tower's
-        activations of a thousand labels would not fit.
+    def text_gradient(self, labels: LabelBatch, prompts: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient [B, depth, slots, width] at the prompts, from one at the label features.
+
+        Exact, and in chunks of rows: the text tower's activations of a thousand labels would not
+        fit.
+
+        Args:
+            gradient: of the loss with respect to the features [R, D] of all rows.
         """
         prompts = prompts.detach().requires_grad_()
         total = torch.zeros_like(prompts)
         for rows in self._chunks(labels):
             features = self._encode_text(labels, rows, prompts)
-            total += torch.autograd.grad(features, prompts, pull[rows])[0]
+            total += torch.autograd.grad(features, prompts, gradient[rows])[0]
         return total
 
     def _encode_text(self, labels: LabelBatch, rows: slice, prompts: Tensor | None) -> Tensor:

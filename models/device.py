@@ -5,27 +5,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-class DeviceError(ValueError):
-    """A device that is not there, in one sentence for the operator."""
+from models.errors import LoadError
 
 
 def pick_device(name: str, index: int = 0) -> torch.device:
     """`auto` and `cuda` are the GPU of this number, `auto` a CPU where there is none.
 
     Raises:
-        DeviceError: it is unknown or not there.
+        LoadError: it is unknown or not there.
     """
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         name = f"cuda:{index}"
     try:
         device = torch.device("cpu" if name == "auto" else name)
     except RuntimeError as error:
-        raise DeviceError(f"device {name!r} is unknown") from error
+        raise LoadError(f"device {name!r} is unknown") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices")
+        raise LoadError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices")
     if device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"device {name!r} is not supported; cpu and cuda are")
+        raise LoadError(f"device {name!r} is not supported; cpu and cuda are")
     return device
 
 

@@ -1,7 +1,7 @@
-"""Label sets as a defense reads them: tokenized, encoded at their prompts, remembered.
+"""Label sets as a defense reads them: tokenized, encoded with their prompts, and cached.
 
-Text features before adapting are the same for every request with the same labels, so they are
-kept, bounded in bytes, the least recently used going first.
+Text features before adapting are the same for every request with the same labels. They are kept in
+an LRU cache that is bounded in bytes.
 """
 
 from collections import OrderedDict
@@ -20,13 +20,13 @@ from models.prompts import DefensePrompts
 CACHE_BYTES = 64 * 2**20
 
 Prompting = Literal["none", "words", "learned"]
-"""The prompts that a defense starts from: none at all, the template's own leading words, or the
-bundle's. Without a bundle the words stand in for it."""
+"""The prompts that labels are read with: none, the template's leading words, or the bundle's."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedLabels:
-    """One request's labels: rows, their features [C, D], and the prompts they were read at."""
+    """One request's labels: token rows, their features [C, D], and the prompts they were read
+    with."""
 
     batch: LabelBatch
     features: Tensor
@@ -34,36 +34,57 @@ class EncodedLabels:
 
 
 class LabelEncoder:
-    """Turns labels and a template into features, plain or at the learned prompts."""
+    """Turns labels and a template into features, plain or with the learned prompts.
 
-    def __init__(self, checkpoint: Checkpoint, bundle: DefenseBundle | None) -> None:
-        self._checkpoint, self._bundle = checkpoint, bundle
-        self._cache: OrderedDict[tuple[Prompting, tuple[str, ...]], EncodedLabels] = OrderedDict()
+    `hits` and `misses` count lookups in the cache.
+
+    Args:
+        template: the default where labels are not read with the bundle's prompts.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, bundle: DefenseBundle | None, template: str) -> None:
+        self._checkpoint, self._bundle, self._template = checkpoint, bundle, template
+        self._cache: OrderedDict[tuple[Prompting, str, tuple[str, ...]], EncodedLabels]
+        self._cache = OrderedDict()
         self._bytes = 0
-        self.misses = 0
+        self.hits = self.misses = 0
 
-    def encode(self, labels: Sequence[str], template: str, prompting: Prompting) -> EncodedLabels:
-        """Features of labels put into a template that holds one `{}`.
+    def resolve(self, prompting: Prompting) -> Prompting:
+        """Without a bundle, the template's words stand in for learned prompts."""
+        return "words" if self._bundle is None and prompting == "learned" else prompting
 
-        Learned prompts have slots of their own. The template's leading words stand where they
-        stood, so that as prompts they change nothing yet.
+    def encode(
+        self, labels: Sequence[str], template: str | None, prompting: Prompting
+    ) -> EncodedLabels:
+        """Features of labels put into a template.
+
+        Learned prompts have slots of their own. The template's leading words, as prompts, stand
+        where they stood, so that they change nothing before a step.
+
+        Args:
+            template: holds one `{}`; None is the default: the bundle's text behind its learned
+                prompts, or the encoder's own template.
         """
-        if self._bundle is None and prompting == "learned":
-            prompting = "words"
-        texts = tuple(template.replace("{}", label) for label in labels)
-        key = (prompting, (template, *texts))
+        prompting = self.resolve(prompting)
+        if template is None:
+            learned = self._bundle if prompting == "learned" else None
+            template = learned.template if learned else self._template
+        key = (prompting, template, tuple(labels))
         if key in self._cache:
+            self.hits += 1
             self._cache.move_to_end(key)
             return self._cache[key]
         self.misses += 1
-        encoded = self._encode(texts, template.partition("{}")[0], prompting)
+        lead, _, rest = template.partition("{}")
+        texts = [f"{lead}{label}{rest}" for label in labels]
+        encoded = self._encode(texts, lead, prompting)
         self._cache[key] = encoded
         self._bytes += _size(encoded)
         while self._bytes > CACHE_BYTES and len(self._cache) > 1:
             self._bytes -= _size(self._cache.popitem(last=False)[1])
         return encoded
 
-    def _encode(self, texts: tuple[str, ...], lead: str, prompting: Prompting) -> EncodedLabels:
+    def _encode(self, texts: Sequence[str], lead: str, prompting: Prompting) -> EncodedLabels:
         clip, tokenizer = self._checkpoint.clip, self._checkpoint.tokenizer
         end = clip.model.config.text_config.eos_token_id
         learned = self._bundle.prompts if self._bundle and prompting == "learned" else None

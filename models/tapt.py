@@ -1,14 +1,16 @@
 """Test-time adversarial prompt tuning (TAPT, CVPR 2025, arXiv 2411.13136).
 
-For one image: keep the most confident of its random views, then move this request's copy of the
-defensive prompts a few AdamW steps down the entropy of the kept views' mean prediction plus the
-distance of their token statistics from reference ones. Requests are a batch dimension, losses are
-summed over them and the optimizer is elementwise: a result does not depend on its company.
+For one image: keep the most confident of its random views. Then take a few AdamW steps on this
+request's copy of the defensive prompts, to lower the entropy of the kept views' mean prediction and
+the distance of their token statistics from reference ones. Requests are a batch dimension, losses
+are summed over them and the optimizer is elementwise: a result does not depend on the rest of the
+batch.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,8 +18,74 @@ from torch import Tensor
 from models import adamw
 from models.clip import PromptedCLIP
 from models.labels import LabelBatch
-from models.objective import EarlyStopping, Losses, Objective, prompt_gradients
 from models.prompts import DefensePrompts
+from models.statistics import TokenStatistics
+
+Adapts = Literal["all", "vision", "text"]
+ADAPTS: tuple[Adapts, ...] = get_args(Adapts)
+VISION = frozenset({"vision", "projection.weight", "projection.bias"})
+MOVING: Mapping[Adapts, frozenset[str]] = {
+    "all": VISION | {"text"},
+    "vision": VISION,
+    "text": frozenset({"text"}),
+}
+
+Leaving = Callable[[int, list[int]], set[int]]
+"""(steps taken, requests still in) -> the requests that leave now. Requests are batch indices."""
+
+
+def leaves_after(steps: int | Sequence[int]) -> Leaving:
+    """Let each request leave after a number of steps: one for all, or one each."""
+
+    def leaving(taken: int, rows: list[int]) -> set[int]:
+        return {row for row in rows if taken >= (steps if isinstance(steps, int) else steps[row])}
+
+    return leaving
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a step minimizes and how it moves; the defaults are the paper's.
+
+    Attributes:
+        reference: token statistics to align with; None for the entropy alone.
+        layers: the L that the alignment's weight is divided by; its sum runs over L - 1 blocks.
+        alignment_weight: weight of the alignment against the entropy.
+        gamma: share of the adversarial statistics in the alignment, in [0, 1].
+        entropy: whether the entropy is part of the loss.
+        of_mean: take the entropy of the kept views' mean prediction; else the mean of their
+            entropies, as R-TPT does.
+        learning_rate, weight_decay: AdamW's.
+        adapts: which prompts move. While the text's stay, so do the labels' features, and a step
+            does not pass through the text tower.
+        early_stop: stop adapting once a step changes the entropy by less than this (nats); 0
+            disables.
+    """
+
+    reference: TokenStatistics | None = None
+    layers: int = 0
+    alignment_weight: float = 100.0
+    gamma: float = 0.5
+    entropy: bool = True
+    of_mean: bool = True
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+    adapts: Adapts = "all"
+    early_stop: float = 0.0
+
+    def moving(self, prompts: DefensePrompts) -> frozenset[str]:
+        """Names of the prompts that a step may change: all, if `adapts` names none of them. (A
+        model without a bundle has the template's words alone.)"""
+        return (MOVING[self.adapts] & prompts.tensors.keys()) or frozenset(prompts.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """The terms of a step's loss, [B] each; an absent term is 0."""
+
+    entropy: Tensor
+    align_adv: Tensor
+    align_clean: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +121,8 @@ Moments = tuple[Tensor, Tensor]
 
 def token_moments(inputs: Sequence[Tensor]) -> list[Moments]:
     """Per layer, the moments of the kept views' block inputs [B, k, tokens, width]."""
-    # Not torch.var_mean: a prompt token is equal in all views and in the reference, so its L1
-    # gradient hangs on how the mean rounds.
+    # Not torch.var_mean: a prompt token is equal in all views and in the reference, so the sign of
+    # its L1 gradient depends on how the mean rounds.
     whole = (hidden.float() for hidden in inputs)
     return [(hidden.mean(dim=1), hidden.var(dim=1, correction=0)) for hidden in whole]
 
@@ -63,7 +131,7 @@ def alignment_loss(moments: Sequence[Moments], mean: Tensor, variance: Tensor) -
     """Distance [B] of the views' token moments from reference ones, summed over layers.
 
     Args:
-        moments: as `token_moments` gives them.
+        moments: as returned by `token_moments`.
         mean, variance: reference moments [layers, tokens, width].
     """
     total = torch.zeros(len(moments[0][0]), device=mean.device)
@@ -81,7 +149,7 @@ def losses(
     prompts: DefensePrompts,
     objective: Objective,
 ) -> tuple[Losses, Tensor]:
-    """One step's loss terms, and what the step minimizes, [B], with its graph.
+    """The terms of a step's loss, and the loss [B] with its graph.
 
     Args:
         views: the kept views [B, k, 3, S, S] in [0, 1].
@@ -102,6 +170,40 @@ def losses(
     return terms, entropy + objective.alignment_weight / max(1, objective.layers) * align
 
 
+@torch.enable_grad()
+def prompt_gradients(
+    clip: PromptedCLIP,
+    labels: LabelBatch,
+    text: Tensor,
+    prompts: DefensePrompts,
+    loss: Callable[[DefensePrompts, Tensor], Tensor],
+    moving: frozenset[str] = MOVING["all"],
+) -> dict[str, Tensor]:
+    """The gradient of a loss at the moving prompts, by name; prompts it does not reach are absent.
+
+    The backward pass through the text tower runs in chunks of labels, which is exact: first from
+    the loss to the label features, then from them to the prompts.
+
+    Args:
+        text: the labels' features [R, D] at `prompts`.
+        loss: maps prompts and label features to a scalar.
+    """
+    values = {k: v.detach() for k, v in prompts.tensors.items()}
+    leaves = {k: v.requires_grad_() for k, v in values.items() if k in moving}
+    text = text.detach().requires_grad_("text" in leaves)
+    value = loss(prompts.map(values), text)
+    if not value.requires_grad:
+        return {}
+    inputs = [*leaves.values(), *([text] if text.requires_grad else [])]
+    found = torch.autograd.grad(value, inputs, allow_unused=True)
+    reached = {k: g for k, g in zip(leaves, found, strict=False) if g is not None}
+    text_gradient = found[-1] if text.requires_grad else None
+    if prompts.text is not None and text_gradient is not None:
+        through_text = clip.text_gradient(labels, prompts.text, text_gradient)
+        reached["text"] = reached["text"] + through_text if "text" in reached else through_text
+    return reached
+
+
 def gradients(
     clip: PromptedCLIP,
     views: Tensor,
@@ -110,7 +212,7 @@ def gradients(
     prompts: DefensePrompts,
     objective: Objective,
 ) -> tuple[Losses, dict[str, Tensor]]:
-    """One step's losses and its gradients by prompt name, from the arguments of `losses`."""
+    """One step's losses and its gradients by prompt name; arguments as in `losses`."""
     terms: list[Losses] = []
 
     def loss(leaves: DefensePrompts, features: Tensor) -> Tensor:
@@ -122,6 +224,26 @@ def gradients(
     return terms[0], found
 
 
+class EarlyStopping:
+    """Which requests a step hardly moves any more.
+
+    `rows` holds those whose entropy changed by less than `threshold` nats between the last two
+    updates; none where `threshold` is 0.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self.rows: set[int] = set()
+        self._threshold, self._entropy = threshold, dict[int, float]()
+
+    def update(self, rows: list[int], terms: Losses) -> None:
+        """Take the losses [n] of the requests `rows` before a step."""
+        if self._threshold:
+            before, now = self._entropy, dict(zip(rows, terms.entropy.tolist(), strict=True))
+            change = {row: abs(now[row] - before.get(row, math.inf)) for row in rows}
+            self.rows = {row for row in rows if change[row] < self._threshold}
+            self._entropy = now
+
+
 def adapt(
     clip: PromptedCLIP,
     views: Tensor,
@@ -129,19 +251,21 @@ def adapt(
     text: Tensor,
     prompts: DefensePrompts,
     objective: Objective,
-    leaving: Callable[[int, list[int]], set[int]],
+    leaving: Leaving,
 ) -> Iterator[Departure]:
     """Adapt the prompts of all requests together and yield requests as they leave.
 
+    The result is a constant to autograd, whatever the views require.
+
     Args:
-        views, labels, text, prompts: as in `gradients`; `prompts` are the learned ones.
-        leaving: asked at each step boundary with the steps taken and the requests still in, as
-            indices into the batch; returns those that leave now.
+        views, labels, text, prompts: as in `losses`; `prompts` are those to start from.
+        leaving: asked at each step boundary, before the first step too.
     """
+    views = views.detach()
     rows, steps, moments = list(range(len(views))), 0, adamw.begin(prompts.tensors)
-    still = EarlyStopping(objective.settled)
+    stopping = EarlyStopping(objective.early_stop)
     while rows:
-        gone = leaving(steps, rows) | still.rows
+        gone = leaving(steps, rows) | stopping.rows
         if out := [place for place, row in enumerate(rows) if row in gone]:
             yield Departure([rows[place] for place in out], prompts.select(out), steps)
             stay = [place for place, row in enumerate(rows) if row not in gone]
@@ -152,8 +276,15 @@ def adapt(
             if steps and "text" in objective.moving(prompts):
                 text = clip.encode_labels(labels, prompts.text)
             terms, found = gradients(clip, views, labels, text, prompts, objective)
-            still.watch(rows, terms)
+            stopping.update(rows, terms)
             steps += 1
             rate, decay = objective.learning_rate, objective.weight_decay
             moved, moments = adamw.advance(prompts.tensors, found, moments, steps, rate, decay)
             prompts = prompts.map(moved)
+
+
+Adapt = Callable[
+    [PromptedCLIP, Tensor, LabelBatch, Tensor, DefensePrompts, Objective, Leaving],
+    Iterator[Departure],
+]
+"""The signature of `adapt`."""

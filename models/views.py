@@ -1,8 +1,8 @@
 """Random views of an image, made on the device from one upload of its uint8 pixels.
 
-View 0 is the picture as the checkpoint's own preprocessing makes it; the others are random
-resized crops with flips. A view is two matrix products, one a side, with Pillow's antialiased
-resampling weights: no loop over views, and the same pixels as Pillow up to rounding.
+View 0 is the image after the checkpoint's own preprocessing; the others are random resized crops
+with flips. A view is two matrix products, one per side, with Pillow's antialiased resampling
+weights: no loop over views, and the same pixels as Pillow up to rounding.
 """
 
 import math
@@ -17,19 +17,22 @@ from torch import Tensor
 
 from models.device import upload
 
-AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # share and aspect of the crops, as published
-ATTEMPTS = 10  # draws of a crop that fits before the whole picture is taken
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # area and aspect ratio of the crops, as published
+ATTEMPTS = 10  # tries for a crop that fits before falling back to the center
 BILINEAR = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """A checkpoint's way from a picture to pixels, and what its random views show of it.
+    """A checkpoint's preprocessing of images, and the size of random crops.
 
-    `short_side`: resize the shorter side to this; None with `size` (height, width): to that; both
-    None: keep. `crop`: side of the centre crop, padded with black where it reaches out.
-    `resample` is Pillow's filter number; `mean` and `std` normalize the channels; `area` bounds the
-    share of the picture that a random crop shows, in (0, 1].
+    Attributes:
+        crop: side of the center crop, padded with black where the image is smaller.
+        short_side: resize the shorter side to this; None for `size`.
+        size: resize to this (height, width); None to keep the size.
+        resample: Pillow's filter number.
+        mean, std: normalize the channels.
+        area: smallest and largest share of the image that a random crop shows, in (0, 1].
     """
 
     crop: int
@@ -41,7 +44,7 @@ class Preprocessing:
     area: tuple[float, float] = AREA
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of a picture after the resize."""
+        """Height and width of an image after the resize."""
         if self.short_side is None:
             return self.size or (height, width)
         short = min(height, width)
@@ -49,7 +52,7 @@ class Preprocessing:
 
 
 def make_views(
-    image: NDArray[np.uint8],
+    image: NDArray[np.uint8] | Tensor,
     views: int,
     seed: int,
     preprocessing: Preprocessing,
@@ -58,17 +61,13 @@ def make_views(
     """Views [views, 3, S, S] of one image, multiples of 1/255 in [0, 1].
 
     Args:
-        image: RGB [height, width, 3] of any size.
+        image: uint8 RGB [height, width, 3] of any size; or whole values [3, height, width] in
+            [0, 255] as a tensor, to which the views pass a gradient: straight through rounding.
         seed: draws the crops on the host, so that device and batch do not change them.
     """
-    pixels = upload(image, device).permute(2, 0, 1).float()
-    return cut_views(pixels, views, seed, preprocessing)
-
-
-def cut_views(pixels: Tensor, views: int, seed: int, preprocessing: Preprocessing) -> Tensor:
-    """As `make_views`, of whole values [3, height, width] in [0, 255], with a gradient: rounding
-    passes it straight through."""
-    device = pixels.device
+    pixels = image
+    if not isinstance(pixels, Tensor):
+        pixels = upload(pixels, device).permute(2, 0, 1).float()
     first = [weights.unsqueeze(0) for weights in _whole(pixels, preprocessing)]
     if views == 1:
         return _resample(pixels, *first)
@@ -87,8 +86,11 @@ def cut_views(pixels: Tensor, views: int, seed: int, preprocessing: Preprocessin
 def draw_crops(
     count: int, seed: int, height: int, width: int, share: tuple[float, float] = AREA
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Boxes [count, 4] (top, left, height, width) of random resized crops that show such a share of
-    the picture, and flips [count]."""
+    """Boxes [count, 4] (top, left, height, width) of random resized crops, and flips [count].
+
+    Args:
+        share: smallest and largest share of the image's area in a crop.
+    """
     rng = np.random.default_rng(seed)
     area = rng.uniform(*share, (count, ATTEMPTS)) * height * width
     aspect = np.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1]), (count, ATTEMPTS)))
@@ -105,7 +107,7 @@ def draw_crops(
 
 
 def _whole(pixels: Tensor, preprocessing: Preprocessing) -> list[Tensor]:
-    """Weights [S, height] and [S, width] of the resize followed by the centre crop."""
+    """Weights [S, height] and [S, width] of the resize followed by the center crop."""
     weights = []
     sides = pixels.shape[1:]
     for side, resized in zip(sides, preprocessing.resized(*sides), strict=True):
@@ -121,8 +123,11 @@ def _whole(pixels: Tensor, preprocessing: Preprocessing) -> list[Tensor]:
 def _weights(
     start: Tensor, length: Tensor, places: Tensor, size: int, side: int, resample: int
 ) -> Tensor:
-    """Pillow's resampling weights [n, p, side]: pixels [start, start + length) of a side, for
-    each of n boxes, to those of `size` pixels that `places` [p] names. Rows sum to 1."""
+    """Pillow's resampling weights [n, p, side]; rows sum to 1.
+
+    For each of n boxes, the pixels [start, start + length) of a side are resampled to `size`
+    pixels, of which `places` [p] are wanted.
+    """
     kernel, support = FILTERS[resample]
     scale, begin = (length / size).view(-1, 1, 1), start.view(-1, 1, 1)
     centers = begin + (places.view(1, -1, 1) + 0.5) * scale
@@ -147,8 +152,8 @@ def _resample(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def round_levels(values: Tensor) -> Tensor:
-    """Values as the whole ones in [0, 255] that they stand for, with the gradient of the values
-    themselves, for an attack through the views."""
+    """Round to whole values in [0, 255]. The gradient passes straight through, so that an attack
+    can differentiate views."""
     rounded: Tensor = _Round.apply(values)  # type: ignore[no-untyped-call]
     return rounded
 
@@ -178,7 +183,7 @@ def _lanczos(x: Tensor) -> Tensor:
     return torch.sinc(x) * torch.sinc(x / 3)
 
 
-# Pillow's numbers: kernel and how far it reaches in output pixels.
+# By Pillow's number: the kernel, and its support in output pixels.
 FILTERS: dict[int, tuple[Callable[[Tensor], Tensor], float]] = {
     1: (_lanczos, 3.0),
     BILINEAR: (_bilinear, 1.0),

@@ -28,7 +28,7 @@ from models.data import open_dataset
 from models.evaluation import command
 from models.evaluation.scores import difference, wilson
 from models.evaluation.table import percent, tabulate
-from models.evaluation.trial import Protocol, Subject, answers, gather, without_resize
+from models.evaluation.trial import Protocol, Subject, answers, gather
 from models.prompts import DefensePrompts
 
 PAGE = Path(__file__).parent.parent / "docs" / "robustness.md"
@@ -81,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     flags = ["--data", str(options.data), "--json", "-", "--bundle", str(options.bundle)]
     flags += ["--adapts", "all"]
-    learned = without_resize(command.load_guard(command.parser().parse_args(flags)))
+    learned = command.load(command.parser().parse_args(flags)).without_resize()
     assert learned.bundle is not None
     forgot = DefendedClassifier(
         learned.checkpoint,

@@ -13,12 +13,9 @@ from typing import Annotated, Literal, Self, get_args, get_origin
 from pydantic import Field, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from models.defenses.catalog import Method, Readout
+
 PREFIX = "TAPT_"
-
-Method = Literal[
-    "plain", "ensemble", "apt", "apt-ensemble", "tapt", "tpt", "rtpt", "ttc", "gate", "thrift"
-]
-
 
 Tier = Literal["fast", "standard", "deep"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
@@ -100,7 +97,7 @@ class Settings(BaseSettings):
         description="Stop adapting once a step changes the entropy by less than this (nats); "
         "0 disables.",
     )
-    readout: Literal["single", "kept", "all", "weighted"] = Field(
+    readout: Readout = Field(
         "all", description="Views that the prediction is computed from after adapting."
     )
     hypothesis_template: str = Field(

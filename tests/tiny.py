@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from models.bundle import DefenseBundle
 from models.checkpoint import Checkpoint, load_checkpoint
-from models.classifier import Picture
+from models.classifier import ImageQuery
 from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics
 from research.embedded.tokenizer import train_tokenizer
@@ -112,11 +112,11 @@ def draw_image(seed: int, height: int = 48, width: int = 56) -> NDArray[np.uint8
     return np.kron(coarse, np.ones((height // 6, width // 7, 1), np.uint8))
 
 
-def make_pictures(count: int) -> list[Picture]:
-    """Different pictures, sizes, label sets (of 2 to 8 labels), readouts and seeds."""
+def make_queries(count: int) -> list[ImageQuery]:
+    """Queries with different images, sizes, label sets (of 2 to 8 labels), readouts and seeds."""
     readouts = ["single", "kept", "all", "weighted"]
     return [
-        Picture(
+        ImageQuery(
             draw_image(i, 48 + 6 * (i % 3)), LABELS[: 2 + i % 7], None, readouts[i % 4], 100 + i
         )
         for i in range(count)

@@ -14,9 +14,16 @@ from benchmarks.parity.figures import VALUE_TOLERANCE, Difference, Figures
 from models import tapt
 from models.clip import PromptedCLIP
 from models.defenses import rtpt
-from models.defenses.defense import Images, LabelFeatures
+from models.defenses.defense import Adaptation, DefenseInput, LabelFeatures
 from models.prompts import DefensePrompts
-from models.readout import NEIGHBORS, TEMPERATURE, reliability
+from models.readout import (
+    NEIGHBORS,
+    TEMPERATURE,
+    mean_logits,
+    mean_prediction,
+    reliability,
+)
+from models.tapt import leaves_after
 
 
 def compare(figures: Figures, clip: PromptedCLIP) -> Iterator[Difference]:
@@ -30,14 +37,11 @@ def compare(figures: Figures, clip: PromptedCLIP) -> Iterator[Difference]:
         text = clip.encode_labels(labels, prompts.text)
         return clip.class_logits(features, text, labels), text
 
-    def leaving(taken: int, rows: list[int]) -> set[int]:
-        return set(rows) if taken == steps else set()
-
     logits, text = read(prompts)
     yield figures.difference(logits[0], "logits_initial")
     kept = views[:, tapt.select_confident(logits, ratio)[0]]
     objective = rtpt.OBJECTIVE
-    (departure,) = tapt.adapt(clip, kept, labels, text, prompts, objective, leaving)
+    (departure,) = tapt.adapt(clip, kept, labels, text, prompts, objective, leaves_after(steps))
     after = departure.prompts.tensors["text"]
     yield figures.difference(after[0, 0], "context_after", VALUE_TOLERANCE)
     counted = _count_themselves(features[0], figures.expected["weights"])
@@ -45,23 +49,25 @@ def compare(figures: Figures, clip: PromptedCLIP) -> Iterator[Difference]:
     yield figures.difference(weights[0], "weights")
     tuned, _ = read(departure.prompts)
     yield figures.difference(tuned[0], "logits_tuned_views")
-    yield figures.difference(rtpt.mean_logits(weights, tuned), "logits")
+    yield figures.difference(mean_logits(tuned, weights), "logits")
     # The defense that serves must arrive where its parts do, each view without itself.
     seen = LabelFeatures(labels, text)
-    images = Images(
+    inputs = DefenseInput(
         views=views,
         plain=seen,
         prompted=seen,
         prompts=prompts,
         objective=objective,
         selection_ratio=ratio,
-        readouts=["single"],
+        readouts=["weighted"],
         seeds=[0],
-        leaving=leaving,
+        adaptation=Adaptation(leaves_after(steps)),
     )
-    (verdict,) = rtpt.defend(clip, images)
-    parts = rtpt.mean_logits(reliability(features), tuned).softmax(dim=-1)
-    gap = verdict.probabilities - parts[0]
+    with torch.no_grad():
+        (output,) = rtpt.defend(clip, inputs)
+    found = mean_prediction(output.logits, output.weights, output.averages_logits)
+    parts = mean_logits(tuned, reliability(features)).softmax(dim=-1)
+    gap = found - parts
     yield Difference("verdict", float(gap.abs().max()), VALUE_TOLERANCE)
 
 

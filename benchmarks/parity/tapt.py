@@ -14,9 +14,9 @@ from torch import Tensor
 from benchmarks.parity.figures import VALUE_TOLERANCE, Difference, Figures
 from models import adamw, tapt
 from models.clip import PromptedCLIP
-from models.objective import Losses, Objective
 from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics
+from models.tapt import Losses, Objective, leaves_after
 
 # Gradients below these leave a prompt undetermined at a tolerance of 1e-6 and a rate of 5e-4: with
 # sums rounded to about 5e-8, one step is off by 5e-16 / (|g| + 1e-8)^2, later ones by 5e-8 / |g|,
@@ -69,7 +69,7 @@ def compare(figures: Figures, clip: PromptedCLIP) -> Iterator[Difference]:
         text,
         prompts,
         objective,
-        lambda taken, rows: set(rows) if taken == steps else set(),
+        leaves_after(steps),
     )
     for name, value in departure.prompts.tensors.items():
         yield figures.difference(

@@ -7,6 +7,7 @@ import torch
 from benchmarks.parity.figures import VALUE_TOLERANCE, Difference, Figures
 from models.clip import PromptedCLIP
 from models.defenses.ttc import Counterattack, counterattack, drift_ratio, step_weights
+from models.tapt import leaves_after
 
 
 def compare(figures: Figures, clip: PromptedCLIP) -> Iterator[Difference]:
@@ -28,7 +29,7 @@ def compare(figures: Figures, clip: PromptedCLIP) -> Iterator[Difference]:
         noise,
         seen,
         recipe,
-        lambda taken, rows: set(rows) if taken == steps else set(),
+        leaves_after(steps),
     ):
         deltas[moved.rows] = moved.deltas
         weights[moved.rows, : moved.steps + 1] = step_weights(moved.steps, recipe.beta)

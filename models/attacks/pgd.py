@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.attacks.attack import Budget, Model, cross_entropy, draw_start, pick, slope, strongest
 
-REACH = 2.5  # epsilons that all steps together could go, as published
+REACH = 2.5  # total length of all steps, in epsilons, as published
 
 
 def pgd(
@@ -26,7 +26,7 @@ def pgd(
                 best, most = pick(at.score > most, here, best), torch.maximum(at.score, most)
                 here = (here + size * at.gradient.sign()).clamp(low, high)
             yield best
-            yield here  # the last step's, which no slope has looked at yet
+            yield here  # after the last step, not scored yet
 
     return strongest(model, pixels, labels, budget, runs())
 
@@ -39,12 +39,12 @@ def ascend(
     step_size: float,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Pixels [N, 3, S, S] in [0, 1], at most `epsilon` away, that raise the loss: PGD's bare
-    loop, for training, where the last step is as good as the best.
+    """PGD for training: the pixels [N, 3, S, S] after the last step, at most `epsilon` away.
 
     Args:
         pixels: clean images in [0, 1]; `epsilon` and `step_size` are in the same scale.
-        loss: maps pixels to a scalar, a sum over images so that they do not scale each other.
+        loss: maps pixels to a scalar to raise; a sum over images, so that they do not scale each
+            other.
         generator: draws the random start within the ball; None starts at the clean image.
     """
     start = pixels
@@ -52,12 +52,12 @@ def ascend(
         noise = torch.rand(pixels.shape, generator=generator).to(pixels.device)
         start = (pixels + (2 * noise - 1) * epsilon).clamp(0, 1)
     attacked = start
-    for ahead in stride(pixels, loss, epsilon, steps, step_size, start):
+    for ahead in take_steps(pixels, loss, epsilon, steps, step_size, start):
         attacked = ahead
     return attacked
 
 
-def stride(
+def take_steps(
     pixels: Tensor,
     loss: Callable[[Tensor], Tensor],
     epsilon: float,
@@ -65,7 +65,7 @@ def stride(
     step_size: float,
     start: Tensor,
 ) -> Iterator[Tensor]:
-    """As `ascend`, from `start`: yields the pixels after each step."""
+    """As `ascend`, from `start`; yields the pixels after each step."""
     low, high = (pixels - epsilon).clamp(min=0), (pixels + epsilon).clamp(max=1)
     attacked = start
     for _ in range(steps):

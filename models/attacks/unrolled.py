@@ -1,8 +1,11 @@
 """A defense's adaptation as a differentiable function of its views.
 
-AdamW's first step is nearly a sign, whose derivative is zero almost everywhere: an attack that
-took it as it is would see nothing, and the defense would look strong. Here the sign is smoothed.
+AdamW's first step is nearly a sign, whose derivative is zero almost everywhere: an attack through
+the exact step would see no gradient, and the defense would look strong. Here the sign is smoothed.
 """
+
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,10 +14,31 @@ from models import adamw, tapt
 from models.attacks.attack import approximate
 from models.clip import PromptedCLIP
 from models.labels import LabelBatch
-from models.objective import Objective
 from models.prompts import DefensePrompts
+from models.tapt import Departure, Leaving, Objective
 
 SMOOTHING = 1.0  # of the sign, in root mean squares of a prompt's gradient
+
+
+def adapt_unrolled(
+    clip: PromptedCLIP,
+    views: Tensor,
+    labels: LabelBatch,
+    text: Tensor,
+    prompts: DefensePrompts,
+    objective: Objective,
+    leaving: Leaving,
+) -> Iterator[Departure]:
+    """As `tapt.adapt`, with the same values; the gradient is that of the smoothed steps."""
+    for departure in tapt.adapt(clip, views, labels, text, prompts, objective, leaving):
+        if departure.steps and torch.is_grad_enabled():
+            rows, steps = departure.rows, departure.steps
+            own = views[rows], labels.select(rows), labels.take(text, rows), prompts.select(rows)
+            smooth = unroll(clip, *own, objective, steps).tensors
+            exact = departure.prompts.tensors
+            values = {name: approximate(exact[name], smooth[name]) for name in exact}
+            departure = replace(departure, prompts=prompts.map(values))
+        yield departure
 
 
 def unroll(
@@ -25,16 +49,13 @@ def unroll(
     prompts: DefensePrompts,
     objective: Objective,
     steps: int,
-    adapted: DefensePrompts | None = None,
 ) -> DefensePrompts:
-    """Prompts after `steps` steps on the kept views, with a gradient with respect to the views.
+    """Prompts after `steps` smoothed steps on the kept views, with a gradient to the views.
 
     Run it where attention has a second derivative: `sdpa_kernel(SDPBackend.MATH)`.
 
     Args:
         views, labels, text, prompts: as in `tapt.losses`; `prompts` are those before the steps.
-        adapted: what the defense's own steps lead to; the values are then these, and only the
-            gradient is that of the smoothed steps.
     """
     moving = objective.moving(prompts)
     values = {k: v.detach().requires_grad_(k in moving) for k, v in prompts.tensors.items()}
@@ -42,7 +63,7 @@ def unroll(
     for step in range(1, steps + 1):
         here = prompts.map(values)
         if "text" in moving:
-            text = clip.encode_labels(labels, here.text, graph=True)
+            text = clip.encode_labels(labels, here.text)
         _, loss = tapt.losses(clip, views, labels, text, here, objective)
         names = sorted(moving)
         inputs = [values[name] for name in names]
@@ -53,8 +74,6 @@ def unroll(
                 continue
             moved, moments[name] = _advance(values[name], gradient, moments[name], step, objective)
             values[name] = moved
-    if adapted is not None:
-        values = {k: approximate(adapted.tensors[k], value) for k, value in values.items()}
     return prompts.map(values)
 
 
@@ -65,7 +84,7 @@ def _advance(
     step: int,
     objective: Objective,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """As `adamw.advance`, with a softer denominator."""
+    """As `adamw.advance` for one tensor, with a larger denominator."""
     first = adamw.BETA1 * moments[0] + (1 - adamw.BETA1) * gradient
     second = adamw.BETA2 * moments[1] + (1 - adamw.BETA2) * gradient.square()
     spread = gradient.square().flatten(1).mean(dim=1).view(-1, *[1] * (gradient.dim() - 1))

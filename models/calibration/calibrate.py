@@ -27,9 +27,10 @@ from torch import Tensor
 
 from models.bundle import DefenseBundle, load_bundle
 from models.calibration.prompt_tuning import Progress, Tuning, attack, begin, tune
-from models.checkpoint import Checkpoint, ModelError, load_checkpoint
-from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier, Picture
+from models.checkpoint import Checkpoint, load_checkpoint
+from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier, ImageQuery
 from models.data import DataError, Dataset, open_dataset
+from models.errors import LoadError
 from models.labels import LabelBatch, tokenize
 from models.prompts import DESIGNS, DefensePrompts
 from models.statistics import TokenStatistics, token_moments
@@ -167,14 +168,15 @@ def set_thresholds(
 ) -> dict[str, float]:
     """The suspicion that a share `rate` of these clean pictures passes, by the prompts that their
     views are read with."""
-    guard = DefendedClassifier(checkpoint, bundle)
+    classifier = DefendedClassifier(checkpoint, bundle)
     task = bar.add_task("setting the thresholds", total=len(pixels))
     doubts: dict[str, list[float]] = {"learned": [], "none": []}
     for number, picture in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
-        asked = Picture(picture, tuple(names), None, "single", number)
+        query = ImageQuery(picture, tuple(names), None, "single", number, steps=0)
         for name, method in (("learned", "tapt"), ("none", "ensemble")):
-            (found,) = guard.classify([asked], method, views, lambda _, rows: set(rows))
-            doubts[name].append(found.doubt)
+            (batch,) = classifier.prepare([query], method)
+            (prediction,) = classifier.classify(batch, views)
+            doubts[name].append(prediction.suspicion)
         bar.advance(task)
     return {name: float(torch.tensor(seen).quantile(1 - rate)) for name, seen in doubts.items()}
 
@@ -183,7 +185,7 @@ def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
     """The whole way from the command's options to a bundle.
 
     Raises:
-        ModelError, DataError: checkpoint, bundle or pictures cannot be used.
+        LoadError, DataError: checkpoint, bundle or pictures cannot be used.
     """
     checkpoint = load_checkpoint(options.model, torch.device(options.device))
     data = open_dataset(options.data)
@@ -332,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with Bar() as bar:
             bundle = calibrate(options, bar)
-    except (ModelError, DataError, ValueError) as error:
+    except (LoadError, DataError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     bundle.save(options.out)

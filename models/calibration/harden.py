@@ -28,9 +28,10 @@ from models.calibration.decoded import decode_once
 from models.calibration.export import write_hardened
 from models.calibration.hardening import Hardening, HardeningTrainer
 from models.calibration.hardening_run import Run, Validation
-from models.checkpoint import Checkpoint, ModelError, load_checkpoint
+from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE
 from models.data import DataError, open_dataset
+from models.errors import LoadError
 from models.labels import tokenize
 from models.views import make_views
 
@@ -42,7 +43,7 @@ def harden(options: argparse.Namespace, settings: Hardening, bar: Bar) -> bool:
     """From the command's options to the new checkpoint; whether the run reached its end.
 
     Raises:
-        ModelError, DataError, ValueError: checkpoint, pictures or an earlier run cannot be used.
+        LoadError, DataError, ValueError: checkpoint, pictures or an earlier run cannot be used.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     device = torch.device(options.device)
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with Bar(disable=dist.is_initialized() and dist.get_rank() > 0) as bar:
             ended = harden(options, settings, bar)
-    except (ModelError, DataError, ValueError) as error:
+    except (LoadError, DataError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     finally:

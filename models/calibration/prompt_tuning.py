@@ -19,9 +19,9 @@ from models.attacks.pgd import ascend
 from models.blocks import run_block
 from models.clip import PromptedCLIP
 from models.labels import LabelBatch
-from models.objective import prompt_gradients
 from models.prompts import DefensePrompts
-from models.views import Preprocessing, cut_views, round_levels
+from models.tapt import prompt_gradients
+from models.views import Preprocessing, make_views, round_levels
 
 SPREAD = 0.02  # standard deviation of fresh prompts, as CLIP's own embeddings have
 
@@ -217,7 +217,7 @@ def _spread(
         return batch.unsqueeze(1)
     seeds = torch.randint(2**31, (len(batch),), generator=source).tolist()
     cut = [
-        cut_views(picture, views, seed, preprocessing)
+        make_views(picture, views, seed, preprocessing, batch.device)
         for picture, seed in zip(round_levels(batch * 255), seeds, strict=True)
     ]
     return torch.stack(cut)

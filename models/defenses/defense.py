@@ -1,19 +1,22 @@
-"""The one signature that every defense has, and what goes in and out."""
+"""The interface of a defense: what it is given, what it returns, and how it adapts.
 
+A defense is a module of this package with a `SPEC` (see `catalog`) and a function `defend`. It
+computes in whatever gradient mode its caller has set: serving calls it under `torch.no_grad()`, an
+adaptive attack differentiates its output with respect to the views.
+"""
+
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 
 from torch import Tensor
 
 from models.clip import PromptedCLIP
-from models.label_encoder import Prompting
+from models.defenses.catalog import DefenseSpec
 from models.labels import LabelBatch
-from models.objective import Objective
 from models.prompts import DefensePrompts
-
-Leaving = Callable[[int, list[int]], set[int]]
-"""Asked at each step boundary with the steps taken and the requests still in; returns those that
-leave now."""
+from models.tapt import Adapt, Leaving, Objective, adapt
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +32,35 @@ class LabelFeatures:
 
 
 @dataclass(frozen=True, slots=True)
-class Images:
+class Adaptation:
+    """How a defense is to adapt.
+
+    Attributes:
+        leaving: asked at each step boundary; ends the loop of the requests that it returns.
+        adapt: runs the steps on prompts; an adaptive attack replaces it by one that it can
+            differentiate.
+        all_logits: return the logits of all views, adapted or not, for the report on an answer.
+            Without, only the views that count in the answer are looked at again.
+    """
+
+    leaving: Leaving
+    adapt: Adapt = adapt
+    all_logits: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DefenseInput:
     """B requests to defend together, all with V views.
 
     Attributes:
-        views: [B, V, 3, S, S] in [0, 1]; view 0 is the picture itself.
+        views: [B, V, 3, S, S] in [0, 1]; view 0 is the image itself.
         plain: the labels as undefended CLIP reads them.
         prompted: the labels at the prompts that the defense starts from, slots included.
-        prompts: those prompts, [B, ...]; no tokens for a defense that has none.
-        readouts: a readout a request.
-        seeds: a seed a request, for what a defense draws beside the views.
+        prompts: those prompts, [B, ...]; zero tokens for a defense that has none.
+        objective: what a step minimizes.
+        selection_ratio: share of the views kept for the loss, in (0, 1].
+        readouts: one readout per request.
+        seeds: one seed per request, for what a defense draws besides the views.
     """
 
     views: Tensor
@@ -47,18 +69,18 @@ class Images:
     prompts: DefensePrompts
     objective: Objective
     selection_ratio: float
-    readouts: list[str]
-    seeds: list[int]
-    leaving: Leaving
+    readouts: Sequence[str]
+    seeds: Sequence[int]
+    adaptation: Adaptation
 
-    def select(self, rows: list[int]) -> "Images":
-        """Some of the requests, numbered anew from 0."""
+    def select(self, rows: list[int]) -> "DefenseInput":
+        """Some of the requests, renumbered from 0."""
 
         def leaving(steps: int, places: list[int]) -> set[int]:
-            gone = self.leaving(steps, [rows[place] for place in places])
+            gone = self.adaptation.leaving(steps, [rows[place] for place in places])
             return {place for place in places if rows[place] in gone}
 
-        return Images(
+        return DefenseInput(
             views=self.views[rows],
             plain=self.plain.select(rows),
             prompted=self.prompted.select(rows),
@@ -67,46 +89,57 @@ class Images:
             selection_ratio=self.selection_ratio,
             readouts=[self.readouts[row] for row in rows],
             seeds=[self.seeds[row] for row in rows],
-            leaving=leaving,
+            adaptation=replace(self.adaptation, leaving=leaving),
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """A defense's answer for one request.
+class DefenseOutput:
+    """What a defense computed for n requests that finish together.
 
     Attributes:
-        row: the request, as an index into the batch.
-        probabilities: [C], sums to 1.
-        views: probabilities [V, C] of all views as first seen, before any adaptation.
-        kept: how many views the loss looked at, or the prediction where there is no loss.
-        entropy_before, entropy_after: of the kept views' mean prediction, nats.
+        rows: the requests, as indices into the batch.
+        initial: logits [n, V, C] of the views before any adaptation.
+        logits: logits [n, V', C] that the answer is read from.
+        weights: [n, V'], rows sum to 1; None weighs all views alike.
+        kept: indices [n, k] of the views that the loss looked at; None: all.
+        averages_logits: average the views' logits, not their predictions.
+        steps: optimization steps taken.
         adapted: `time.perf_counter()` when adapting ended and reading out began.
     """
 
-    row: int
-    probabilities: Tensor
-    views: Tensor
-    kept: int
-    steps: int
-    entropy_before: float
-    entropy_after: float
+    rows: list[int]
+    initial: Tensor
+    logits: Tensor
     adapted: float
+    weights: Tensor | None = None
+    kept: Tensor | None = None
+    averages_logits: bool = False
+    steps: int = 0
+
+    def renumber(self, rows: list[int]) -> "DefenseOutput":
+        """The output for a selection of requests, `rows`, numbered as in the whole batch."""
+        return replace(self, rows=[rows[row] for row in self.rows])
 
 
-Defense = Callable[[PromptedCLIP, Images], Iterator[Verdict]]
+Defense = Callable[[PromptedCLIP, DefenseInput], Iterator[DefenseOutput]]
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A defense as the table lists it: the prompts that it starts from, and whether it takes
-    steps."""
+def load_defense(spec: DefenseSpec) -> Defense:
+    """The function that implements a defense."""
+    defend: Defense = import_module(spec.module).defend
+    return defend
 
-    defend: Defense
-    prompting: Prompting
-    adapts: bool
 
-    @property
-    def needs_bundle(self) -> bool:
-        """Words that nobody learned and that stay as they are would be no defense."""
-        return self.prompting == "learned" and not self.adapts
+def average_views(
+    clip: PromptedCLIP, views: Tensor, labels: LabelFeatures, visual: Tensor | None = None
+) -> DefenseOutput:
+    """The mean prediction over views [B, V, 3, S, S].
+
+    Args:
+        visual: visual prompts [B, depth, tokens, width], or None.
+    """
+    start = time.perf_counter()
+    features = clip.encode_images(views, visual).features
+    logits = clip.class_logits(features, labels.features, labels.batch)
+    return DefenseOutput(list(range(len(views))), logits, logits, adapted=start)

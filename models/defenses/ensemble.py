@@ -1,44 +1,21 @@
 """The plain view ensemble: the mean prediction of undefended CLIP over all views."""
 
-import time
-from collections.abc import Iterator, Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Iterator
 
 from models.clip import PromptedCLIP
-from models.defenses.defense import Images, LabelFeatures, Verdict
-from models.tapt import view_entropy
+from models.defenses.catalog import DefenseSpec
+from models.defenses.defense import DefenseInput, DefenseOutput, average_views
+
+SPEC = DefenseSpec(
+    name="ensemble",
+    description="The mean of CLIP's predictions over random views.",
+    prompts="none",
+    views="all",
+    adapts=False,
+    readout="all",
+    order=1,
+)
 
 
-def defend(clip: PromptedCLIP, images: Images) -> Iterator[Verdict]:
-    return average(clip, images.views, images.plain, None)
-
-
-def average(
-    clip: PromptedCLIP, views: Tensor, labels: LabelFeatures, visual: Tensor | None
-) -> Iterator[Verdict]:
-    """The mean prediction over views [B, V, 3, S, S], seen with visual prompts or without."""
-    start = time.perf_counter()
-    with torch.no_grad():
-        features = clip.encode_images(views, visual).features
-        logits = clip.class_logits(features, labels.features, labels.batch)
-    return conclude(logits, labels.batch.counts, start)
-
-
-def conclude(logits: Tensor, counts: Sequence[int], start: float) -> Iterator[Verdict]:
-    """The mean prediction from the views' logits [B, V, C] for so many labels a request; looking
-    began at `start`."""
-    probabilities, entropy = logits.softmax(dim=-1), view_entropy(logits).tolist()
-    for row, count in enumerate(counts):
-        seen = probabilities[row, :, :count]
-        yield Verdict(
-            row=row,
-            probabilities=seen.mean(dim=0),
-            views=seen,
-            kept=len(seen),
-            steps=0,
-            entropy_before=entropy[row],
-            entropy_after=entropy[row],
-            adapted=start,
-        )
+def defend(clip: PromptedCLIP, inputs: DefenseInput) -> Iterator[DefenseOutput]:
+    yield average_views(clip, inputs.views, inputs.plain)

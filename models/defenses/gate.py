@@ -1,13 +1,12 @@
-"""A gate in front of TAPT: only a picture that looks attacked is adapted.
+"""A gate in front of TAPT: only an image that looks attacked is adapted.
 
-Padding moves the features of an attacked picture far more than those of a clean one (test-time
-padding, arXiv 2512.16523), so a picture whose features stay near their own passes with CLIP's
-undefended prediction, at a fraction of the cost. An image that passes undefended can only lower
-the worst case: an attacker who knows the gate needs only to stay below it. Offered for its price.
+Padding moves the features of an attacked image far more than those of a clean one (test-time
+padding, arXiv 2512.16523). An image whose features stay close gets CLIP's undefended prediction,
+at a fraction of the cost. This can only lower robustness: an attacker who knows the gate needs
+only to stay below its threshold. It is offered for its price.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,27 +14,38 @@ from torch import Tensor
 
 from models.clip import PromptedCLIP
 from models.defenses import plain, tapt
-from models.defenses.defense import Images, Verdict
+from models.defenses.catalog import DefenseSpec
+from models.defenses.defense import DefenseInput, DefenseOutput
 
-THRESHOLD = 0.8  # cosine, as published: at or below it a picture counts as attacked
-BORDER = 1 / 7  # of a side, on each: 32 of 224 pixels; ours
+SPEC = DefenseSpec(
+    name="gate",
+    description="TAPT for images whose features move when padded; others pass undefended.",
+    prompts="learned",
+    views="all",
+    adapts=True,
+    order=8,
+)
+
+THRESHOLD = 0.8  # cosine, as published: an image at or below it counts as attacked
+BORDER = 1 / 7  # of a side, on each side; ours: 32 of 224 pixels
 
 
-def defend(clip: PromptedCLIP, images: Images) -> Iterator[Verdict]:
-    suspect = (steadiness(clip, images.views[:, 0]) <= THRESHOLD).tolist()
+def defend(clip: PromptedCLIP, inputs: DefenseInput) -> Iterator[DefenseOutput]:
+    suspect = (padding_similarity(clip, inputs.views[:, 0]) <= THRESHOLD).tolist()
     for defense, attacked in ((plain, False), (tapt, True)):
-        rows = [row for row, doubtful in enumerate(suspect) if doubtful == attacked]
+        rows = [row for row, suspicious in enumerate(suspect) if suspicious == attacked]
         if rows:
-            for verdict in defense.defend(clip, images.select(rows)):
-                yield replace(verdict, row=rows[verdict.row])
+            for output in defense.defend(clip, inputs.select(rows)):
+                yield output.renumber(rows)
 
 
-def steadiness(clip: PromptedCLIP, pictures: Tensor) -> Tensor:
-    """Cosine [B] between the features of pictures [B, 3, S, S] and of the same within a border."""
-    side = pictures.shape[-1]
+@torch.no_grad()
+def padding_similarity(clip: PromptedCLIP, pixels: Tensor) -> Tensor:
+    """Cosine [B] between the features of images [B, 3, S, S] and of the same, shrunk and padded
+    with black to S x S."""
+    side = pixels.shape[-1]
     width = max(1, round(side * BORDER))
-    inner = F.interpolate(pictures, size=side - 2 * width, mode="bilinear", antialias=True)
+    inner = F.interpolate(pixels, size=side - 2 * width, mode="bilinear", antialias=True)
     padded = F.pad(inner, (width, width, width, width))
-    with torch.no_grad():
-        features = clip.encode_images(torch.stack([pictures, padded], dim=1)).features
+    features = clip.encode_images(torch.stack([pixels, padded], dim=1)).features
     return (features[:, 0] * features[:, 1]).sum(dim=-1)

@@ -1,101 +1,99 @@
-"""TAPT as a defense: first look, adapt, read out each request as it leaves the loop."""
+"""TAPT as a defense: look at all views, adapt, and read out each request as it leaves the loop."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from models import tapt
 from models.clip import PromptedCLIP
-from models.defenses.defense import Images, Verdict
+from models.defenses.catalog import DefenseSpec
+from models.defenses.defense import DefenseInput, DefenseOutput
 from models.prompts import DefensePrompts
-from models.readout import view_weights
+from models.readout import gather_views, view_weights
+
+SPEC = DefenseSpec(
+    name="tapt",
+    description="Adapts prompts learned against attacks to each image (TAPT).",
+    prompts="learned",
+    views="all",
+    adapts=True,
+    order=4,
+)
 
 
-def defend(clip: PromptedCLIP, images: Images) -> Iterator[Verdict]:
-    return tune(clip, images, mean_prediction)
-
-
-def mean_prediction(weights: Tensor, logits: Tensor) -> Tensor:
-    """Probabilities [n, C]: the mean of the views' predictions, from weights [n, V] that sum to 1
-    and logits [n, V, C]."""
-    return (weights.unsqueeze(-1) * logits.softmax(dim=-1)).sum(dim=1)
+def defend(clip: PromptedCLIP, inputs: DefenseInput) -> Iterator[DefenseOutput]:
+    return tune(clip, inputs)
 
 
 def tune(
-    clip: PromptedCLIP, images: Images, average: Callable[[Tensor, Tensor], Tensor]
-) -> Iterator[Verdict]:
-    """Tune the prompts of `images` and read the views out by `average`, which has the signature of
-    `mean_prediction`."""
-    labels, text = images.prompted.batch, images.prompted.features
-    with torch.no_grad():
-        features = clip.encode_images(images.views, images.prompts.vision).features
-        logits = clip.class_logits(features, text, labels)
-    kept = tapt.select_confident(logits, images.selection_ratio)
-    before = tapt.view_entropy(_gather(logits, kept)).tolist()
-    departures = tapt.adapt(
+    clip: PromptedCLIP, inputs: DefenseInput, averages_logits: bool = False
+) -> Iterator[DefenseOutput]:
+    """Adapt the prompts of `inputs` and read the views out with them."""
+    labels, text = inputs.prompted.batch, inputs.prompted.features
+    # Of the first look, only the weights of the `weighted` readout depend smoothly on the views.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and "weighted" in inputs.readouts):
+        features = clip.encode_images(inputs.views, inputs.prompts.vision).features
+        initial = clip.class_logits(features, text, labels)
+    kept = tapt.select_confident(initial, inputs.selection_ratio)
+    departures = inputs.adaptation.adapt(
         clip,
-        _gather(images.views, kept),
+        gather_views(inputs.views, kept),
         labels,
         text,
-        images.prompts,
-        images.objective,
-        images.leaving,
+        inputs.prompts,
+        inputs.objective,
+        inputs.adaptation.leaving,
     )
     for departure in departures:
         adapted = time.perf_counter()
-        # Requests that leave together are read out together, by readout.
-        for readout in sorted({images.readouts[row] for row in departure.rows}):
-            places = [i for i, row in enumerate(departure.rows) if images.readouts[row] == readout]
+        # Requests that leave together are read out together, one readout after the other.
+        for readout in sorted({inputs.readouts[row] for row in departure.rows}):
+            places = [i for i, row in enumerate(departure.rows) if inputs.readouts[row] == readout]
             rows = [departure.rows[place] for place in places]
             weights = view_weights(readout, kept[rows], features[rows])
-            after = logits[rows]
-            if departure.steps:
-                after = _look_again(
-                    clip, images, departure.prompts.select(places), rows, weights, kept, after
-                )
-            probabilities = average(weights, after)
-            entropy = tapt.view_entropy(_gather(after, kept[rows])).tolist()
-            for place, row in enumerate(rows):
-                count = labels.counts[row]
-                yield Verdict(
-                    row=row,
-                    probabilities=probabilities[place, :count],
-                    views=logits[row, :, :count].softmax(dim=-1),
-                    kept=kept.shape[1],
-                    steps=departure.steps,
-                    entropy_before=before[row],
-                    entropy_after=entropy[place],
-                    adapted=adapted,
-                )
+            logits = initial[rows]
+            if departure.steps or not inputs.adaptation.all_logits:
+                counted = weights > 0
+                if inputs.adaptation.all_logits:  # the entropy of the kept views is reported
+                    counted = counted.scatter(1, kept[rows], True)
+                seen = _order_views(counted)
+                prompts = departure.prompts.select(places)
+                moved = departure.steps > 0 and "text" in inputs.objective.moving(prompts)
+                fresh = _look_again(clip, inputs.select(rows), prompts, seen, moved)
+                if inputs.adaptation.all_logits:
+                    index = seen.unsqueeze(-1).expand(-1, -1, fresh.shape[-1])
+                    logits = logits[..., : fresh.shape[-1]].scatter(1, index, fresh)
+                else:
+                    logits, weights = fresh, gather_views(weights, seen)
+            yield DefenseOutput(
+                rows=rows,
+                initial=initial[rows],
+                logits=logits,
+                weights=weights,
+                kept=kept[rows],
+                averages_logits=averages_logits,
+                steps=departure.steps,
+                adapted=adapted,
+            )
+
+
+def _order_views(wanted: Tensor) -> Tensor:
+    """Indices [n, m] of the views to look at, from a mask [n, V]: the wanted ones first. All
+    requests look at the same number, so others fill up where one wants fewer."""
+    most = int(wanted.sum(dim=1).max())
+    return wanted.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
 
 
 def _look_again(
-    clip: PromptedCLIP,
-    images: Images,
-    prompts: DefensePrompts,
-    rows: list[int],
-    weights: Tensor,
-    kept: Tensor,
-    logits: Tensor,
+    clip: PromptedCLIP, inputs: DefenseInput, prompts: DefensePrompts, seen: Tensor, moved: bool
 ) -> Tensor:
-    """Logits [n, V, C] with the adapted prompts, anew for the views that count or were kept."""
-    labels = images.prompted.batch.select(rows)
-    wanted = (weights > 0).scatter(1, kept[rows], True)
-    most = int(wanted.sum(dim=1).max())
-    # The same number of views a request: the wanted ones first, then any others.
-    seen = wanted.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
-    with torch.no_grad():
-        features = clip.encode_images(_gather(images.views[rows], seen), prompts.vision).features
-        text = images.prompted.batch.take(images.prompted.features, rows)
-        if "text" in images.objective.moving(prompts):
-            text = clip.encode_labels(labels, prompts.text)
-        fresh = clip.class_logits(features, text, labels)
-    index = seen.unsqueeze(-1).expand(-1, -1, fresh.shape[-1])
-    return logits[..., : fresh.shape[-1]].scatter(1, index, fresh)
-
-
-def _gather(values: Tensor, index: Tensor) -> Tensor:
-    """Values [B, V, ...] at views [B, k]."""
-    return values[torch.arange(len(values), device=values.device).unsqueeze(1), index]
+    """Logits [n, m, C] of the views `seen` [n, m] with the adapted prompts; `moved`: those of the
+    text have changed."""
+    labels, text = inputs.prompted.batch, inputs.prompted.features
+    views = gather_views(inputs.views, seen)
+    features = clip.encode_images(views, prompts.vision).features
+    if moved:
+        text = clip.encode_labels(labels, prompts.text)
+    return clip.class_logits(features, text, labels)

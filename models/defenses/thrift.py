@@ -1,40 +1,44 @@
-"""TAPT that spends little where little is needed: a few views first, and no more if they agree.
+"""TAPT that looks at a few views first and stops if they agree.
 
-Where a quarter of the views all name the same label, and name it with confidence, their mean is
-the answer, without a step; every other picture goes the whole way. An attacker has to win over
-fewer views on the short way than on the long one. Offered for its price, measured beside the rest.
+If a quarter of the views all name the same label with confidence, their mean is the answer, without
+a step; every other image is adapted as usual. An attacker has fewer views to win over on the short
+way. It is offered for its price.
 """
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from models.clip import PromptedCLIP
 from models.defenses import tapt
-from models.defenses.defense import Images, Verdict
-from models.defenses.ensemble import conclude
+from models.defenses.catalog import DefenseSpec
+from models.defenses.defense import DefenseInput, DefenseOutput
 
-SHARE, FEWEST = 1 / 4, 3  # of the views looked at first; fewer could hardly disagree
+SPEC = DefenseSpec(
+    name="thrift",
+    description="TAPT for images on which a quarter of the views disagree; else their mean.",
+    prompts="learned",
+    views="all",
+    adapts=True,
+    order=9,
+)
+
+SHARE, FEWEST = 1 / 4, 3  # views looked at first; fewer than three could hardly disagree
 CONFIDENCE = 0.9  # mean probability of the label that they agree on
 
 
-def defend(clip: PromptedCLIP, images: Images) -> Iterator[Verdict]:
-    start, labels = time.perf_counter(), images.prompted
-    few = few_views(images.views.shape[1])
-    with torch.no_grad():
-        features = clip.encode_images(images.views[:, :few], images.prompts.vision).features
-        logits = clip.class_logits(features, labels.features, labels.batch)
-    sure = agree(logits.softmax(dim=-1)).tolist()
-    for verdict in conclude(logits, labels.batch.counts, start):
-        if sure[verdict.row]:
-            yield verdict
-    rows = [row for row, enough in enumerate(sure) if not enough]
-    if rows:
-        for verdict in tapt.defend(clip, images.select(rows)):
-            yield replace(verdict, row=rows[verdict.row])
+def defend(clip: PromptedCLIP, inputs: DefenseInput) -> Iterator[DefenseOutput]:
+    start, labels = time.perf_counter(), inputs.prompted
+    few = few_views(inputs.views.shape[1])
+    features = clip.encode_images(inputs.views[:, :few], inputs.prompts.vision).features
+    logits = clip.class_logits(features, labels.features, labels.batch)
+    done = agree(logits.softmax(dim=-1)).tolist()
+    if rows := [row for row, enough in enumerate(done) if enough]:
+        yield DefenseOutput(rows, logits[rows], logits[rows], adapted=start)
+    if rows := [row for row, enough in enumerate(done) if not enough]:
+        for output in tapt.defend(clip, inputs.select(rows)):
+            yield output.renumber(rows)
 
 
 def few_views(views: int) -> int:
@@ -43,7 +47,7 @@ def few_views(views: int) -> int:
 
 
 def agree(probabilities: Tensor) -> Tensor:
-    """[B]: whether views [B, V, C] name one label, with confidence."""
+    """[B], true where all views [B, V, C] name one label and their mean is confident of it."""
     best = probabilities.argmax(dim=-1)
     confidence = probabilities.mean(dim=1).amax(dim=-1)
     return (best == best[:, :1]).all(dim=1) & (confidence >= CONFIDENCE)

@@ -1,7 +1,7 @@
 """Test-time prompt tuning (TPT, Shu et al., NeurIPS 2022, arXiv 2209.07511).
 
-The template's own words take AdamW steps down the entropy of the confident views' mean prediction;
-the picture alone is read out. Made for distribution shift, not against attacks.
+AdamW steps on the template's own words lower the entropy of the confident views' mean prediction;
+the answer is read from the image alone. Made for distribution shift, not against attacks.
 """
 
 from collections.abc import Iterator
@@ -9,12 +9,22 @@ from dataclasses import replace
 
 from models.clip import PromptedCLIP
 from models.defenses import tapt
-from models.defenses.defense import Images, Verdict
-from models.objective import Objective
+from models.defenses.catalog import DefenseSpec
+from models.defenses.defense import DefenseInput, DefenseOutput
+from models.tapt import Objective
+
+SPEC = DefenseSpec(
+    name="tpt",
+    description="Adapts the template's words to each image (TPT); not made against attacks.",
+    prompts="words",
+    views="all",
+    adapts=True,
+    readout="single",
+    order=5,
+)
 
 OBJECTIVE = Objective(learning_rate=5e-3)
 
 
-def defend(clip: PromptedCLIP, images: Images) -> Iterator[Verdict]:
-    single = ["single"] * len(images.readouts)
-    return tapt.defend(clip, replace(images, objective=OBJECTIVE, readouts=single))
+def defend(clip: PromptedCLIP, inputs: DefenseInput) -> Iterator[DefenseOutput]:
+    return tapt.tune(clip, replace(inputs, objective=OBJECTIVE))

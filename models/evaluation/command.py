@@ -29,19 +29,18 @@ from models.attacks.attack import LEVELS, Budget
 from models.attacks.autoattack import MissingExtra, require
 from models.attacks.preflight import preflight
 from models.attacks.threats import THREATS
-from models.bundle import load_bundle
-from models.checkpoint import ModelError, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier
 from models.data import DataError
-from models.defenses import DEFENSES
+from models.defenses.catalog import DEFENSES, READOUTS
+from models.errors import LoadError
 from models.evaluation.detection import Detection, detect, write_detection
 from models.evaluation.hub import open_anywhere
 from models.evaluation.journal import CLEAN, Journal
 from models.evaluation.provenance import describe_machine, describe_settings, tell_command
 from models.evaluation.table import Row, draw, tally, write_markdown
-from models.evaluation.trial import Protocol, Subject, Trial, gather, suspect, without_resize
-from models.objective import ADAPTS, Objective
-from models.readout import READOUTS
+from models.evaluation.trial import Protocol, Subject, Trial, gather, suspect
+from models.loading import load_classifier
+from models.tapt import ADAPTS
 from models.views import AREA
 
 CHECKED = Budget(0, steps=10, queries=60)  # what a preflight may spend on a picture
@@ -51,27 +50,27 @@ def evaluate(options: argparse.Namespace, command: str) -> int:
     """The whole way from the command's options to the files; `command` goes into them.
 
     Raises:
-        ModelError, DataError, MissingExtra, ValueError: checkpoint, bundle, pictures, packages or
+        LoadError, DataError, MissingExtra, ValueError: checkpoint, bundle, pictures, packages or
             options cannot be used.
     """
-    guard = load_guard(options)
+    classifier = load(options)
     data = open_anywhere(options.data)
     names = options.labels.split(",") if options.labels else data.names
     if len(names) < 2:
         raise DataError(f"{options.data} has no labels; name some with --labels")
     protocol = read_protocol(options)
     for defense in protocol.defenses:
-        if defense not in guard.methods:
-            raise ModelError(f"{defense} needs a defense bundle: name one with --bundle")
-    if "static" in protocol.threats and guard.bundle is None:
-        raise ModelError("static attacks learned prompts: name a bundle with --bundle")
+        if defense not in classifier.methods:
+            raise LoadError(f"{defense} needs a defense bundle: name one with --bundle")
+    if "static" in protocol.threats and classifier.bundle is None:
+        raise LoadError("static attacks learned prompts: name a bundle with --bundle")
     if "autoattack" in protocol.attacks:
         require()  # now, not after hours
-    subjects = gather(guard, data, options.limit, options.seed)
-    settings = describe_settings(guard, names, protocol)
+    subjects = gather(classifier, data, options.limit, options.seed)
+    settings = describe_settings(classifier, names, protocol)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     journal = Journal(options.json.with_suffix(".jsonl"), key)
-    shown = without_resize(guard)
+    shown = classifier.without_resize()
     warnings = check(shown, names, protocol, subjects[: options.preflight])
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(TextColumn("attacking"), *columns) as bar:
@@ -86,12 +85,12 @@ def evaluate(options: argparse.Namespace, command: str) -> int:
     facts = {
         "key": key,
         "data": {"name": Path(options.data).name, "classes": len(names), "n": len(subjects)},
-        "checkpoint": guard.checkpoint.name,
+        "checkpoint": classifier.checkpoint.name,
         "settings": settings,
         "command": command,
         "attacks": protocol.attacks,
         "batch": protocol.batch,
-        "machine": describe_machine(guard),
+        "machine": describe_machine(classifier),
         "warnings": warnings,
         "pictures": pictures,
     }
@@ -99,28 +98,23 @@ def evaluate(options: argparse.Namespace, command: str) -> int:
     return 0
 
 
-def load_guard(options: argparse.Namespace) -> DefendedClassifier:
-    """Checkpoint, bundle and objective; without `--bundle` the one beside the checkpoint."""
-    device = torch.device(options.device)
-    checkpoint = load_checkpoint(options.model, device, getattr(torch, options.dtype))
-    cut = replace(checkpoint.preprocessing, area=read_area(options.view_area))
-    checkpoint = replace(checkpoint, preprocessing=cut)
-    beside = checkpoint.directory / "bundle"
-    directory = options.bundle or (beside if beside.is_dir() else None)
-    bundle = None
-    if directory is not None:
-        bundle = load_bundle(directory, checkpoint.clip, checkpoint.sha256)
-    objective = Objective(
-        reference=bundle.statistics if bundle else None,
-        layers=bundle.layers if bundle else 0,
+def load(options: argparse.Namespace) -> DefendedClassifier:
+    """The classifier that the options describe.
+
+    Raises LoadError, and ValueError for a `--view-area` that no crop can show."""
+    return load_classifier(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        bundle=options.bundle,
+        template=options.template,
+        selection_ratio=options.selection_ratio,
+        view_area=read_area(options.view_area),
+        adapts=options.adapts,
         alignment_weight=options.alignment_weight,
         gamma=options.gamma,
-        adapts=options.adapts,
         of_mean=options.entropy == "of-mean",
         learning_rate=options.learning_rate,
-    )
-    return DefendedClassifier(
-        checkpoint, bundle, objective, options.selection_ratio, options.template
     )
 
 
@@ -168,19 +162,22 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
 
 
 def check(
-    guard: DefendedClassifier, names: Sequence[str], protocol: Protocol, subjects: Sequence[Subject]
+    classifier: DefendedClassifier,
+    names: Sequence[str],
+    protocol: Protocol,
+    subjects: Sequence[Subject],
 ) -> list[str]:
     """What the preflight says of attacking each defense adaptively at the largest epsilon, every
     way."""
     if "adaptive" not in protocol.threats or not subjects:
         return []
     budget = replace(CHECKED, epsilon=max(protocol.epsilons) / LEVELS, draws=protocol.budget.draws)
-    device, found = guard.checkpoint.clip.device, []
+    device, found = classifier.checkpoint.clip.device, []
     pixels = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1) for s in subjects])
     labels = torch.tensor([subject.label for subject in subjects], device=device)
     for defense in protocol.defenses:
         targets = surrogates(
-            guard,
+            classifier,
             tuple(names),
             defense,
             protocol.views,
@@ -272,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return evaluate(options, tell_command(arguments, options.json))
-    except (ModelError, DataError, MissingExtra, ValueError) as error:
+    except (LoadError, DataError, MissingExtra, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

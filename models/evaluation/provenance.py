@@ -21,25 +21,25 @@ PACKAGES = ("tapt-serve", "torch", "transformers", "numpy", "pyautoattack")
 
 
 def describe_settings(
-    guard: DefendedClassifier, names: Sequence[str], protocol: Protocol
+    classifier: DefendedClassifier, names: Sequence[str], protocol: Protocol
 ) -> dict[str, Any]:
     """All that an outcome hangs on, but for the picture, the row and the attack."""
-    checkpoint, objective = guard.checkpoint, guard.objective
+    checkpoint, objective = classifier.checkpoint, classifier.objective
     return {
         "version": _version("tapt-serve"),
         "code_sha256": _hash_code(),
         "device": checkpoint.clip.device.type,
         "checkpoint_sha256": checkpoint.sha256,
-        "bundle": guard.bundle and _describe_bundle(guard.bundle),
+        "bundle": classifier.bundle and _describe_bundle(classifier.bundle),
         "dtype": str(checkpoint.clip.dtype),
         "labels": list(names),
-        "template": guard.template,
+        "template": classifier.template,
         "defense": {
             "views": protocol.views,
             "view_area": checkpoint.preprocessing.area,
             "steps": protocol.steps,
             "readout": protocol.readout,
-            "selection_ratio": guard.selection_ratio,
+            "selection_ratio": classifier.selection_ratio,
             "learning_rate": objective.learning_rate,
             "alignment_weight": objective.alignment_weight,
             "gamma": objective.gamma,
@@ -51,9 +51,9 @@ def describe_settings(
     }
 
 
-def describe_machine(guard: DefendedClassifier) -> dict[str, Any]:
+def describe_machine(classifier: DefendedClassifier) -> dict[str, Any]:
     """What the times were measured on, and with which versions."""
-    device = guard.checkpoint.clip.device
+    device = classifier.checkpoint.clip.device
     return {
         "device": str(device),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.attacks import ATTACKS
-from models.attacks.adaptive import Defended, surrogates
+from models.attacks.adaptive import AttackableDefense, surrogates
 from models.attacks.attack import LEVELS, Budget, Model
 from models.attacks.threats import static, transfer
-from models.classifier import DefendedClassifier, Picture
+from models.classifier import DefendedClassifier, ImageQuery
 from models.data import DataError, Dataset
-from models.defenses.ttc import PUBLISHED
+from models.defenses.catalog import DEFENSES
 from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
 from models.views import make_views
 
@@ -65,8 +65,9 @@ class Protocol:
     batch: int = 8
 
     def steps_of(self, defense: str) -> int:
-        """Those of a counterattack move pixels, not prompts, and stay as published."""
-        return PUBLISHED.steps if defense == "ttc" else self.steps
+        """`steps`, unless the defense has a number of its own."""
+        own = DEFENSES[defense].steps
+        return self.steps if own is None else own
 
     @property
     def cells(self) -> list[Cell]:
@@ -76,13 +77,15 @@ class Protocol:
         return [Cell(name, threat, eps) for threat, eps in pairs for name in self.defenses]
 
 
-def gather(guard: DefendedClassifier, data: Dataset, limit: int | None, seed: int) -> list[Subject]:
+def gather(
+    classifier: DefendedClassifier, data: Dataset, limit: int | None, seed: int
+) -> list[Subject]:
     """A random sample of labelled pictures, drawn by `seed`, as the model sees them.
 
     Raises:
         DataError: there is none, or one has no label.
     """
-    preprocessing, cpu = guard.checkpoint.preprocessing, torch.device("cpu")
+    preprocessing, cpu = classifier.checkpoint.preprocessing, torch.device("cpu")
     subjects = []
     for example in data.examples(limit, seed):
         if example.label < 0:
@@ -95,37 +98,24 @@ def gather(guard: DefendedClassifier, data: Dataset, limit: int | None, seed: in
     return subjects
 
 
-def without_resize(guard: DefendedClassifier) -> DefendedClassifier:
-    """The same guard for pictures that are S x S already: it neither resizes nor cuts view 0."""
-    checkpoint = guard.checkpoint
-    shown = replace(checkpoint.preprocessing, short_side=None, size=None)
-    return DefendedClassifier(
-        replace(checkpoint, preprocessing=shown),
-        guard.bundle,
-        guard.objective,
-        guard.selection_ratio,
-        guard.template,
-    )
-
-
 class Trial:
     """Fills a journal with outcomes; what it finds there already is not done again.
 
     Args:
-        guard: takes S x S pictures, see `as_shown`.
+        classifier: takes S x S pictures, see `as_shown`.
         names: the classes, in the order of the subjects' labels.
         advance: told of every (picture, row, attack) that is done or decided.
     """
 
     def __init__(
         self,
-        guard: DefendedClassifier,
+        classifier: DefendedClassifier,
         names: Sequence[str],
         protocol: Protocol,
         journal: Journal,
         advance: Callable[[int], None],
     ) -> None:
-        self._guard, self._names, self._protocol = guard, tuple(names), protocol
+        self._classifier, self._names, self._protocol = classifier, tuple(names), protocol
         self._journal, self._advance = journal, advance
         self._shared: Mapping[str, Callable[[DefendedClassifier, tuple[str, ...]], Model]] = {
             "transfer": transfer,
@@ -161,7 +151,7 @@ class Trial:
         hit = [s for s in chunk if any(self._open(s, cell, attack) for cell in cells)]
         if not hit:
             return
-        model = self._shared[threat](self._guard, self._names)
+        model = self._shared[threat](self._classifier, self._names)
         pixels, ms = self._make(model, hit, threat, epsilon, attack)
         for cell in cells:
             places = [i for i, subject in enumerate(hit) if self._open(subject, cell, attack)]
@@ -178,7 +168,7 @@ class Trial:
             for subject in chunk:
                 seed = self._seed(subject, threat, attack, f"{epsilon:g}", "views")
                 targets = surrogates(
-                    self._guard,
+                    self._classifier,
                     self._names,
                     defense,
                     protocol.views,
@@ -205,13 +195,13 @@ class Trial:
         self, model: Model, subjects: Sequence[Subject], threat: str, epsilon: float, attack: str
     ) -> tuple[Tensor, float]:
         """Attacked pixels [N, 3, S, S] and the milliseconds that each took."""
-        start, device = time.perf_counter(), self._guard.checkpoint.clip.device
+        start, device = time.perf_counter(), self._classifier.checkpoint.clip.device
         images = torch.from_numpy(np.stack([subject.image for subject in subjects]))
         pixels = (images.permute(0, 3, 1, 2).float() / LEVELS).to(device)
         labels = torch.tensor([subject.label for subject in subjects], device=device)
         seeds = [self._seed(s, threat, attack, f"{epsilon:g}") for s in subjects]
         budget = replace(self._protocol.budget, epsilon=epsilon / LEVELS)
-        if not (isinstance(model, Defended) and model.random):
+        if not (isinstance(model, AttackableDefense) and model.random):
             budget = replace(budget, draws=1)  # nothing random to average over
         attacked = ATTACKS[attack](model, pixels, labels, budget, seeds)
         return attacked, 1000 * (time.perf_counter() - start) / len(subjects)
@@ -236,7 +226,7 @@ class Trial:
             return
         start = time.perf_counter()
         found = answers(
-            self._guard,
+            self._classifier,
             self._names,
             images,
             cell.defense,
@@ -256,7 +246,7 @@ class Trial:
 
 
 def answers(
-    guard: DefendedClassifier,
+    classifier: DefendedClassifier,
     names: tuple[str, ...],
     images: Sequence[NDArray[np.uint8]],
     defense: str,
@@ -264,20 +254,17 @@ def answers(
     seeds: Sequence[int],
 ) -> list[tuple[int, float]]:
     """The class that a defense names for each image, and its suspicion."""
-    pictures = [
-        Picture(image, names, None, protocol.readout, seed)
+    steps = protocol.steps_of(defense)
+    queries = [
+        ImageQuery(image, names, None, protocol.readout, seed, steps)
         for image, seed in zip(images, seeds, strict=True)
     ]
-    steps = protocol.steps_of(defense) if guard.adaptable(pictures[0], defense) else 0
-
-    def leaving(taken: int, rows: list[int]) -> set[int]:
-        return set(rows) if taken >= steps else set()
-
-    found = {}
-    for finding in guard.classify(pictures, defense, protocol.views, leaving):
-        verdict = finding.verdict
-        found[verdict.row] = int(verdict.probabilities.argmax()), round(finding.doubt, 4)
-    return [found[row] for row in range(len(pictures))]
+    (batch,) = classifier.prepare(queries, defense)
+    found = {
+        prediction.row: (int(prediction.probabilities.argmax()), round(prediction.suspicion, 4))
+        for prediction in classifier.classify(batch, protocol.views)
+    }
+    return [found[row] for row in range(len(queries))]
 
 
 def suspect(protocol: Protocol, subjects: Sequence[Subject], journal: Journal) -> Iterator[str]:

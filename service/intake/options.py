@@ -6,23 +6,14 @@ import secrets
 import numpy as np
 from numpy.typing import NDArray
 
+from models.defenses.catalog import DEFENSES
 from service.errors import Unprocessable
 from service.intake.requests import SEED_LIMIT, ClassifyOptions, DefenseOptions
 from service.messages import Task
 from service.settings import TIERS, Settings
 
-# A test holds these against the defenses, which this process cannot import.
-STILL = {"plain", "ensemble", "apt", "apt-ensemble"}  # these take no steps
-ALONE = {"plain", "apt", "ttc"}  # these look at the picture only
-READOUTS = {  # of those that know no other
-    **dict.fromkeys(("plain", "apt", "tpt", "ttc"), "single"),
-    **dict.fromkeys(("ensemble", "apt-ensemble"), "all"),
-    "rtpt": "weighted",
-}
 TIER_FACTORS = {"fast": (0.5, 1), "standard": (1, 1), "deep": (4, 2)}
 """What a tier multiplies the default views and steps by."""
-
-COUNTERATTACK_STEPS = 2  # as published, where the request names none
 
 
 def check_options(options: ClassifyOptions, settings: Settings) -> None:
@@ -42,11 +33,12 @@ def resolve_options(
     wanted = options.defense or DefenseOptions()
     tier = min(wanted.tier or settings.tier, settings.max_tier, key=TIERS.index)
     usual = settings.method
-    if tier == "fast" and usual not in ALONE:
+    if tier == "fast" and DEFENSES[usual].views != "one":
         usual = "ensemble"
     method = wanted.method or usual
+    spec = DEFENSES[method]
     views_factor, steps_factor = TIER_FACTORS[tier]
-    default = COUNTERATTACK_STEPS if method == "ttc" else settings.steps * steps_factor
+    default = settings.steps * steps_factor if spec.steps is None else spec.steps
     steps = min(default if wanted.steps is None else wanted.steps, settings.max_steps)
     default_views = max(1, int(settings.views * views_factor))
     views = min(default_views if wanted.views is None else wanted.views, settings.max_views)
@@ -57,9 +49,9 @@ def resolve_options(
         labels=tuple(options.candidate_labels),
         template=options.hypothesis_template,  # None: the worker knows the model's own
         method=method,
-        steps=0 if method in STILL else steps,
-        views=1 if method in ALONE else views,
-        readout=READOUTS.get(method) or wanted.readout or settings.readout,
+        steps=steps if spec.adapts else 0,
+        views=1 if spec.views == "one" else views,
+        readout=spec.readout or wanted.readout or settings.readout,
         seed=secrets.randbelow(SEED_LIMIT) if wanted.seed is None else wanted.seed,
         deadline=since + timeout / 1000,
         tier=tier,

@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from models.defenses.catalog import Method, Readout
 from service.settings import Settings
 
 SEED_LIMIT = 2**63
@@ -98,9 +99,6 @@ def _check_template(template: str) -> str:
     return template
 
 
-Method = Literal[
-    "plain", "ensemble", "apt", "apt-ensemble", "tapt", "tpt", "rtpt", "ttc", "gate", "thrift"
-]
 Label = Annotated[str, StringConstraints(strip_whitespace=True), BeforeValidator(_measure)]
 Labels = Annotated[
     list[Label],
@@ -136,7 +134,7 @@ class DefenseOptions(BaseModel):
     views: int | None = Field(
         default=None, ge=1, description="Random views, the image itself included."
     )
-    readout: Literal["single", "kept", "all", "weighted"] | None = None
+    readout: Readout | None = None
     deadline_ms: float | None = Field(
         default=None,
         gt=0,

@@ -40,7 +40,7 @@ export function expectAnswer(asked, info) {
   if (!info?.policies.attack_demo) return;
   find("views-panel").hidden = false;
   const views = Math.min(asked.defense?.views ?? info.defaults.views, info.limits.max_views);
-  showViews(Array.from({ length: ["plain", "apt", "ttc"].includes(method) ? 1 : views }, () => null));
+  showViews(Array.from({ length: info.methods?.[method]?.views === "one" ? 1 : views }, () => null));
 }
 
 export function showPlain(answer) {

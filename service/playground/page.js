@@ -8,18 +8,6 @@ import { labels, setUpLabels } from "./labels.js";
 import { watch } from "./live.js";
 import { picture, setUpPicture } from "./picture.js";
 
-const METHODS = {
-  plain: "no defense",
-  ensemble: "mean over views",
-  apt: "learned prompts",
-  "apt-ensemble": "learned prompts, mean over views",
-  tapt: "adapts learned prompts to this picture",
-  tpt: "adapts the words to this picture",
-  rtpt: "adapts the words, weighs the views",
-  ttc: "counterattacks with noise",
-  gate: "adapts only where it has doubts",
-};
-
 let info = null;
 let running = null;
 
@@ -133,11 +121,10 @@ async function learn() {
   } catch (error) {
     return health("down", error.message);
   }
-  const { model, defaults, limits, defenses, policies, service } = info;
+  const { model, defaults, limits, methods, service } = info;
   health("up", `ready: ${model.name}`);
-  for (const method of defenses ?? []) {
-    const text = METHODS[method] ? `${method}: ${METHODS[method]}` : method;
-    find("method").append(make("option", { value: method, textContent: text }));
+  for (const [name, { description }] of Object.entries(methods ?? {})) {
+    find("method").append(make("option", { value: name, textContent: `${name}: ${description}` }));
   }
   find("method").options[0].textContent = `the server's default (${defaults.method})`;
   find("template").placeholder = info.bundle?.template ?? defaults.hypothesis_template;

@@ -1,7 +1,4 @@
-"""Inside the worker: an attack step by step, and what is said of each step's picture.
-
-Pure: the pictures and the way to ask about one are handed in.
-"""
+"""The attack demonstration: what undefended CLIP and the defense say after each step."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,52 +9,58 @@ from numpy.typing import NDArray
 
 from service.messages import Answer, Failure, ProgressEvent, Task
 
-LOOKS = 10  # times that the defense is asked, evenly spread over the steps
-MARGIN = 3  # looks that must still fit before the deadline for another step to be taken
+DEFENDED_ANSWERS = 10  # how often the defense is asked, evenly spread over the steps
+MARGIN = 3  # times the slowest step so far that must be left before the deadline for another step
 
 Ask = Callable[[Task], Answer | Failure]
 Settle = Callable[[str, Answer | Failure | ProgressEvent], None]
 
 
 def run_demo(
-    work: Task,
-    pictures: Iterator[NDArray[np.uint8]],
+    task: Task,
+    images: Iterator[NDArray[np.uint8]],
     ask: Ask,
     settle: Settle,
     cancelled: Callable[[str], bool],
 ) -> None:
-    """Report a Glimpse of each picture, the clean one first, and then the Answer on the last.
+    """Report a ProgressEvent for each image, the clean one first, and then the Answer on the last.
 
-    Short of time it stops early, and says so in the answer.
+    Near the deadline the attack ends early, and the answer is marked as truncated.
+
+    Args:
+        images: the image before the attack and after each of its steps.
+        ask: answers a task at once.
     """
-    assert work.attack is not None
-    steps = work.attack.steps
-    looks = {round(look * steps / LOOKS) for look in range(LOOKS + 1)}
+    assert task.attack is not None
+    steps = task.attack.steps
+    defended_steps = {
+        round(number * steps / DEFENDED_ANSWERS) for number in range(DEFENDED_ANSWERS + 1)
+    }
     slowest = 0.0
-    for step, picture in enumerate(pictures):
-        if cancelled(work.id):
-            settle(work.id, Failure("client_gone", "The client left."))
+    for step, image in enumerate(images):
+        if cancelled(task.id):
+            settle(task.id, Failure("client_gone", "The client left."))
             return
-        hurried = time.monotonic() + MARGIN * slowest > work.deadline
+        hurried = time.monotonic() + MARGIN * slowest > task.deadline
         last = step == steps or hurried
         began = time.monotonic()
         alone = replace(
-            work, image=picture, attack=None, return_views=False, method="plain", steps=0, views=1
+            task, image=image, attack=None, return_views=False, method="plain", steps=0, views=1
         )
         undefended = ask(replace(alone, readout="single"))
         defended: Answer | Failure | None = None
-        if step in looks or last:
-            defended = ask(replace(work, image=picture, attack=None, return_views=last))
+        if step in defended_steps or last:
+            defended = ask(replace(task, image=image, attack=None, return_views=last))
         for result in (undefended, defended):
             if isinstance(result, Failure):
-                settle(work.id, result)
+                settle(task.id, result)
                 return
         assert isinstance(undefended, Answer)
         assert not isinstance(defended, Failure)
         scores = None if defended is None else defended.scores
-        settle(work.id, ProgressEvent(step, picture, undefended.scores, scores))
+        settle(task.id, ProgressEvent(step, image, undefended.scores, scores))
         slowest = max(slowest, time.monotonic() - began)
         if last and defended is not None:
             cut = "deadline" if step < steps else defended.truncated
-            settle(work.id, replace(defended, truncated=cut))
+            settle(task.id, replace(defended, truncated=cut))
             return

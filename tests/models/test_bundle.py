@@ -1,15 +1,14 @@
 """A bundle is whole and belongs to its checkpoint and prompts, or is refused."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from models.bundle import load_bundle
-from models.checkpoint import Checkpoint, ModelError
-from models.classifier import DefendedClassifier
+from models.checkpoint import Checkpoint
+from models.errors import LoadError
 from tests import tiny
 
 
@@ -34,7 +33,7 @@ def test_another_checkpoint_is_refused_by_both_names(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     tiny.make_bundle(checkpoint).save(tmp_path / "bundle")
-    with pytest.raises(ModelError) as raised:
+    with pytest.raises(LoadError) as raised:
         load_bundle(tmp_path / "bundle", checkpoint.clip, "0123")
     assert checkpoint.sha256 in str(raised.value)
     assert "0123" in str(raised.value)
@@ -48,7 +47,7 @@ def test_statistics_of_other_prompts_are_refused_by_both_names(
     meta = tmp_path / "bundle" / "bundle.json"
     values = json.loads(meta.read_text())
     meta.write_text(json.dumps({**values, "prompts_sha256": other.prompts_sha256}))
-    with pytest.raises(ModelError) as raised:
+    with pytest.raises(LoadError) as raised:
         load_bundle(tmp_path / "bundle", checkpoint.clip, checkpoint.sha256)
     assert other.prompts_sha256 in str(raised.value)
     assert bundle.prompts_sha256 in str(raised.value)
@@ -59,21 +58,12 @@ def test_half_a_bundle_is_refused(checkpoint: Checkpoint, tmp_path: Path, name: 
     tiny.make_bundle(checkpoint).save(tmp_path / "bundle")
     file = tmp_path / "bundle" / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(ModelError, match="not a complete defense bundle"):
+    with pytest.raises(LoadError, match="not a complete defense bundle"):
         load_bundle(tmp_path / "bundle", checkpoint.clip, checkpoint.sha256)
 
 
 def test_shapes_of_another_model_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     other = tiny.load(tiny.save_checkpoint(tmp_path / "clip", width=32))
     tiny.make_bundle(other).save(tmp_path / "bundle")
-    with pytest.raises(ModelError, match="do not fit"):
+    with pytest.raises(LoadError, match="do not fit"):
         load_bundle(tmp_path / "bundle", checkpoint.clip, other.sha256)
-
-
-def test_a_threshold_is_for_views_read_as_those_that_set_it(checkpoint: Checkpoint) -> None:
-    bundle = replace(tiny.make_bundle(checkpoint), suspicion={"learned": 0.4, "none": 0.2})
-    guard = DefendedClassifier(checkpoint, bundle)
-    thresholds = [guard.threshold(method, 16) for method in ("tapt", "ensemble", "rtpt")]
-    assert thresholds == [0.4, 0.2, None]
-    assert guard.threshold("tapt", 1) is None
-    assert DefendedClassifier(checkpoint, None).threshold("ensemble", 16) is None

@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import models.checkpoint
-from models.checkpoint import ModelError, load_checkpoint
+from models.checkpoint import load_checkpoint
+from models.errors import LoadError
 from service.settings import Settings
 from service.worker.runner import Runner
 from tests import tiny
@@ -52,7 +53,7 @@ def test_a_pickled_checkpoint_is_refused_and_not_executed(directory: Path, name:
     (directory / "model.safetensors").unlink()
     content, mark = hostile(directory)
     (directory / name).write_bytes(content)
-    with pytest.raises(ModelError):
+    with pytest.raises(LoadError):
         tiny.load(directory)
     assert not mark.exists()
 
@@ -79,7 +80,7 @@ def test_an_index_cannot_name_what_was_not_hashed(directory: Path, name: str) ->
     point_at("model-1-of-1.safetensors")
     tiny.load(directory)
     point_at(name)
-    with pytest.raises(ModelError, match="names weights that are none"):
+    with pytest.raises(LoadError, match="names weights that are none"):
         tiny.load(directory)
     assert not mark.exists()
 
@@ -89,7 +90,7 @@ def test_a_config_cannot_name_what_was_not_hashed(directory: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     changed = config | {"transformers_weights": "other.safetensors"}
     (directory / "config.json").write_text(json.dumps(changed))
-    with pytest.raises(ModelError, match=r"other\.safetensors"):
+    with pytest.raises(LoadError, match=r"other\.safetensors"):
         tiny.load(directory)
 
 
@@ -99,7 +100,7 @@ def test_only_the_weights_that_were_named_are_served(original: Path, directory: 
     tensors = load_file(directory / "model.safetensors")
     tensors["logit_scale"] = tensors["logit_scale"] + 1e-3
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=f"{found} is asked for"):
+    with pytest.raises(LoadError, match=f"{found} is asked for"):
         load_checkpoint(str(directory), tiny.CPU, sha256=found)
 
 

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from models.checkpoint import ModelError, load_checkpoint
-from models.classifier import DefendedClassifier, Picture
+from models.checkpoint import load_checkpoint
+from models.classifier import DefendedClassifier, ImageQuery
 from models.clip import _spread
+from models.errors import LoadError
 from models.label_encoder import LabelEncoder
 from models.labels import tokenize
 from tests import tiny
@@ -29,10 +30,9 @@ SHAPES = [
 def test_plain_scores_equal_transformers(tmp_path: Path, shape: dict[str, object]) -> None:
     checkpoint = tiny.load(tiny.save_checkpoint(tmp_path, **shape))  # type: ignore[arg-type]
     image = tiny.draw_image(0, 90, 120)
-    picture = Picture(image, tiny.LABELS, "a photo of a {}.", "single", 0)
-    (finding,) = DefendedClassifier(checkpoint, None).classify(
-        [picture], "plain", 1, lambda _, rows: set(rows)
-    )
+    classifier = DefendedClassifier(checkpoint, None)
+    (batch,) = classifier.prepare([ImageQuery(image, tiny.LABELS, "a photo of a {}.")], "plain")
+    (prediction,) = classifier.classify(batch, 1)
 
     model = CLIPModel.from_pretrained(tmp_path)
     pixels = CLIPImageProcessorPil.from_pretrained(tmp_path)(Image.fromarray(image))
@@ -46,7 +46,7 @@ def test_plain_scores_equal_transformers(tmp_path: Path, shape: dict[str, object
         ).logits_per_image
     expected = logits[0].softmax(dim=-1)
     assert expected.max() - expected.min() > 0.05  # the labels are told apart
-    torch.testing.assert_close(finding.verdict.probabilities, expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(prediction.probabilities, expected, atol=2e-4, rtol=0)
 
 
 def test_half_precision_files_load(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_what_requests_share_reaches_each_of_their_rows() -> None:
 
 def test_slots_never_eat_one_token_labels(tmp_path: Path) -> None:
     checkpoint = tiny.load(tiny.save_checkpoint(tmp_path))
-    encoder = LabelEncoder(checkpoint, tiny.make_bundle(checkpoint))
+    encoder = LabelEncoder(checkpoint, tiny.make_bundle(checkpoint), "{}")
     features = encoder.encode(["cat", "dog"], "{}", "learned").features
     assert (features[0] - features[1]).abs().max() > 1e-3
 
@@ -93,7 +93,7 @@ def test_a_label_beyond_the_context_is_cut_and_counted(tmp_path: Path) -> None:
 
 def test_text_is_cut_behind_its_end_without_changing_it(tmp_path: Path) -> None:
     checkpoint = tiny.load(tiny.save_checkpoint(tmp_path))
-    encoder = LabelEncoder(checkpoint, None)
+    encoder = LabelEncoder(checkpoint, None, "{}")
     short = encoder.encode(["cat", "dog"], "{}", "none")
     long = encoder.encode(["cat", "dog", "dog " * 20], "{}", "none")
     assert short.batch.ids.shape[1] < long.batch.ids.shape[1]
@@ -113,12 +113,12 @@ def test_text_is_cut_behind_its_end_without_changing_it(tmp_path: Path) -> None:
 def test_a_wrong_checkpoint_is_one_sentence(tmp_path: Path, spoil: object, message: str) -> None:
     tiny.save_checkpoint(tmp_path)
     spoil(tmp_path)  # type: ignore[operator]
-    with pytest.raises(ModelError, match=message) as raised:
+    with pytest.raises(LoadError, match=message) as raised:
         tiny.load(tmp_path)
     assert "\n" not in str(raised.value)
 
 
 def test_a_missing_checkpoint_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="no directory here"):
+    with pytest.raises(LoadError, match="no directory here"):
         load_checkpoint("nobody/nothing", tiny.CPU)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.device import DeviceError, pick_device, upload
+from models.device import pick_device, upload
+from models.errors import LoadError
 from tests import tiny
 
 
@@ -37,7 +38,7 @@ def test_each_worker_takes_the_gpu_of_its_number(name: str, index: int, device: 
 @pytest.mark.usefixtures("gpus")
 def test_a_worker_without_a_gpu_beside_some_with_is_an_error(name: str) -> None:
     """A slow worker among fast ones would be found out by nobody."""
-    with pytest.raises(DeviceError, match="is not there"):
+    with pytest.raises(LoadError, match="is not there"):
         pick_device(name, 2)
 
 

@@ -28,7 +28,7 @@ def test_the_budget_follows_the_free_memory(
     directory = tiny.save_checkpoint(tmp_path)
     tokens = []
     for free in (2**30, 2**32):
-        monkeypatch.setattr("service.worker.runner.free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("service.worker.loading.free_bytes", lambda device, free=free: free)
         runner = Runner(Settings(model=str(directory), device="cpu"), 0)
         tokens.append(runner.ready.max_batch_tokens)
         shown = runner.ready.info["memory"]
@@ -57,7 +57,7 @@ def test_a_container_counts_what_it_is_allowed(
 def _measure(labels: int, requests: int, views: int) -> tuple[int, int]:
     """Predicted and measured peak of a batch of the embedded model, in a fresh process."""
     runner = Runner(Settings(device="cpu"), 0)
-    clip, bundle = runner.guard.checkpoint.clip, runner.guard.bundle
+    clip, bundle = runner.classifier.checkpoint.clip, runner.classifier.bundle
     assert bundle is not None
     ready = runner.ready
     batch = [

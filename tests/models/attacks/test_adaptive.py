@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.attacks.adaptive import Defended, gather, surrogates
+from models.attacks.adaptive import AttackableDefense, surrogates
 from models.attacks.attack import Budget, cross_entropy, look, slope
 from models.attacks.pgd import pgd
 from models.attacks.preflight import preflight
-from models.attacks.threats import encode, transfer
+from models.attacks.threats import transfer
 from models.attacks.unrolled import unroll
-from models.classifier import DefendedClassifier, Picture
-from models.defenses import DEFENSES, gate, thrift
-from models.evaluation.trial import without_resize
+from models.classifier import DefendedClassifier, ImageQuery
+from models.defenses import gate, thrift
+from models.defenses.catalog import DEFENSES
 from models.label_encoder import join_encoded
-from models.objective import Adapts, Objective
-from models.views import cut_views
+from models.tapt import Adapts, Objective
+from models.views import make_views
 from tests import tiny
 
 NAMES = ("cat", "dog", "lemon", "cliff")
@@ -29,11 +29,11 @@ VIEWS = 6
 
 
 @pytest.fixture(scope="module")
-def guard(tmp_path_factory: pytest.TempPathFactory) -> DefendedClassifier:
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> DefendedClassifier:
     checkpoint = tiny.load(tiny.save_checkpoint(tmp_path_factory.mktemp("clip")))
     bundle = tiny.make_bundle(checkpoint)
     objective = Objective(bundle.statistics, bundle.layers, 10.0, learning_rate=0.05)
-    return without_resize(DefendedClassifier(checkpoint, bundle, objective, selection_ratio=0.4))
+    return DefendedClassifier(checkpoint, bundle, objective, selection_ratio=0.4).without_resize()
 
 
 @pytest.fixture(scope="module")
@@ -47,83 +47,85 @@ def pixels(images: list[Any]) -> Tensor:
 
 
 def answer(
-    guard: DefendedClassifier, images: list[Any], method: str, steps: int, readout: str
+    classifier: DefendedClassifier, images: list[Any], method: str, steps: int, readout: str
 ) -> Tensor:
-    """What the guard itself says, as probabilities [N, C], with seeds 0, 1, 2."""
-    pictures = [Picture(image, NAMES, None, readout, seed) for seed, image in enumerate(images)]
-    found = guard.classify(
-        pictures, method, VIEWS, lambda taken, rows: set(rows) if taken >= steps else set()
-    )
-    verdicts = {finding.verdict.row: finding.verdict.probabilities for finding in found}
-    return torch.stack([verdicts[row] for row in range(len(images))])
+    """The classifier's own answer, as probabilities [N, C], with seeds 0, 1, 2."""
+    queries = [
+        ImageQuery(image, NAMES, None, readout, seed, steps) for seed, image in enumerate(images)
+    ]
+    (batch,) = classifier.prepare(queries, method)
+    found = {prediction.row: prediction for prediction in classifier.classify(batch, VIEWS)}
+    return torch.stack([found[row].probabilities for row in range(len(images))])
 
 
 def attackable(
-    guard: DefendedClassifier, method: str, steps: int = 1, readout: str = "all", way: int = 0
-) -> Defended:
-    model = list(surrogates(guard, NAMES, method, VIEWS, steps, readout, 0).values())[way]
-    assert isinstance(model, Defended)
+    classifier: DefendedClassifier, method: str, steps: int = 1, readout: str = "all", way: int = 0
+) -> AttackableDefense:
+    model = list(surrogates(classifier, NAMES, method, VIEWS, steps, readout, 0).values())[way]
+    assert isinstance(model, AttackableDefense)
     return model
 
 
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("method", DEFENSES)
 def test_what_is_attacked_is_what_answers(
-    guard: DefendedClassifier, images: list[Any], pixels: Tensor, method: str, steps: int
+    classifier: DefendedClassifier, images: list[Any], pixels: Tensor, method: str, steps: int
 ) -> None:
-    for way in range(len(surrogates(guard, NAMES, method, VIEWS, steps, "all", 0))):
-        model = attackable(guard, method, steps, way=way)
+    for way in range(len(surrogates(classifier, NAMES, method, VIEWS, steps, "all", 0))):
+        model = attackable(classifier, method, steps, way=way)
         found = model.answer(pixels.clone().requires_grad_(), [0, 1, 2]).exp()
-        expected = answer(guard, images, method, steps, "all")
+        expected = answer(classifier, images, method, steps, "all")
         torch.testing.assert_close(found.detach(), expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("threshold", [-2, 2])
 def test_both_ways_past_the_gate_are_attacked(
-    guard: DefendedClassifier,
+    classifier: DefendedClassifier,
     images: list[Any],
     pixels: Tensor,
     threshold: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gate, "THRESHOLD", threshold)
-    found = attackable(guard, "gate").answer(pixels, [0, 1, 2]).exp()
-    expected = answer(guard, images, "plain" if threshold < 0 else "tapt", 1, "all")
+    found = attackable(classifier, "gate").answer(pixels, [0, 1, 2]).exp()
+    expected = answer(classifier, images, "plain" if threshold < 0 else "tapt", 1, "all")
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("enough", [True, False])
 def test_both_ways_of_thrift_are_attacked(
-    guard: DefendedClassifier,
+    classifier: DefendedClassifier,
     images: list[Any],
     pixels: Tensor,
     enough: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(thrift, "agree", lambda p: torch.full((len(p),), enough, dtype=torch.bool))
-    found = attackable(guard, "thrift").answer(pixels, [0, 1, 2]).exp()
-    expected = answer(guard, images, "thrift", 1, "all")
+    found = attackable(classifier, "thrift").answer(pixels, [0, 1, 2]).exp()
+    expected = answer(classifier, images, "thrift", 1, "all")
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("readout", ["single", "kept", "weighted"])
 def test_every_readout_is_attacked_as_it_answers(
-    guard: DefendedClassifier, images: list[Any], pixels: Tensor, readout: str
+    classifier: DefendedClassifier, images: list[Any], pixels: Tensor, readout: str
 ) -> None:
     for way in (0, 1):
-        found = attackable(guard, "tapt", 1, readout, way).answer(pixels, [0, 1, 2]).exp()
-        expected = answer(guard, images, "tapt", 1, readout)
+        found = attackable(classifier, "tapt", 1, readout, way).answer(pixels, [0, 1, 2]).exp()
+        expected = answer(classifier, images, "tapt", 1, readout)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("adapts", ["vision", "text"])
 def test_held_prompts_are_held_for_the_attacker(
-    guard: DefendedClassifier, images: list[Any], pixels: Tensor, adapts: Adapts
+    classifier: DefendedClassifier, images: list[Any], pixels: Tensor, adapts: Adapts
 ) -> None:
-    objective = replace(guard.objective, adapts=adapts)
-    held = DefendedClassifier(guard.checkpoint, guard.bundle, objective, guard.selection_ratio)
+    objective = replace(classifier.objective, adapts=adapts)
+    held = DefendedClassifier(
+        classifier.checkpoint, classifier.bundle, objective, classifier.selection_ratio
+    )
     expected = answer(held, images, "tapt", 2, "all")
-    assert not torch.equal(expected, answer(guard, images, "tapt", 2, "all"))
+    assert not torch.equal(expected, answer(classifier, images, "tapt", 2, "all"))
     for way in (0, 1):
         leaf = pixels.clone().requires_grad_()
         found = attackable(held, "tapt", 2, way=way).answer(leaf, [0, 1, 2]).exp()
@@ -134,23 +136,25 @@ def test_held_prompts_are_held_for_the_attacker(
 
 @pytest.mark.parametrize("method", DEFENSES)
 def test_gradients_reach_the_pixels_of_every_picture(
-    guard: DefendedClassifier, pixels: Tensor, method: str
+    classifier: DefendedClassifier, pixels: Tensor, method: str
 ) -> None:
-    for way in range(len(surrogates(guard, NAMES, method, VIEWS, 1, "all", 0))):
-        model, labels = attackable(guard, method, way=way), torch.tensor([0, 1, 2])
+    for way in range(len(surrogates(classifier, NAMES, method, VIEWS, 1, "all", 0))):
+        model, labels = attackable(classifier, method, way=way), torch.tensor([0, 1, 2])
         at = slope(model, pixels, labels, cross_entropy, 2)
         assert at.gradient.isfinite().all()
         assert (at.gradient.flatten(1).abs().amax(dim=1) > 0).all()
 
 
-def test_views_are_drawn_anew_at_every_call(guard: DefendedClassifier, pixels: Tensor) -> None:
-    model = attackable(guard, "ensemble")
+def test_views_are_drawn_anew_at_every_call(classifier: DefendedClassifier, pixels: Tensor) -> None:
+    model = attackable(classifier, "ensemble")
     assert not torch.equal(model(pixels), model(pixels))
-    assert torch.equal(attackable(guard, "ensemble")(pixels), attackable(guard, "ensemble")(pixels))
+    assert torch.equal(
+        attackable(classifier, "ensemble")(pixels), attackable(classifier, "ensemble")(pixels)
+    )
 
 
 def test_the_gradient_of_views_is_that_of_the_resampling(
-    guard: DefendedClassifier, pixels: Tensor
+    classifier: DefendedClassifier, pixels: Tensor
 ) -> None:
     levels, source = pixels[0] * 255, torch.Generator().manual_seed(0)
     weights = torch.randn(VIEWS, 3, 32, 32, generator=source)
@@ -158,7 +162,9 @@ def test_the_gradient_of_views_is_that_of_the_resampling(
     change = (levels + change).clamp(0, 255) - levels
 
     def read(at: Tensor) -> Tensor:
-        return (weights * cut_views(at, VIEWS, 7, guard.checkpoint.preprocessing)).sum()
+        return (
+            weights * make_views(at, VIEWS, 7, classifier.checkpoint.preprocessing, tiny.CPU)
+        ).sum()
 
     leaf = levels.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(read(leaf), leaf)
@@ -180,8 +186,8 @@ def test_the_unrolled_gradient_against_finite_differences(
     bundle = tiny.make_bundle(checkpoint)
     tensors = {name: value.double() for name, value in bundle.prompts.tensors.items()}
     bundle = replace(bundle, prompts=bundle.prompts.map(tensors))
-    guard = DefendedClassifier(checkpoint, bundle)
-    labels = encode(guard, NAMES, DEFENSES[method].prompting)
+    classifier = DefendedClassifier(checkpoint, bundle)
+    labels = classifier.encoder.encode(NAMES, None, DEFENSES[method].prompts)
     objective = Objective(bundle.statistics, bundle.layers, 10.0, learning_rate=0.05)
     if method == "rtpt":
         objective = Objective(of_mean=False, learning_rate=0.05)
@@ -192,7 +198,7 @@ def test_the_unrolled_gradient_against_finite_differences(
 
     def read(at: Tensor) -> Tensor:
         moved = unroll(clip, at, batch, text, labels.prompts, objective, steps)
-        fresh = clip.encode_labels(batch, moved.text, graph=True)
+        fresh = clip.encode_labels(batch, moved.text)
         # Not of these views themselves: only the way through the prompts is under test.
         seen = clip.encode_images(views, moved.vision).features
         return clip.class_logits(seen, fresh, batch).log_softmax(dim=-1)[0, :, 0].sum()
@@ -207,10 +213,12 @@ def test_the_unrolled_gradient_against_finite_differences(
     assert slope_along == pytest.approx(change.item() / (2 * size), rel=1e-4)
 
 
-def test_unrolling_sees_what_holding_does_not(guard: DefendedClassifier, pixels: Tensor) -> None:
+def test_unrolling_sees_what_holding_does_not(
+    classifier: DefendedClassifier, pixels: Tensor
+) -> None:
     labels = torch.tensor([0, 1, 2])
     gradients = [
-        slope(attackable(guard, "tapt", way=way), pixels, labels, cross_entropy, 1).gradient
+        slope(attackable(classifier, "tapt", way=way), pixels, labels, cross_entropy, 1).gradient
         for way in (0, 1)
     ]
     gap = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
@@ -218,21 +226,21 @@ def test_unrolling_sees_what_holding_does_not(guard: DefendedClassifier, pixels:
 
 
 def test_an_adaptive_attack_is_stronger_than_a_transferred_one(
-    guard: DefendedClassifier, pixels: Tensor
+    classifier: DefendedClassifier, pixels: Tensor
 ) -> None:
     budget, seeds = Budget(8 / 255, steps=8, draws=2), [0, 1, 2]
-    model = attackable(guard, "ensemble")
+    model = attackable(classifier, "ensemble")
     labels = model(pixels).argmax(dim=1)
 
     def hurt(attacked: Tensor) -> float:
         return look(model, attacked, labels, cross_entropy, 16).loss.mean().item()
 
     adapted = hurt(pgd(model, pixels, labels, budget, seeds))
-    assert adapted > hurt(pgd(transfer(guard, NAMES), pixels, labels, budget, seeds))
+    assert adapted > hurt(pgd(transfer(classifier, NAMES), pixels, labels, budget, seeds))
 
 
-def test_a_saturated_defense_is_caught(guard: DefendedClassifier, pixels: Tensor) -> None:
-    model = attackable(guard, "plain")
+def test_a_saturated_defense_is_caught(classifier: DefendedClassifier, pixels: Tensor) -> None:
+    model = attackable(classifier, "plain")
     labels = model(pixels).argmax(dim=1)
     budget = Budget(12 / 255, steps=8, queries=60)
     honest = preflight(model, pixels, labels, budget, [0, 1, 2])
@@ -241,8 +249,3 @@ def test_a_saturated_defense_is_caught(guard: DefendedClassifier, pixels: Tensor
         preflight(lambda x: (1e6 * model(x)).log_softmax(1), pixels, labels, budget, [0, 1, 2])
     )
     assert "gradient is zero on 3 of 3" in masked
-
-
-def test_gather_picks_views_by_picture() -> None:
-    values = torch.arange(6).view(2, 3)
-    assert gather(values, torch.tensor([[2, 0], [1, 1]])).tolist() == [[2, 0], [4, 4]]

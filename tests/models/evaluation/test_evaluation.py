@@ -41,20 +41,20 @@ def checkpoint(directory: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def guard(checkpoint: Checkpoint) -> DefendedClassifier:
-    return trial.without_resize(DefendedClassifier(checkpoint, tiny.make_bundle(checkpoint)))
+def classifier(checkpoint: Checkpoint) -> DefendedClassifier:
+    return DefendedClassifier(checkpoint, tiny.make_bundle(checkpoint)).without_resize()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) -> Path:
     """Twelve pictures, each in the folder of the class that undefended CLIP names."""
-    root, guard = tmp_path_factory.mktemp("pictures"), DefendedClassifier(checkpoint, None)
+    root, classifier = tmp_path_factory.mktemp("pictures"), DefendedClassifier(checkpoint, None)
     for name in NAMES:
         (root / name).mkdir()
     images = [tiny.draw_image(number) for number in range(12)]
     protocol = trial.Protocol(["plain"], [], [], [], trial.Budget(0), views=1)
     for number, (label, _) in enumerate(
-        trial.answers(guard, NAMES, images, "plain", protocol, range(12))
+        trial.answers(classifier, NAMES, images, "plain", protocol, range(12))
     ):
         Image.fromarray(images[number]).save(root / NAMES[label] / f"{number}.png")
     return root
@@ -332,7 +332,7 @@ def test_paired_difference_against_known_values() -> None:
 
 
 def test_a_counterattack_takes_its_own_steps(
-    guard: DefendedClassifier, monkeypatch: pytest.MonkeyPatch
+    classifier: DefendedClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many the prompts take: its steps move pixels."""
     taken = []
@@ -340,15 +340,15 @@ def test_a_counterattack_takes_its_own_steps(
     monkeypatch.setattr(ttc, "_step", lambda *given: taken.append(1) or step(*given))
     monkeypatch.setattr(ttc, "PUBLISHED", replace(ttc.PUBLISHED, tau=1e9))  # nobody is spared
     protocol = trial.Protocol(["ttc"], [], [], [], trial.Budget(0), steps=5)
-    trial.answers(guard, NAMES, [tiny.draw_image(0)], "ttc", protocol, [0])
+    trial.answers(classifier, NAMES, [tiny.draw_image(0)], "ttc", protocol, [0])
     assert len(taken) == 2
 
 
-def test_the_attacked_pixels_are_the_models_own(guard: DefendedClassifier) -> None:
+def test_the_attacked_pixels_are_the_models_own(classifier: DefendedClassifier) -> None:
     # A checkpoint may resize to more than it cuts; the attacked picture must not be cut again.
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
-    assert guard.checkpoint.preprocessing.resized(32, 32) == (32, 32)
-    view = trial.make_views(image, 1, 0, guard.checkpoint.preprocessing, tiny.CPU)[0]
+    assert classifier.checkpoint.preprocessing.resized(32, 32) == (32, 32)
+    view = trial.make_views(image, 1, 0, classifier.checkpoint.preprocessing, tiny.CPU)[0]
     assert np.array_equal((view * 255).round().byte().permute(1, 2, 0).numpy(), image)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.attacks.demo import run_demo_attack
-from models.classifier import DefendedClassifier, Picture
+from models.classifier import DefendedClassifier, ImageQuery
 from service.http.authentication import entry
 from service.messages import (
     Answer,
@@ -28,7 +28,7 @@ from service.messages import (
     ViewReport,
 )
 from service.settings import Settings
-from service.worker.demo import LOOKS, run_demo
+from service.worker.demo import DEFENDED_ANSWERS, run_demo
 from service.worker.runner import Runner
 from tests import tiny
 from tests.conftest import Server
@@ -255,7 +255,7 @@ def test_each_step_is_told_and_the_defense_asked_now_and_then(steps: int) -> Non
     assert isinstance(last, Answer)
     assert [event.step for event in glimpses] == list(range(steps + 1))
     asked = [event.step for event in glimpses if event.defended_scores]
-    assert (asked[0], asked[-1], len(asked)) == (0, steps, min(LOOKS, steps) + 1)
+    assert (asked[0], asked[-1], len(asked)) == (0, steps, min(DEFENDED_ANSWERS, steps) + 1)
 
 
 def test_short_of_time_it_stops_early_and_says_so() -> None:
@@ -286,7 +286,7 @@ def runner(directory: Path) -> Runner:
 
 
 def test_every_picture_is_within_reach_of_the_first(runner: Runner) -> None:
-    pictures = list(run_attack(runner.guard, target=None, adaptive=False))
+    pictures = list(run_attack(runner.classifier, target=None, adaptive=False))
     assert len(pictures) == 7
     assert {picture.shape for picture in pictures} == {(32, 32, 3)}
     first = pictures[0].astype(int)
@@ -302,30 +302,30 @@ def test_the_way_goes_where_it_is_told(runner: Runner, adaptive: bool, method: s
         work = make_work(None, time.monotonic() + 60, image=picture, method=method)
         return settle(runner, work)[-1].scores
 
-    clean, *_, away = run_attack(runner.guard, None, adaptive, method=method)
+    clean, *_, away = run_attack(runner.classifier, None, adaptive, method=method)
     named = int(np.argmax(scores(clean)))
     assert scores(away)[named] < scores(clean)[named]
     wanted = int(np.argmin(scores(clean)))
-    *_, towards = run_attack(runner.guard, wanted, adaptive, method=method)
+    *_, towards = run_attack(runner.classifier, wanted, adaptive, method=method)
     assert scores(towards)[wanted] > scores(clean)[wanted]
 
 
 def run_attack(
-    guard: DefendedClassifier,
+    classifier: DefendedClassifier,
     target: int | None,
     adaptive: bool,
     template: str | None = None,
     method: str = "tapt",
 ) -> Iterator[NDArray[np.uint8]]:
-    picture = Picture(tiny.draw_image(1), tiny.LABELS[:5], template, "all", 3)
+    query = ImageQuery(tiny.draw_image(1), tiny.LABELS[:5], template, "all", 3)
     return run_demo_attack(
-        guard, picture, method, 8, 1, epsilon=8, strides=6, target=target, adaptive=adaptive
+        classifier, query, method, 8, epsilon=8, attack_steps=6, target=target, adaptive=adaptive
     )
 
 
 @pytest.mark.parametrize("method", ["apt", "tapt", "tpt", "rtpt", "ttc", "gate"])
 def test_whoever_knows_the_defense_finds_a_way_through_each(runner: Runner, method: str) -> None:
-    clean, *_, last = run_attack(runner.guard, None, True, method=method)
+    clean, *_, last = run_attack(runner.classifier, None, True, method=method)
     assert (clean != last).any()
 
 
@@ -347,8 +347,8 @@ def test_the_answer_is_the_one_about_the_last_picture(runner: Runner) -> None:
 
 
 def test_a_template_of_the_clients_is_attacked_as_it_is_read(runner: Runner) -> None:
-    *_, own = run_attack(runner.guard, None, False)
-    *_, other = run_attack(runner.guard, None, False, template="a drawing of {}, upside down")
+    *_, own = run_attack(runner.classifier, None, False)
+    *_, other = run_attack(runner.classifier, None, False, template="a drawing of {}, upside down")
     assert (own != other).any()
 
 
@@ -357,7 +357,7 @@ def test_views_are_shown_as_they_were_drawn(runner: Runner) -> None:
     (shown,) = settle(runner, work)
     assert len(shown.view_reports) == shown.views == 8
     assert len({view.image.tobytes() for view in shown.view_reports}) == 8
-    whole, *_ = run_attack(runner.guard, None, False)
+    whole, *_ = run_attack(runner.classifier, None, False)
     assert (shown.view_reports[0].image == whole).all()
     assert not settle(runner, replace(work, return_views=False))[0].view_reports
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from models.bundle import load_bundle
 from models.checkpoint import Checkpoint
-from models.checkpoint import ModelError as LoadError
+from models.errors import LoadError
 from service.errors import ModelError
 from service.settings import Settings
 from service.worker import runner

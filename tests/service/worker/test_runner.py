@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.defenses.defense import Images
+from models.clip import PromptedCLIP
+from models.defenses import tapt
+from models.defenses.defense import DefenseInput
 from service.errors import ModelError
 from service.messages import Answer, Failure, Task
 from service.settings import Settings
@@ -121,18 +123,16 @@ def test_a_poisoned_request_fails_alone(runner: Runner) -> None:
 
 
 def test_out_of_memory_halves_the_batch(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    import models.classifier
-
-    method = models.classifier.DEFENSES["tapt"]
+    defend = tapt.defend
     sizes: list[int] = []
 
-    def starved(clip: object, images: Images) -> object:
-        sizes.append(len(images.views))
-        if len(images.views) > 2:
+    def starved(clip: PromptedCLIP, inputs: DefenseInput) -> object:
+        sizes.append(len(inputs.views))
+        if len(inputs.views) > 2:
             raise torch.OutOfMemoryError("for a test")
-        return method.defend(clip, images)  # type: ignore[arg-type]
+        return defend(clip, inputs)
 
-    monkeypatch.setitem(models.classifier.DEFENSES, "tapt", replace(method, defend=starved))
+    monkeypatch.setattr(tapt, "defend", starved)
     settled, counts = run(runner, [make_work(i) for i in range(5)])
     assert all(isinstance(result, Answer) for result in settled.values())
     assert sizes == [5, 3, 2, 1, 2]
