@@ -183,9 +183,9 @@ def test_a_worker_that_never_starts_is_tried_and_then_given_up() -> None:
 
 def test_a_killed_server_leaves_no_worker_and_its_port_is_free_at_once() -> None:
     with Service("EchoRunner") as service:
-        workers = children(service.worker.process.pid)
+        workers = children(service.process.pid)
         service.signal(signal.SIGKILL)
-        service.worker.process.wait(PATIENCE)
+        service.process.wait(PATIENCE)
         with pytest.raises(httpx.TransportError):
             service.http.get("/livez")
         with Service("EchoRunner", port=service.port) as again:
@@ -203,7 +203,7 @@ def test_sigterm_under_load_answers_each_accepted_request_once_and_exits_cleanly
             await asyncio.sleep(1.0)
             told = time.monotonic()
             service.signal()
-            status = await asyncio.to_thread(service.worker.process.wait, PATIENCE)
+            status = await asyncio.to_thread(service.process.wait, PATIENCE)
             assert time.monotonic() - told < 20 + SOON
             return await driving, told - began, status
 
@@ -225,7 +225,7 @@ def test_sigterm_under_load_answers_each_accepted_request_once_and_exits_cleanly
 
 def test_a_second_signal_ends_it_now() -> None:
     with Service("EchoRunner", drain_timeout_s=600) as service:
-        workers = children(service.worker.process.pid)
+        workers = children(service.process.pid)
         with ThreadPoolExecutor() as pool:
             hanging = pool.submit(service.http.post, "/v1/classify", json=body("hang"))
             eventually(lambda: "tapt_batch_size_count 1.0" in service.http.get("/metrics").text)
@@ -234,7 +234,7 @@ def test_a_second_signal_ends_it_now() -> None:
             assert not hanging.done()
             began = time.monotonic()
             service.signal(signal.SIGINT)
-            service.worker.process.wait(PATIENCE)
+            service.process.wait(PATIENCE)
             assert time.monotonic() - began < SOON
             with contextlib.suppress(httpx.TransportError):  # cut off, or told so
                 assert hanging.result().status_code >= 500
@@ -253,7 +253,7 @@ def test_a_full_disk_under_the_log_harms_nobody(kind: str) -> None:
             assert service.http.post("/v1/classify", json=body("raise")).status_code == 500
             assert service.http.post("/v1/classify", json=body()).status_code == 200
         service.signal()
-        assert service.worker.process.wait(PATIENCE) == 0
+        assert service.process.wait(PATIENCE) == 0
 
 
 def test_the_address_need_not_be_read_by_anybody(tmp_path: Path) -> None:

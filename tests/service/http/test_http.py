@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import httpx
 import pytest
 from conftest import Server
-from fake_worker import FakeWorker, answer
+from fake_worker import READY, FakeWorker, answer
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -679,7 +681,8 @@ def metrics_of(server: Server) -> str:
 def test_metrics_have_their_names_and_types_and_no_text_of_a_user(
     start: START, photo: bytes
 ) -> None:
-    server = start()
+    info = {**READY.info, "versions": {"torch": "9.9"}}
+    server = start(FakeWorker(ready=replace(READY, info=info)))
     labels = ["zebrafinch", "attacked"]
     server.http.post("/v1/classify", json=as_json(photo, candidate_labels=labels))
     server.http.post("/v1/classify", json=as_json(photo, candidate_labels=["zebrafinch"]))
@@ -697,6 +700,9 @@ def test_metrics_have_their_names_and_types_and_no_text_of_a_user(
     assert counts == {("/v1/classify", "200"): 1, ("/v1/classify", "422"): 1, ("other", "404"): 1}
     rejected = [s for s in families["tapt_rejected"].samples if s.name == "tapt_rejected_total"]
     assert [(s.labels["reason"], s.value) for s in rejected] == [("unprocessable", 1)]
+    (build,) = families["tapt_build_info"].samples
+    assert build.labels == {"version": version("tapt-serve"), "torch": "9.9"}
+    assert build.value == 1
 
 
 def test_log_lines_hold_no_text_of_a_user(

@@ -11,11 +11,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Server
+from fake_worker import answer
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from registries import fetch
@@ -202,3 +204,18 @@ def test_errors_have_the_same_shape(server: Server, body: bytes, status: int) ->
     answer = server.http.post("/", content=body)
     assert answer.status_code == status, answer.text
     assert answer.json().keys() == {"error", "error_type", "request_id"}
+
+
+def test_the_headers_of_the_report_are_the_documented_ones(server: Server, photo: bytes) -> None:
+    server.worker.reply = lambda task: replace(answer(task), truncated="deadline")
+    try:
+        body = {"inputs": base64.b64encode(photo).decode(), "candidate_labels": ["cat", "dog"]}
+        headers = server.http.post("/", json=body).headers
+    finally:
+        server.worker.reply = answer
+    operation = server.http.get("/openapi.json").json()["paths"]["/"]["post"]
+    documented = operation["responses"]["200"]["headers"]
+    assert {name for name in headers if name.startswith("x-")} == {*map(str.lower, documented)}
+    kinds = {"integer": int, "number": float, "boolean": json.loads, "string": str}
+    for name, header in documented.items():
+        kinds[header["schema"]["type"]](headers[name])
