@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from service.errors import make_error
-from service.http.response import Classification, ScoredLabel, build_response, clamp, measure_times
+from service.http.response import Classification, ScoredLabel, build_response, clamp
 from service.intake.decode import decode
 from service.intake.options import check_options, resolve_options
 from service.intake.requests import ClassifyOptions
@@ -61,11 +61,15 @@ def classify_here(path: Path, options: ClassifyOptions, settings: Settings) -> C
     assert not isinstance(answer, ProgressEvent)
     if isinstance(answer, Failure):
         raise make_error(answer.error_type, answer.message)
-    timings = measure_times(
-        answer, queue_seconds=0.0, decode_seconds=decode_seconds, total_seconds=total_seconds
+    shown = build_response(
+        task,
+        answer,
+        model=runner.ready.info["model"]["name"],
+        queue_seconds=0.0,
+        decode_seconds=decode_seconds,
+        total_seconds=total_seconds,
+        top_k=options.top_k,
     )
-    model = runner.ready.info["model"]["name"]
-    shown = build_response(task, answer, timings, model=model, top_k=options.top_k)
     pairs = zip(task.labels, answer.undefended_scores, strict=True)
     undefended = [ScoredLabel(label=label, score=clamp(score)) for label, score in pairs]
     undefended.sort(key=lambda scored: -scored.score)

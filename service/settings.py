@@ -30,210 +30,132 @@ class Settings(BaseSettings):
     """The service's configuration; `docs/configuration.md` is this class as a table."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, frozen=True, extra="forbid", protected_namespaces=()
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(8000, ge=0, le=65535)
+    """Port to listen on; 0 picks a free one."""
 
-    model: str = Field(
-        "embedded",
-        description="`embedded`, a Hugging Face hub id, or a directory with a CLIP checkpoint.",
-    )
-    model_revision: str = Field(
-        "", description="Commit, tag or branch of a hub id. Only a full commit hash is immutable."
-    )
-    model_sha256: str = Field(
-        "",
-        pattern="^([0-9a-fA-F]{64})?$",
-        description="SHA-256 that the weights must have, as shown by `tapt-serve info`.",
-    )
-    bundle: str = Field(
-        "",
-        description="Directory of the defense bundle; empty: `bundle` beside the model, if any.",
-    )
-    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="Precision of the model. `auto` is float32 on the CPU and bfloat16 on CUDA.",
-    )
+    model: str = "embedded"
+    """`embedded`, a Hugging Face hub id, or a directory with a CLIP checkpoint."""
+    model_revision: str = ""
+    """Commit, tag or branch of a hub id. Only a full commit hash is immutable."""
+    model_sha256: str = Field("", pattern="^([0-9a-fA-F]{64})?$")
+    """SHA-256 that the weights must have, as shown by `tapt-serve info`."""
+    bundle: str = ""
+    """Directory of the defense bundle; empty: `bundle` beside the model, if any."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the model. `auto` is float32 on the CPU and bfloat16 on CUDA."""
 
-    method: Method = Field("tapt", description="Default defense.")
-    design: Literal["v", "vli", "vlj"] = Field(
-        "vli", description="Design of the adapted prompts. A bundle of another design is refused."
-    )
-    steps: int = Field(1, ge=0, description="Default number of adaptation steps.")
-    max_steps: int = Field(
-        8, ge=0, description="Maximum number of steps; higher requests are lowered to it."
-    )
-    views: int = Field(16, ge=1, description="Default number of views.")
-    max_views: int = Field(
-        64, ge=1, description="Maximum number of views; higher requests are lowered to it."
-    )
-    selection_ratio: float = Field(
-        0.1,
-        gt=0,
-        le=1,
-        description="Share of the views that the loss is computed on, the most confident ones.",
-    )
-    learning_rate: float = Field(5e-4, gt=0, description="Learning rate of AdamW.")
-    alignment_weight: float = Field(
-        100.0, ge=0, description="Weight of the token alignment loss relative to the entropy."
-    )
-    gamma: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="Share of the adversarial statistics in the alignment, against the clean ones.",
-    )
-    adapts: Literal["all", "vision", "text"] = Field(
-        "vision",
-        description="Which prompts adapt. `vision` is cheapest; if the bundle has none of that "
-        "kind, all adapt.",
-    )
-    early_stop: float = Field(
-        0.0,
-        ge=0,
-        description="Stop adapting once a step changes the entropy by less than this (nats); "
-        "0 disables.",
-    )
-    readout: Readout = Field(
-        "all", description="Views that the prediction is computed from after adapting."
-    )
-    hypothesis_template: str = Field(
-        "a photo of a {}.", description="Default prompt; must contain one `{}`."
-    )
+    method: Method = "tapt"
+    """Default defense."""
+    design: Literal["v", "vli", "vlj"] = "vli"
+    """Design of the adapted prompts. A bundle of another design is refused."""
+    steps: int = Field(1, ge=0)
+    """Default number of adaptation steps."""
+    max_steps: int = Field(8, ge=0)
+    """Maximum number of steps; higher requests are lowered to it."""
+    views: int = Field(16, ge=1)
+    """Default number of views."""
+    max_views: int = Field(64, ge=1)
+    """Maximum number of views; higher requests are lowered to it."""
+    selection_ratio: float = Field(0.1, gt=0, le=1)
+    """Share of the views that the loss is computed on, the most confident ones."""
+    learning_rate: float = Field(5e-4, gt=0)
+    """Learning rate of AdamW."""
+    alignment_weight: float = Field(100.0, ge=0)
+    """Weight of the token alignment loss relative to the entropy."""
+    gamma: float = Field(0.5, ge=0, le=1)
+    """Share of the adversarial statistics in the alignment, against the clean ones."""
+    adapts: Literal["all", "vision", "text"] = "vision"
+    """Which prompts adapt. `vision` is cheapest; if the bundle has none of that kind, all adapt."""
+    early_stop: float = Field(0.0, ge=0)
+    """Stop adapting once a step changes the entropy by less than this (nats); 0 disables."""
+    readout: Readout = "all"
+    """Views that the prediction is computed from after adapting."""
+    hypothesis_template: str = "a photo of a {}."
+    """Default prompt; must contain one `{}`."""
 
-    max_batch_size: int = Field(16, ge=1, description="Maximum number of requests in a batch.")
-    max_batch_tokens: int = Field(
-        0,
-        ge=0,
-        description="Maximum number of image and text tokens in a batch; 0: set by free memory.",
-    )
-    max_queue_delay_ms: float = Field(
-        5.0, ge=0, description="How long an idle worker waits for a batch to fill (ms)."
-    )
-    max_queue_size: int = Field(
-        64,
-        ge=1,
-        description="Maximum number of admitted requests without an answer; more get a 429. "
-        "One batch per worker may always wait.",
-    )
-    request_timeout_ms: int = Field(
-        60_000, ge=1, description="Time from admission to the queue until the answer (ms)."
-    )
-    upload_timeout_ms: int = Field(
-        30_000, ge=1, description="Time for a request body to arrive (ms)."
-    )
-    max_body_bytes: int = Field(
-        16 * 2**20,
-        ge=1024,
-        description="Maximum size of a request body (bytes); larger ones get a 413.",
-    )
-    max_image_pixels: int = Field(
-        40_000_000,
-        ge=1,
-        description="Maximum width times height of an image; larger ones get a 413.",
-    )
-    max_labels: int = Field(
-        1000, ge=2, description="Maximum number of candidate labels in a request."
-    )
-    max_label_chars: int = Field(
-        256, ge=1, description="Maximum length of a label or template (characters)."
-    )
-    decoders: int = Field(
-        0,
-        ge=0,
-        le=64,
-        description="Number of processes that decode images; 0: one per core, at most 4.",
-    )
-    decode_timeout_ms: int = Field(
-        2000,
-        ge=10,
-        description="Maximum processor time to decode an image (ms), and 1.5 times that in wall "
-        "time; more costly images get a 422.",
-    )
-    decode_memory_bytes: int = Field(
-        480 * 2**20,
-        ge=64 * 2**20,
-        description="Maximum memory to decode an image (bytes), at up to 12 bytes per pixel; more "
-        "costly images get a 422. Images that need over an eighth of it are decoded one at a time.",
-    )
+    max_batch_size: int = Field(16, ge=1)
+    """Maximum number of requests in a batch."""
+    max_batch_tokens: int = Field(0, ge=0)
+    """Maximum number of image and text tokens in a batch; 0: set by free memory."""
+    max_queue_delay_ms: float = Field(5.0, ge=0)
+    """How long an idle worker waits for a batch to fill (ms)."""
+    max_queue_size: int = Field(64, ge=1)
+    """Maximum number of admitted requests without an answer; more get a 429. One batch per worker
+    may always wait."""
+    request_timeout_ms: int = Field(60_000, ge=1)
+    """Time from admission to the queue until the answer (ms)."""
+    upload_timeout_ms: int = Field(30_000, ge=1)
+    """Time for a request body to arrive (ms)."""
+    max_body_bytes: int = Field(16 * 2**20, ge=1024)
+    """Maximum size of a request body (bytes); larger ones get a 413."""
+    max_image_pixels: int = Field(40_000_000, ge=1)
+    """Maximum width times height of an image; larger ones get a 413."""
+    max_labels: int = Field(1000, ge=2)
+    """Maximum number of candidate labels in a request."""
+    max_label_chars: int = Field(256, ge=1)
+    """Maximum length of a label or template (characters)."""
+    decoders: int = Field(0, ge=0, le=64)
+    """Number of processes that decode images; 0: one per core, at most 4."""
+    decode_timeout_ms: int = Field(2000, ge=10)
+    """Maximum processor time to decode an image (ms), and 1.5 times that in wall time; more costly
+    images get a 422."""
+    decode_memory_bytes: int = Field(480 * 2**20, ge=64 * 2**20)
+    """Maximum memory to decode an image (bytes), at up to 12 per pixel; more costly images get
+    a 422. Images that need over an eighth of it are decoded one at a time."""
 
-    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
-        (),
-        description="Comma-separated API keys, each as printed by `tapt-serve key`. Without any "
-        "here or in a file, no key is required.",
-        repr=False,
-    )
-    api_keys_file: str = Field(
-        "", description="File with one API key per line; reloaded when it changes."
-    )
-    open_routes: Annotated[tuple[Literal["pages", "metrics"], ...], NoDecode] = Field(
-        (),
-        description="Comma-separated routes that need no key: `pages` (playground and docs), "
-        "`metrics`.",
-    )
-    key_concurrency: int = Field(
-        0,
-        ge=0,
-        description="Maximum number of concurrent requests per key; more get a 429; 0 disables.",
-    )
-    key_rate: float = Field(
-        0.0,
-        ge=0,
-        description="Average number of requests per second and key; more get a 429; 0 disables.",
-    )
-    key_burst: int = Field(
-        20, ge=1, description="Requests that a key may send in a burst above `key_rate`."
-    )
-    key_similar_per_hour: int = Field(
-        0,
-        ge=0,
-        le=1000,
-        description="Similar but unequal images that a key may send in an hour; 0 disables.",
-    )
-    allow_client_seed: bool = Field(
-        False,
-        description="Accept the `seed` of a request. With a known seed, an attacker can target "
-        "the views.",
-    )
-    allow_image_urls: bool = Field(
-        False, description="Fetch images by URL, from `image_url_hosts` at public addresses only."
-    )
-    image_url_hosts: Annotated[tuple[HostPattern, ...], NoDecode] = Field(
-        (),
-        description="Comma-separated hosts to fetch images from: `example.org`, `*.example.org`, "
-        "`example.org:8443`.",
-    )
-    allow_http_image_urls: bool = Field(
-        False, description="Fetch images by unencrypted `http` too."
-    )
-    image_url_timeout_ms: int = Field(5000, ge=1, description="Time to fetch an image (ms).")
-    expose: Literal["full", "rounded", "label"] = Field(
-        "full",
-        description="Scores in answers: `full`, `rounded` to two digits, or `label` (1 and 0).",
-    )
-    enable_attack_demo: bool = Field(
-        False,
-        description="Offer attacks and views in the playground. Needs a loopback `host`.",
-    )
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field((), repr=False)
+    """Comma-separated API keys, each as printed by `tapt-serve key`. Without any here or in a file,
+    no key is required."""
+    api_keys_file: str = ""
+    """File with one API key per line; reloaded when it changes."""
+    open_routes: Annotated[tuple[Literal["pages", "metrics"], ...], NoDecode] = ()
+    """Comma-separated routes that need no key: `pages` (playground and docs), `metrics`."""
+    key_concurrency: int = Field(0, ge=0)
+    """Maximum number of concurrent requests per key; more get a 429; 0 disables."""
+    key_rate: float = Field(0.0, ge=0)
+    """Average number of requests per second and key; more get a 429; 0 disables."""
+    key_burst: int = Field(20, ge=1)
+    """Requests that a key may send in a burst above `key_rate`."""
+    key_similar_per_hour: int = Field(0, ge=0, le=1000)
+    """Similar but unequal images that a key may send in an hour; 0 disables."""
+    allow_client_seed: bool = False
+    """Accept the `seed` of a request. With a known seed, an attacker can target the views."""
+    allow_image_urls: bool = False
+    """Fetch images by URL, from `image_url_hosts` at public addresses only."""
+    image_url_hosts: Annotated[tuple[HostPattern, ...], NoDecode] = ()
+    """Comma-separated hosts to fetch images from: `example.org`, `*.example.org`,
+    `example.org:8443`."""
+    allow_http_image_urls: bool = False
+    """Fetch images by unencrypted `http` too."""
+    image_url_timeout_ms: int = Field(5000, ge=1)
+    """Time to fetch an image (ms)."""
+    expose: Literal["full", "rounded", "label"] = "full"
+    """Scores in answers: `full`, `rounded` to two digits, or `label` (1 and 0)."""
+    enable_attack_demo: bool = False
+    """Offer attacks and views in the playground. Needs a loopback `host`."""
 
-    drain_timeout_s: float = Field(
-        30.0, ge=0, description="How long a shutdown waits for running requests (s)."
-    )
-    workers: int = Field(
-        1,
-        ge=1,
-        description="Worker processes. On CUDA each has its own device; else they share the cores.",
-    )
-    tier: Tier = Field(
-        "standard",
-        description="Default tier. `fast`: the mean over half of the views, without adapting; "
-        "`standard`: these settings; `deep`: four times the views and twice the steps.",
-    )
-    max_tier: Tier = Field("deep", description="Highest tier; higher requests are lowered to it.")
-    log_format: Literal["text", "json"] = Field("text", description="Format of the log.")
+    drain_timeout_s: float = Field(30.0, ge=0)
+    """How long a shutdown waits for running requests (s)."""
+    workers: int = Field(1, ge=1)
+    """Worker processes. On CUDA each has its own device; else they share the cores."""
+    tier: Tier = "standard"
+    """Default tier. `fast`: the mean over half of the views, without adapting; `standard`: these
+    settings; `deep`: four times the views and twice the steps."""
+    max_tier: Tier = "deep"
+    """Highest tier; higher requests are lowered to it."""
+    log_format: Literal["text", "json"] = "text"
+    """Format of the log."""
 
     @model_validator(mode="before")
     @classmethod
@@ -297,7 +219,8 @@ def table() -> str:
     for name, field in Settings.model_fields.items():
         flag = "--" + name.replace("_", "-")
         default = "" if field.default in ("", ()) else f"`{_shown(field.default)}`"
-        meaning = f"{field.description}{_choices(field.annotation)}"
+        description = " ".join((field.description or "").split())
+        meaning = description + _choices(field.annotation)
         lines.append(f"| `{PREFIX}{name.upper()}` | `{flag}` | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 

@@ -35,9 +35,6 @@ class Scheduler:
         self.max_queue_delay = max_queue_delay
         self._items: dict[str, Item] = {}
 
-    def __len__(self) -> int:
-        return len(self._items)
-
     def add(self, item: Item) -> None:
         self._items[item.task.id] = item
 
@@ -45,9 +42,9 @@ class Scheduler:
         """Queue items again, before all others, that were taken and not run."""
         self._items = {item.task.id: item for item in items} | self._items
 
-    def remove(self, id: str) -> bool:
-        """Remove an item; False if it is not in the queue."""
-        return self._items.pop(id, None) is not None
+    def remove(self, id: str) -> None:
+        """Remove an item if it is in the queue."""
+        self._items.pop(id, None)
 
     def expire(self, now: float) -> list[Item]:
         """Take out the items whose deadline has passed."""

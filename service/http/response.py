@@ -7,23 +7,23 @@ server has keys, only those with the scope `diagnostics` see them.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from urllib.parse import quote
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from service.messages import Answer, Task
 
 Expose = Literal["full", "rounded", "label"]
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """Marks a field that the Hugging Face route returns as a header, for want of room in the
-    body."""
+def _reported(header: str, description: str) -> Any:
+    """A field that the Hugging Face route returns as a header, because its body has no room."""
+    return Field(description=description, json_schema_extra={"x-header": header})
 
-    name: str
+
+class _Response(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class ScoredLabel(BaseModel):
@@ -35,84 +35,72 @@ class DefenseReport(BaseModel):
     """What the defense did and measured. The measurements, from `entropy_before` on, are null if
     the server exposes labels only, or if the key lacks the scope `diagnostics`."""
 
-    tier: Annotated[str, Header("x-defense-tier")] = Field(
-        description="The tier used: `fast`, `standard` or `deep`."
+    tier: str = _reported("x-defense-tier", "The tier used: `fast`, `standard` or `deep`.")
+    method: str = _reported("x-defense-method", "The defense used.")
+    design: str = _reported(
+        "x-defense-design",
+        "Its prompts: `v`, `vli`, `vlj`; `text` for the template's own words; `none`.",
     )
-    method: Annotated[str, Header("x-defense-method")] = Field(description="The defense used.")
-    design: Annotated[str, Header("x-defense-design")] = Field(
-        description="Its prompts: `v`, `vli`, `vlj`; `text` for the template's own words; `none`."
+    steps: int = _reported("x-defense-steps", "Adaptation steps taken.")
+    views: int = _reported("x-defense-views", "Views of the image.")
+    views_kept: int = _reported("x-defense-views-kept", "Views that the loss was computed on.")
+    readout: str = _reported("x-defense-readout", "Views that the prediction was read from.")
+    truncated: str | None = _reported(
+        "x-defense-truncated", "`deadline` if it ended adapting early."
     )
-    steps: Annotated[int, Header("x-defense-steps")] = Field(description="Adaptation steps taken.")
-    views: Annotated[int, Header("x-defense-views")] = Field(description="Views of the image.")
-    views_kept: Annotated[int, Header("x-defense-views-kept")] = Field(
-        description="Most confident views, which the loss was computed on."
+    labels_truncated: int = _reported("x-labels-truncated", "Labels cut to the model's context.")
+    entropy_before: float | None = _reported(
+        "x-entropy-before", "Entropy of the kept views' mean before adapting, nats."
     )
-    readout: Annotated[str, Header("x-defense-readout")] = Field(
-        description="Views that the prediction was read from."
+    entropy_after: float | None = _reported("x-entropy-after", "The same after adapting, nats.")
+    agreement: float | None = _reported("x-agreement", "Share of the views that agree.")
+    suspicion: float | None = _reported("x-suspicion", "Attack score; higher is more suspicious.")
+    suspected: bool | None = _reported(
+        "x-suspected", "Whether suspicion exceeds the bundle's threshold; null without one."
     )
-    truncated: Annotated[str | None, Header("x-defense-truncated")] = Field(
-        description="`deadline` if the deadline ended the adaptation early."
-    )
-    labels_truncated: Annotated[int, Header("x-labels-truncated")] = Field(
-        description="Labels cut to the model's context length."
-    )
-    entropy_before: Annotated[float | None, Header("x-entropy-before")] = Field(
-        description="Entropy of the kept views' mean before adapting, nats."
-    )
-    entropy_after: Annotated[float | None, Header("x-entropy-after")] = Field(
-        description="The same after adapting, nats."
-    )
-    agreement: Annotated[float | None, Header("x-agreement")] = Field(
-        description="Share of the views that agree with the answer."
-    )
-    suspicion: Annotated[float | None, Header("x-suspicion")] = Field(
-        description="Attack score; higher is more suspicious."
-    )
-    suspected: Annotated[bool | None, Header("x-suspected")] = Field(
-        description="Whether suspicion exceeds the bundle's threshold; null without one."
-    )
-    undefended_label: Annotated[str | None, Header("x-undefended-label")] = Field(
-        description="The answer of undefended CLIP; percent-encoded UTF-8 in the header."
+    undefended_label: str | None = _reported(
+        "x-undefended-label", "The answer of undefended CLIP; percent-encoded UTF-8 in the header."
     )
 
 
 class Timings(BaseModel):
     """Milliseconds."""
 
-    queue: Annotated[float, Header("x-queue-time")] = Field(description="In the queue.")
-    decode: float = Field(description="Decoding the image.")
-    adapt: float = Field(description="Adapting the prompts.")
-    predict: float = Field(description="Predicting.")
-    total: Annotated[float, Header("x-total-time")] = Field(
-        description="From the first byte to the answer."
-    )
+    queue: float = _reported("x-queue-time", "Milliseconds in the queue.")
+    decode: float
+    adapt: float
+    predict: float
+    total: float = _reported("x-total-time", "Milliseconds from the first byte to the answer.")
 
     @property
     def inference(self) -> float:
         return round(self.adapt + self.predict, 3)
 
 
-INFERENCE = Header("x-inference-time")
+INFERENCE_HEADER = "x-inference-time"
 """The one header that is no field: adapting and predicting together."""
 
 
-class Classification(BaseModel):
+class Classification(_Response):
     """The answer of `POST /v1/classify`."""
 
     id: str
     model: str
-    labels: list[ScoredLabel] = Field(description="Best first.")
+    labels: list[ScoredLabel]
+    """Best first."""
     defense: DefenseReport
     timings_ms: Timings
 
 
-class View(BaseModel):
+class View(_Response):
     """A view as the defense first saw it."""
 
     label: str
     score: float
-    kept: bool = Field(description="Whether the loss was computed on it.")
-    thumbnail: str = Field(description="A PNG as a `data:` URI.")
+    kept: bool
+    """Whether the loss was computed on it."""
+    thumbnail: str
+    """A PNG as a `data:` URI."""
 
 
 class DemoClassification(Classification):
@@ -121,14 +109,16 @@ class DemoClassification(Classification):
     views: list[View]
 
 
-class AttackStage(BaseModel):
+class AttackStage(_Response):
     """The image after some steps of an attack, and its classification."""
 
     step: int
     steps: int
-    image: str = Field(description="A lossless PNG of the model's input size as a `data:` URI.")
+    image: str
+    """A lossless PNG of the model's input size as a `data:` URI."""
     undefended: list[ScoredLabel]
-    defended: list[ScoredLabel] | None = Field(description="Null if the defense was not run.")
+    defended: list[ScoredLabel] | None
+    """Null if the defense was not run."""
 
 
 class Status(BaseModel):
@@ -137,34 +127,23 @@ class Status(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-class ErrorBody(BaseModel):
+class ErrorBody(_Response):
     """Every error."""
 
-    error: str = Field(description="One sentence.")
+    error: str
+    """One sentence."""
     error_type: str
     request_id: str
-
-
-def measure_times(
-    answer: Answer, *, queue_seconds: float, decode_seconds: float, total_seconds: float
-) -> Timings:
-    """The timings of an answer, in milliseconds."""
-    seconds = {
-        "queue": queue_seconds,
-        "decode": decode_seconds,
-        "adapt": answer.adapt_seconds,
-        "predict": answer.predict_seconds,
-        "total": total_seconds,
-    }
-    return Timings(**{name: round(value * 1000, 3) for name, value in seconds.items()})
 
 
 def build_response(
     task: Task,
     answer: Answer,
-    timings: Timings,
     *,
     model: str,
+    queue_seconds: float,
+    decode_seconds: float,
+    total_seconds: float,
     top_k: int | None = None,
     expose: Expose = "full",
     diagnostics: bool = True,
@@ -181,6 +160,9 @@ def build_response(
         if not visible or not math.isfinite(value):
             return None
         return round(value, 2) if expose == "rounded" else value
+
+    def milliseconds(seconds: float) -> float:
+        return round(seconds * 1000, 3)
 
     def score(index: int) -> float:
         if expose == "label":
@@ -213,28 +195,34 @@ def build_response(
             suspected=answer.suspected if visible else None,
             undefended_label=undefended if visible else None,
         ),
-        timings_ms=timings,
+        timings_ms=Timings(
+            queue=milliseconds(queue_seconds),
+            decode=milliseconds(decode_seconds),
+            adapt=milliseconds(answer.adapt_seconds),
+            predict=milliseconds(answer.predict_seconds),
+            total=milliseconds(total_seconds),
+        ),
     )
 
 
 def report_headers(shown: Classification) -> dict[str, str]:
     """The report as headers. A field without a value has none."""
     values: dict[str, Any] = {
-        header.name: getattr(part, name)
+        header: getattr(part, name)
         for part in (shown.defense, shown.timings_ms)
-        for name, header in marked_fields(type(part)).items()
+        for name, header in header_names(type(part)).items()
     }
-    values[INFERENCE.name] = shown.timings_ms.inference
+    values[INFERENCE_HEADER] = shown.timings_ms.inference
     return {name: _to_text(value) for name, value in values.items() if value is not None}
 
 
-def marked_fields(model: type[BaseModel]) -> dict[str, Header]:
-    """The fields of a model that are returned as headers."""
+def header_names(model: type[BaseModel]) -> dict[str, str]:
+    """The fields of a model that are returned as headers, and the headers."""
+    extras = {name: field.json_schema_extra for name, field in model.model_fields.items()}
     return {
-        name: mark
-        for name, field in model.model_fields.items()
-        for mark in field.metadata
-        if isinstance(mark, Header)
+        name: str(extra["x-header"])
+        for name, extra in extras.items()
+        if isinstance(extra, dict) and "x-header" in extra
     }
 
 

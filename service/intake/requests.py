@@ -118,46 +118,37 @@ Template = Annotated[
 ]
 
 
+_STRICT = ConfigDict(strict=True, use_attribute_docstrings=True)
+
+
 class DefenseOptions(BaseModel):
     """How to defend, and at what cost. The server's defaults fill in what is missing. Values above
     the server's limits are lowered to them; the answer reports what was used."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = _STRICT | ConfigDict(extra="forbid")
 
-    tier: Literal["fast", "standard", "deep"] | None = Field(
-        default=None,
-        description="Cost of the options below that are missing; lowered to the server's highest "
-        "tier.",
-    )
+    tier: Literal["fast", "standard", "deep"] | None = None
+    """Cost of the options below that are missing; lowered to the server's highest tier."""
     method: Method | None = None
-    steps: int | None = Field(default=None, ge=0, description="Adaptation steps.")
-    views: int | None = Field(
-        default=None, ge=1, description="Random views, the image itself included."
-    )
+    steps: int | None = Field(default=None, ge=0)
+    """Adaptation steps."""
+    views: int | None = Field(default=None, ge=1)
+    """Random views, the image itself included."""
     readout: Readout | None = None
-    deadline_ms: float | None = Field(
-        default=None,
-        gt=0,
-        allow_inf_nan=False,
-        description="Answer within this time, milliseconds.",
-    )
-    seed: int | None = Field(
-        default=None,
-        ge=0,
-        lt=SEED_LIMIT,
-        description="Seed of the random views; accepted only if the server allows it.",
-    )
+    deadline_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Answer within this time, milliseconds."""
+    seed: int | None = Field(default=None, ge=0, lt=SEED_LIMIT)
+    """Seed of the random views; accepted only if the server allows it."""
 
 
 class ClassifyOptions(BaseModel):
     """Everything in a request except its image."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = _STRICT | ConfigDict(extra="forbid")
 
     candidate_labels: Labels
-    top_k: int | None = Field(
-        default=None, ge=1, description="How many labels to return; all by default."
-    )
+    top_k: int | None = Field(default=None, ge=1)
+    """How many labels to return; all by default."""
     hypothesis_template: Template | None = None
     defense: DefenseOptions | None = None
 
@@ -165,23 +156,23 @@ class ClassifyOptions(BaseModel):
 class ClassifyRequest(ClassifyOptions):
     """The JSON body of `POST /v1/classify`."""
 
-    image: str = Field(
-        description="An image file as base64 or as a `data:` URI; or its `https:` URL, if the "
-        "server allows it."
-    )
+    image: str
+    """An image file as base64 or as a `data:` URI; or its `https:` URL, if the server allows it."""
 
 
 class AttackOptions(BaseModel):
     """The attack to demonstrate. Values above the limits are lowered to them."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = _STRICT | ConfigDict(extra="forbid")
 
-    epsilon: int = Field(ge=1, description="Largest change of a color channel, in levels of 255.")
-    steps: int = Field(ge=1, description="Steps of projected gradient descent.")
-    target: Label | None = Field(
-        default=None, description="Label to reach; null to leave the current one."
-    )
-    adaptive: bool = Field(default=False, description="Whether to attack through the defense.")
+    epsilon: int = Field(ge=1)
+    """Largest change of a color channel, in levels of 255."""
+    steps: int = Field(ge=1)
+    """Steps of projected gradient descent."""
+    target: Label | None = None
+    """Label to reach; null to leave the current one."""
+    adaptive: bool = False
+    """Whether to attack through the defense."""
 
 
 class AttackRequest(ClassifyRequest):
@@ -199,7 +190,7 @@ class AttackRequest(ClassifyRequest):
 class HFParameters(BaseModel):
     """Unknown fields are ignored, as in transformers: newer clients may send more."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = _STRICT
 
     candidate_labels: Labels
     hypothesis_template: Template | None = None
@@ -212,9 +203,10 @@ class HFRequest(BaseModel):
     instead of in `parameters`, are accepted too.
     """
 
-    model_config = ConfigDict(strict=True)
+    model_config = _STRICT
 
-    inputs: str = Field(description="An image file as base64 or as a `data:` URI.")
+    inputs: str
+    """An image file as base64 or as a `data:` URI."""
     parameters: HFParameters
 
     @model_validator(mode="before")

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from service.http.authentication import check_key
-from service.http.response import Classification, build_response, measure_times
+from service.http.response import Classification, build_response
 from service.http.routes.docs import ERROR_RESPONSES, FORM, REQUEST_ID, describe_body
 from service.intake.body import parse, read_json, validate
 from service.intake.image_urls import ImageURL, read_source
@@ -57,17 +57,13 @@ def respond(
     state = request.app.state
     # Logged beside the key's id: only there can an operator see that a surge has one caller.
     ticket.log["suspected"] = answer.suspected
-    timings = measure_times(
-        answer,
-        queue_seconds=ticket.permit.waited,
-        decode_seconds=ticket.decode_seconds,
-        total_seconds=time.monotonic() - ticket.started,
-    )
     return build_response(
         task,
         answer,
-        timings,
         model=state.engine.info["model"]["name"],
+        queue_seconds=ticket.permit.waited,
+        decode_seconds=ticket.decode_seconds,
+        total_seconds=time.monotonic() - ticket.started,
         top_k=top_k,
         expose=state.settings.expose,
         diagnostics=request.state.caller.may_see_diagnostics,

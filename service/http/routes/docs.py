@@ -15,7 +15,7 @@ from pydantic.json_schema import models_json_schema
 
 from service.errors import NotFound
 from service.http.authentication import check_pages
-from service.http.response import INFERENCE, DefenseReport, ErrorBody, Timings, marked_fields
+from service.http.response import INFERENCE_HEADER, DefenseReport, ErrorBody, Timings, header_names
 from service.intake.requests import ClassifyOptions, ClassifyRequest, DefenseOptions, HFRequest
 
 router = APIRouter(include_in_schema=False, dependencies=[Depends(check_pages)])
@@ -36,14 +36,12 @@ _CHALLENGE = {"WWW-Authenticate": _header("`Bearer`.")}
 
 def _report() -> dict[str, Any]:
     """The headers of the Hugging Face route, described by the fields that they return."""
-    headers: dict[str, Any] = {}
+    headers = {INFERENCE_HEADER: _header("Adapting and predicting, milliseconds.", "number")}
     for model in (DefenseReport, Timings):
         fields = model.model_json_schema()["properties"]
-        for name, header in marked_fields(model).items():
-            field = fields[name]
-            kind = field.get("type") or field["anyOf"][0]["type"]  # the other is null
-            headers[header.name] = _header(field["description"], kind)
-    headers[INFERENCE.name] = _header("Adapting and predicting, milliseconds.", "number")
+        for name, header in header_names(model).items():
+            kind = fields[name].get("type") or fields[name]["anyOf"][0]["type"]  # the other is null
+            headers[header] = _header(fields[name]["description"], kind)
     return headers
 
 

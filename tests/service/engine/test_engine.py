@@ -102,7 +102,7 @@ class Harness:
         engine = self.engine
         assert (engine.queue_depth, engine._permits.bytes) == (0, 0)
         assert not engine._requests
-        assert not len(engine._scheduler)
+        assert not engine._scheduler._items
         assert engine._pool.running == 0
         assert engine._pool.wake_at() is None
         assert self.metric("queue_depth") == 0

@@ -109,11 +109,12 @@ def test_put_back_goes_before_everything_else():
     assert ids(scheduler.next_batch(1.1)) == "abc"
 
 
-def test_remove_says_whether_it_was_there():
-    scheduler = filled(item("a"))
-    assert scheduler.remove("a")
-    assert not scheduler.remove("a")
-    assert len(scheduler) == 0
+def test_what_is_removed_is_in_no_batch():
+    scheduler = filled(item("a"), item("b"))
+    scheduler.remove("a")
+    scheduler.remove("a")
+    assert ids(scheduler.next_batch(1.0)) == "b"
+    assert scheduler.wake_at() is None
 
 
 @pytest.mark.parametrize(

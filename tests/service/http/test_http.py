@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import httpx
@@ -23,7 +25,7 @@ from service.messages import Answer, Failure, Task
 from service.server import listen
 from service.settings import Settings
 from tests.conftest import Server
-from tests.fake_worker import FakeWorker, answer
+from tests.fake_worker import READY, FakeWorker, answer
 
 LABELS = ["cat", "dog", "horse"]
 START = Callable[..., Server]
@@ -670,7 +672,8 @@ def metrics_of(server: Server) -> str:
 def test_metrics_have_their_names_and_types_and_no_text_of_a_user(
     start: START, photo: bytes
 ) -> None:
-    server = start()
+    info = {**READY.info, "versions": {"torch": "9.9"}}
+    server = start(FakeWorker(ready=replace(READY, info=info)))
     labels = ["zebrafinch", "attacked"]
     server.http.post("/v1/classify", json=as_json(photo, candidate_labels=labels))
     server.http.post("/v1/classify", json=as_json(photo, candidate_labels=["zebrafinch"]))
@@ -688,6 +691,9 @@ def test_metrics_have_their_names_and_types_and_no_text_of_a_user(
     assert counts == {("/v1/classify", "200"): 1, ("/v1/classify", "422"): 1, ("other", "404"): 1}
     rejected = [s for s in families["tapt_rejected"].samples if s.name == "tapt_rejected_total"]
     assert [(s.labels["reason"], s.value) for s in rejected] == [("unprocessable", 1)]
+    (build,) = families["tapt_build_info"].samples
+    assert build.labels == {"version": version("tapt-serve"), "torch": "9.9"}
+    assert build.value == 1
 
 
 def test_log_lines_hold_no_text_of_a_user(

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from service.settings import Settings
 from tests.conftest import Server
+from tests.fake_worker import answer
 from tests.registries import fetch
 
 LABELS = ["cat", "dog", "horse"]
@@ -202,3 +204,23 @@ def test_errors_have_the_same_shape(server: Server, body: bytes, status: int) ->
     answer = server.http.post("/", content=body)
     assert answer.status_code == status, answer.text
     assert answer.json().keys() == {"error", "error_type", "request_id"}
+
+
+def test_the_headers_of_the_report_are_the_documented_ones(server: Server, photo: bytes) -> None:
+    server.worker.reply = lambda task: replace(answer(task), truncated="deadline")
+    try:
+        body = {"inputs": base64.b64encode(photo).decode(), "candidate_labels": ["cat", "dog"]}
+        headers = server.http.post("/", json=body).headers
+    finally:
+        server.worker.reply = answer
+    operation = server.http.get("/openapi.json").json()["paths"]["/"]["post"]
+    documented = operation["responses"]["200"]["headers"]
+    assert {name for name in headers if name.startswith("x-")} == {*map(str.lower, documented)}
+    kinds: dict[str, Callable[[str], object]] = {
+        "integer": int,
+        "number": float,
+        "boolean": json.loads,
+        "string": str,
+    }
+    for name, header in documented.items():
+        kinds[header["schema"]["type"]](headers[name])

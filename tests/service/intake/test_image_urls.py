@@ -410,3 +410,7 @@ def test_over_http_an_image_by_url_is_classified_where_it_is_allowed(
     answer = server.http.post(route, json=body)
     assert answer.status_code == 200, answer.text
     assert server.worker.batches[-1][0].image.shape == (300, 451, 3)
+    connections = there.connections
+    labels["candidate_labels"] = [str(i) for i in range(1001)]
+    refused = server.http.post(route, json=body | ({} if "inputs" in body else labels))
+    assert (refused.status_code, there.connections) == (422, connections)  # refused before fetching

@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from conftest import Server
 
 from service.errors import QueueFull, UploadTimeout
 from service.http.authentication import entry
 from service.intake.uploads import CAPACITY, Upload, Uploads
 from service.telemetry.metrics import Metrics
+from tests.conftest import Server
 
 START = Callable[..., Server]
 LIMIT = 2**20
