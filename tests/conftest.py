@@ -27,7 +27,7 @@ class Server:
 
     def __init__(self, worker: FakeWorker, **knobs: Any) -> None:
         self.worker = worker
-        settings = Settings(**knobs)
+        settings = Settings(**{"decoders": 1} | knobs)  # to start faster
         self.app = create_app(settings, worker)
         self._listener = listen("127.0.0.1", 0)
         self.port: int = self._listener.getsockname()[1]
