@@ -1,6 +1,6 @@
 """AdamW as a function of values, gradients and moments (Loshchilov and Hutter, ICLR 2019).
 
-Elementwise and stateless, so that requests adapting side by side cannot touch each other.
+Elementwise and stateless, so that requests in one batch cannot affect each other.
 """
 
 from collections.abc import Mapping
@@ -24,9 +24,11 @@ def begin(values: Values) -> Moments:
 def advance(
     values: Values, gradients: Values, moments: Moments, step: int, rate: float, decay: float
 ) -> tuple[Values, Moments]:
-    """One step, counted from 1, at learning rate `rate` and weight decay `decay`.
+    """One step.
 
-    A value without a gradient is left as it is, without decay.
+    Args:
+        step: number of this step, from 1.
+        rate, decay: learning rate and weight decay. A value without a gradient is not decayed.
     """
     moved, after = dict(values), dict(moments)
     for name, gradient in gradients.items():

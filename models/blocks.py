@@ -1,7 +1,7 @@
-"""One transformer block of `transformers`' CLIP, walked through its weights.
+"""One transformer block of `transformers`' CLIP, computed from its weights.
 
-A block's signature and outputs change between releases and have no place for prompts, for keys
-and values that several rows share, or for reading one token alone.
+The block's own `forward` changes between releases. It does not support keys and values that several
+rows share, or computing the output of one token alone.
 """
 
 from contextlib import nullcontext
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.activations import QuickGELUActivation
 
-QUICK = 1.702  # of CLIP's activation
+QUICK = 1.702  # the constant in CLIP's activation
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values, [N, heads, tokens, head width] each."""
@@ -26,12 +26,13 @@ def run_block(
     lead: KeysValues | None = None,
     only: Tensor | None = None,
 ) -> tuple[Tensor, KeysValues]:
-    """A pre-norm block, [N, T, W] to [N, T, W], and the keys and values of its tokens.
+    """A pre-norm block: hidden states [N, T, W], and the keys and values of their tokens.
 
     Args:
-        mask: true where a token sees a key, broadcast to [N, heads, T, lead + T]; None: all.
-        lead: keys and values of tokens in front, which see none of these.
-        only: [N], the one token of each row to follow further, for [N, 1, W].
+        mask: true where a token attends to a key, broadcast to [N, heads, T, lead + T]; None: to
+            all.
+        lead: keys and values of tokens in front, which do not attend to these.
+        only: [N], the one token of each row to compute, for hidden states [N, 1, W].
     """
     attention, normed = block.self_attn, block.layer_norm1(hidden)
 
@@ -55,9 +56,9 @@ def run_block(
 def _feed_forward(mlp: Any, tokens: Tensor) -> Tensor:
     """A block's two layers, [N, T, W] to [N, T, W].
 
-    CLIP's usual activation, x sigmoid(1.702 x), is silu(1.702 x) / 1.702. With the factors in the
-    products around it, one pass over the widest values is left of three, and half as many of them
-    wait for the backward pass.
+    CLIP's usual activation, x sigmoid(1.702 x), is silu(1.702 x) / 1.702. Folding the factors into
+    the matrix products leaves one of three passes over the widest activations, and half as many
+    of them to keep for the backward pass.
     """
     result: Tensor
     if not isinstance(mlp.activation_fn, QuickGELUActivation):
@@ -70,7 +71,7 @@ def _feed_forward(mlp: Any, tokens: Tensor) -> Tensor:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    # On a CPU the fused kernel is slow backward where rows are short, in bf16 many times over.
+    # On a CPU the fused kernel's backward pass is slow for short rows, and very slow in bf16.
     plain = torch.is_grad_enabled() and query.device.type == "cpu"
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)

@@ -1,7 +1,7 @@
 """A defense bundle on disk: learned prompts, the token statistics taken with them, thresholds.
 
-A directory with `bundle.json` and `bundle.safetensors`. It names the sha256 of the checkpoint it
-was learned on and of the prompts its statistics belong to, and is refused where they differ.
+A directory with `bundle.json` and `bundle.safetensors`. It holds the sha256 of the checkpoint that
+it was learned on and of the prompts that its statistics belong to. Loading checks both.
 """
 
 import hashlib
@@ -31,10 +31,13 @@ JSON, TENSORS = "bundle.json", "bundle.safetensors"
 class DefenseBundle:
     """What is learned beforehand and shared by all requests.
 
-    `template` is the text behind the prompt slots that the prompts were learned with; `layers`
-    the L of the alignment; `suspicion` the thresholds above which an answer counts as suspected,
-    by the prompts that its views were read with (`learned` or `none`), at `false_positive_rate` on
-    clean images; `provenance` how it was made, JSON types only.
+    Attributes:
+        template: the text behind the prompt slots that the prompts were learned with.
+        layers: the L of the alignment.
+        suspicion: thresholds above which an answer counts as suspected, by the prompts that its
+            views were read with (`learned` or `none`).
+        false_positive_rate: share of clean images above the thresholds.
+        provenance: how the bundle was made, JSON types only.
     """
 
     prompts: DefensePrompts
@@ -70,7 +73,7 @@ class DefenseBundle:
         }
 
     def save(self, directory: Path) -> None:
-        """Write the bundle so that a reader finds all of it or nothing."""
+        """Write the bundle atomically: a reader finds all of it or nothing."""
         meta = {"format": FORMAT, **self.describe()}
         tensors = {f"prompts.{k}": v for k, v in self.prompts.tensors.items()}
         if self.statistics is not None:
@@ -80,7 +83,7 @@ class DefenseBundle:
             fresh, stale = Path(scratch) / "new", Path(scratch) / "old"
             fresh.mkdir()
             save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, fresh / TENSORS)
-            (fresh / TENSORS).chmod(0o644)  # safetensors writes for its user alone
+            (fresh / TENSORS).chmod(0o644)  # safetensors makes it private
             (fresh / JSON).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             if directory.exists():
                 os.replace(directory, stale)
@@ -91,8 +94,8 @@ def load_bundle(directory: Path, clip: PromptedCLIP, checkpoint_sha256: str) -> 
     """Read a bundle for a loaded checkpoint, its tensors on that checkpoint's device.
 
     Raises:
-        LoadError: half-written, damaged, of another checkpoint, or of other prompts than its
-            statistics were taken with.
+        LoadError: it is incomplete or damaged, of another checkpoint, or its statistics were taken
+            with other prompts.
     """
     try:
         values = read_json(directory / JSON)
@@ -109,7 +112,7 @@ def load_bundle(directory: Path, clip: PromptedCLIP, checkpoint_sha256: str) -> 
             f"the bundle {directory} was learned on checkpoint {meta.checkpoint_sha256}, "
             f"the model is {checkpoint_sha256}"
         )
-    # Aligned copies: how a product rounds depends on where its operands lie.
+    # Copy to aligned memory: how a matrix product rounds depends on the alignment of its operands.
     tensors = {name: value.to(clip.device).clone() for name, value in tensors.items()}
     groups: dict[str, dict[str, torch.Tensor]] = {"prompts": {}, "statistics": {}}
     try:
@@ -166,7 +169,7 @@ def _check_tensors(bundle: DefenseBundle, clip: PromptedCLIP) -> None:
 
 
 def _check_shapes(bundle: DefenseBundle, clip: PromptedCLIP, directory: Path) -> None:
-    """A bundle whose hashes are right may still be written by hand; say so before it runs."""
+    """Refuse tensors of the wrong shapes, whose hashes may still be right."""
     vision, text, statistics = bundle.prompts.vision, bundle.prompts.text, bundle.statistics
     tokens = 1 + clip.patches + (0 if vision is None else vision.shape[2])
     fits = (

@@ -1,4 +1,4 @@
-"""Loading a CLIP checkpoint: the embedded one, a local directory, or a hub id; safetensors only."""
+"""Load a CLIP checkpoint: the embedded one, a local directory, or a hub id; safetensors only."""
 
 import hashlib
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A loaded CLIP and what belongs to it; `sha256` is taken over its weight files."""
+    """A loaded CLIP with its tokenizer and preprocessing; `sha256` covers its weight files."""
 
     name: str
     directory: Path
@@ -40,12 +40,16 @@ def load_checkpoint(
     revision: str = "",
     sha256: str = "",
 ) -> Checkpoint:
-    """Load `embedded`, a directory, or a hub id (from the cache when `HF_HUB_OFFLINE` is set), of
-    a hub id the `revision` where one is given. With `sha256`, the weights must have that hash.
+    """Load a checkpoint.
+
+    Args:
+        name: `embedded`, a directory, or a hub id (from the cache when `HF_HUB_OFFLINE` is set).
+        revision: commit, tag or branch of a hub id; empty for the newest.
+        sha256: hash that the weight files must have; empty accepts any.
 
     Raises:
-        LoadError: missing, not a CLIP, without safetensors weights, damaged, or not the one that
-            `sha256` names.
+        LoadError: it is missing, not a CLIP, without safetensors weights, damaged, or of another
+            hash.
     """
     transformers_logging.disable_progress_bar()
     directory = _locate(name, revision)
@@ -78,10 +82,10 @@ def load_checkpoint(
     preprocessing = _read_preprocessing(directory, name, model.config.vision_config.image_size)
     scale = model.logit_scale.detach().clone()
     model.to(device, dtype)
-    # An exponent: rounded to bfloat16, it would take a hundredth off every logit.
+    # Rounding this exponent to bfloat16 would change every logit by about 1%.
     model.logit_scale = torch.nn.Parameter(scale.to(device))
     clip = PromptedCLIP(model, preprocessing.mean, preprocessing.std)
-    # Answers carry the name: of a directory here, only the last part is anybody's business.
+    # Answers carry the name: do not disclose where a local directory is.
     shown = directory.resolve().name if Path(name).is_dir() else name
     return Checkpoint(shown, directory, clip, tokenizer, preprocessing, found)
 
@@ -103,10 +107,10 @@ def _locate(name: str, revision: str) -> Path:
 
 
 def _check_names(directory: Path, config: dict[str, Any], files: list[Path], name: str) -> None:
-    """A config or an index may name any file for the weights; only those hashed may be read.
+    """Refuse weight files, named by the config or an index, that are not hashed.
 
     Raises:
-        LoadError: another is named, which might even be a pickled one.
+        LoadError: another file is named, which might be a pickled one.
     """
     named = {str(own)} if (own := config.get("transformers_weights")) else set()
     if (directory / "model.safetensors.index.json").is_file():
@@ -125,14 +129,14 @@ def _load_tokenizer(directory: Path, name: str, vocabulary: int) -> PreTrainedTo
         ids = tokenizer("a photo of a dog")["input_ids"]
     except Exception as error:  # a tokenizer's own code may raise anything
         raise LoadError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
-    # Where the files are missing, transformers makes up a tokenizer that knows no words.
+    # If the files are missing, transformers makes up a tokenizer without any words.
     if len(set(ids)) < 4 or max(ids) >= vocabulary:
         raise LoadError(f"{name} has no tokenizer that fits its {vocabulary} text embeddings")
     return tokenizer
 
 
 def _read_preprocessing(directory: Path, name: str, image_size: int) -> Preprocessing:
-    """The image processor's settings, by whichever file holds them; OpenAI's where none does."""
+    """The image processor's settings from either file that may hold them; OpenAI's by default."""
     values: dict[str, Any] = {}
     if (directory / "preprocessor_config.json").is_file():
         values = _read_json(directory / "preprocessor_config.json", name)

@@ -149,6 +149,16 @@ class DefendedClassifier:
             checkpoint, self.bundle, self.objective, self.selection_ratio, self.template
         )
 
+    def threshold(self, method: str, views: int) -> float | None:
+        """The suspicion above which an answer counts as suspected.
+
+        None if the bundle has none for views read with these prompts, and for a single view, which
+        can hardly disagree with itself.
+        """
+        if self.bundle is None or views == 1:
+            return None
+        return self.bundle.suspicion.get(DEFENSES[method].prompts)
+
     def prepare(self, queries: Sequence[ImageQuery], method: str) -> list[PreparedBatch]:
         """Encode the queries' labels, once each, and group the queries that can run together.
 
@@ -254,7 +264,7 @@ class DefendedClassifier:
             views = output.initial[place, :, :count].softmax(dim=-1)
             alone = views[0] if undefended is None else undefended[row, :count]
             score = float(suspicion(alone, views))
-            threshold = self._threshold(batch.spec, len(views))
+            threshold = self.threshold(batch.spec.name, len(views))
             yield Prediction(
                 row=row,
                 probabilities=probabilities[place, :count],
@@ -276,13 +286,6 @@ class DefendedClassifier:
         if not spec.adapts_prompts:
             return spec.adapts
         return any(prompts.tensors[name].numel() for name in self.objective.moving(prompts))
-
-    def _threshold(self, spec: DefenseSpec, views: int) -> float | None:
-        """The suspicion above which an answer counts as suspected; None where the bundle has none
-        for views that are read in this way. One view agrees with itself."""
-        if self.bundle is None or views == 1:
-            return None
-        return self.bundle.suspicion.get(spec.prompts)
 
 
 def _stack(sets: Sequence[DefensePrompts]) -> DefensePrompts:

@@ -1,8 +1,8 @@
 """CLIP with prompt slots.
 
-`PromptedCLIP` walks the blocks of a `transformers` `CLIPModel` through their weights, because the
-layers' signatures and outputs change between releases and have no place for deep prompts. It
-returns every feature explicitly and keeps no state between calls.
+`PromptedCLIP` computes the blocks of a `transformers` `CLIPModel` from their weights, because the
+layers' signatures and outputs change between releases and do not support deep prompts. It returns
+every feature explicitly and keeps no state between calls.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,18 @@ from models.blocks import KeysValues, run_block
 from models.device import upload
 from models.labels import MASKED, LabelBatch
 
-# Tokens in one chunk of views without a gradient, or of label rows: what bounds the memory. On a
-# CPU small enough that a chunk's activations stay in its caches.
+# Tokens in one chunk of views without a gradient, or of label rows. Bounds the memory; on a CPU, a
+# chunk's activations also fit its caches.
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFeatures:
-    """`features` [B, V, D] of unit length and `projected`, the same at their own length, in fp32;
-    `inputs`: per collected layer, the block's input with its prompts in place, [B, V, tokens,
-    width]."""
+    """Attributes:
+    features: [B, V, D] of unit length, fp32.
+    projected: the same before normalization.
+    inputs: per collected layer, the block's input [B, V, tokens, width] with its prompts.
+    """
 
     features: Tensor
     projected: Tensor
@@ -36,8 +38,8 @@ class ImageFeatures:
 class PromptedCLIP:
     """A frozen `CLIPModel` that takes pixels in [0, 1] and prompts as arguments.
 
-    `mean` and `std` are the checkpoint's channel normalization. Compute runs in the model's dtype,
-    prompts and features stay in fp32.
+    `mean` and `std` are the checkpoint's channel normalization. The model computes in its own
+    dtype; prompts and features stay in fp32.
     """
 
     def __init__(self, model: CLIPModel, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -56,10 +58,10 @@ class PromptedCLIP:
         self._mean = torch.tensor(mean, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(std, device=self.device).view(3, 1, 1)
         if self.device.type == "cuda":
-            # cuDNN's attention plans anew for every shape it has not met, and keeps all the plans;
-            # batches and label sets have ever new shapes. The others need none.
+            # cuDNN's attention makes and keeps a plan for every new shape, and batches and label
+            # sets keep changing shape. The other kernels need no plans.
             torch.backends.cuda.enable_cudnn_sdp(False)
-            # Its convolutions would round float32 to ten bits.
+            # TF32 convolutions would round float32 to ten bits.
             torch.backends.cudnn.allow_tf32 = False
 
     @property
@@ -124,7 +126,7 @@ class PromptedCLIP:
                 hidden = torch.cat([hidden[:, : -prompts.shape[2]], prompts[:, index]], dim=1)
             if index < collect:
                 inputs.append(hidden)
-            # Of the last block's tokens only the first is read.
+            # Only the first token of the last block is read.
             only = first if index == self.vision_layers - 1 else None
             hidden, _ = run_block(block, hidden, only=only)
         pooled = self.model.visual_projection(vision.post_layernorm(hidden[:, 0]))
@@ -162,12 +164,12 @@ class PromptedCLIP:
         return total
 
     def _encode_text(self, labels: LabelBatch, rows: slice, prompts: Tensor | None) -> Tensor:
-        """Features [r, D] of some token rows, with prompts [B, ...] a set a request.
+        """Features [r, D] of some token rows, with prompts [B, ...], one set per request.
 
-        Layer 0's prompts stand in for the slots' embeddings before the positions are added; at
-        the start of each later prompted layer they replace those hidden states. What all rows of
-        a request begin with, slots included, they see alike and see nothing behind it, so that
-        it is passed once a request.
+        Layer 0's prompts replace the slots' embeddings before the positions are added; at the
+        start of each later prompted layer they replace those hidden states. All rows of a request
+        share their first tokens, slots included. Under the causal mask these do not depend on what
+        follows, so they are computed once per request.
         """
         text, lead = self.model.text_model, labels.lead
         ids, ends = labels.ids[rows, lead:], labels.ends[rows] - lead
@@ -182,7 +184,7 @@ class PromptedCLIP:
             depth, slots = prompts.shape[1:3]
             if slots >= lead:
                 raise ValueError(
-                    f"{slots} prompts stand where a request's rows share {lead} tokens"
+                    f"{slots} prompts do not fit where a request's rows share {lead} tokens"
                 )
             prompts = prompts[owners].to(self.dtype)
             head = _fill_slots(head, prompts[:, 0])
@@ -213,7 +215,7 @@ def _fill_slots(hidden: Tensor, prompt: Tensor) -> Tensor:
 
 def _spread(shared: KeysValues, counts: Sequence[int]) -> KeysValues:
     """Keys and values of requests, [B, ...], as those of their rows, [R, ...]."""
-    if len(set(counts)) == 1:  # one piece of work for the device, however many requests
+    if len(set(counts)) == 1:  # one kernel, however many requests
         key, value = (part.repeat_interleave(counts[0], dim=0) for part in shared)
         return key, value
     key, value = (

@@ -1,7 +1,7 @@
-"""Labelled pictures from disk: `ImageFolder` directories and Hugging Face style parquet, streamed.
+"""Labeled images from disk: `ImageFolder` directories and Hugging Face style parquet, streamed.
 
-Nothing is decoded before it is asked for, and a parquet file is read a record batch at a time,
-so that a data set larger than memory costs one batch.
+Images are decoded on demand, and a parquet file is read one record batch at a time, so that a
+dataset may be larger than memory.
 """
 
 import io
@@ -22,15 +22,15 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class DataError(Exception):
-    """A data set cannot be read; the message is one sentence that names the path and the reason."""
+    """A dataset cannot be read; the message is one sentence with the path and the reason."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture and its class.
+    """One image and its class.
 
-    `image` is RGB in its own size; `label` indexes the data set's `names`, or is -1 where a
-    picture has no label.
+    `image` is RGB in its own size; `label` indexes the dataset's `names`, or is -1 if there is no
+    label.
     """
 
     image: Image.Image
@@ -38,7 +38,7 @@ class Example:
 
     @property
     def pixels(self) -> Pixels:
-        """The picture as uint8 [height, width, 3]."""
+        """The image as uint8 [height, width, 3]."""
         return np.asarray(self.image)
 
 
@@ -47,7 +47,7 @@ class Dataset(Protocol):
 
     @property
     def names(self) -> list[str]:
-        """Class names in the order of the labels; empty where the data has no labels."""
+        """Class names in the order of the labels; empty if the data has no labels."""
 
     def __len__(self) -> int: ...
 
@@ -56,17 +56,17 @@ class Dataset(Protocol):
     def examples(self, limit: int | None = None, seed: int | None = None) -> Iterator[Example]:
         """Yield at most `limit` examples, in stored order or shuffled by `seed`.
 
-        The same seed gives the same examples; a limit with a seed is a random sample of the
-        whole. Raises DataError at the first picture that cannot be decoded.
+        The same seed gives the same examples; a limit with a seed is a random sample. Raises
+        DataError at the first image that cannot be decoded.
         """
 
 
 def open_dataset(path: str | Path, *more: str | Path) -> Dataset:
-    """Open one or several parquet files, a directory of parquet shards, or a directory with a
-    folder a class.
+    """Open one or several parquet files, a directory of parquet shards, or a directory with one
+    folder per class.
 
-    A directory that holds pictures and no folders is a data set without labels. Raises DataError
-    where the path is none of these.
+    A directory of images without folders is a dataset without labels. Raises DataError if the path
+    is none of these.
     """
     path = Path(path)
     if more:
@@ -80,7 +80,7 @@ def open_dataset(path: str | Path, *more: str | Path) -> Dataset:
 
 
 class FolderDataset:
-    """A directory with one folder a class, or of unlabelled pictures."""
+    """A directory with one folder per class, or of unlabeled images."""
 
     def __init__(self, root: Path) -> None:
         folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
@@ -110,7 +110,7 @@ class FolderDataset:
 
 
 class ParquetDataset:
-    """Parquet files in the Hugging Face layout: `image.bytes`, and `label` where there is one."""
+    """Parquet files in the Hugging Face layout: `image.bytes`, and `label` if there is one."""
 
     def __init__(self, files: list[Path]) -> None:
         self._parquet = _import_parquet()
@@ -154,8 +154,8 @@ class ParquetDataset:
                     row += 1
 
     def _pick(self, order: list[int]) -> Iterator[tuple[str, bytes, int]]:
-        # A shuffle visits every row group, so the encoded bytes (a few KB each) of the rows that
-        # were asked for are held; the decoded pictures are not.
+        # A shuffle visits every row group, so the encoded bytes (a few KB each) of the wanted rows
+        # are kept in memory; decoded images are not.
         wanted, held, start = set(order), {}, 0
         for file, length in zip(self._files, self._lengths, strict=True):
             if any(row in wanted for row in range(start, start + length)):

@@ -1,4 +1,4 @@
-"""The device that a model runs on: which one, and how to get there without waiting for it."""
+"""Choose the device that a model runs on, and copy to it without waiting."""
 
 from typing import Any
 
@@ -9,10 +9,14 @@ from models.errors import LoadError
 
 
 def pick_device(name: str, index: int = 0) -> torch.device:
-    """`auto` and `cuda` are the GPU of this number, `auto` a CPU where there is none.
+    """The device of this name.
+
+    Args:
+        name: `cpu`, `cuda:N`, `cuda` for GPU number `index`, or `auto` for that GPU if there is
+            one, else the CPU.
 
     Raises:
-        LoadError: it is unknown or not there.
+        LoadError: the device is unknown or missing.
     """
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         name = f"cuda:{index}"
@@ -30,8 +34,8 @@ def pick_device(name: str, index: int = 0) -> torch.device:
 def upload(values: Any, device: torch.device) -> Tensor:
     """An array or list as a tensor on `device`.
 
-    A plain copy to a GPU waits until that has done all that it was given before; one from pinned
-    memory takes its turn, and the host goes on.
+    A plain copy to a GPU waits for all queued work. One from pinned memory is queued, and the host
+    goes on.
     """
     if device.type != "cuda":
         return torch.tensor(values, device=device)
@@ -39,6 +43,6 @@ def upload(values: Any, device: torch.device) -> Tensor:
 
 
 def catch_up(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

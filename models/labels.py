@@ -1,7 +1,7 @@
 """Labels of several requests as one ragged batch of token rows.
 
-Text tokens after the end-of-text change nothing under the causal mask, so rows are cut there; a
-request's prompt slots stand between the start token and its text and never replace any of it.
+Text tokens after the end-of-text change nothing under the causal mask, so rows are cut there. A
+request's prompt slots are inserted between the start token and its text and never replace text.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,19 @@ from transformers import PreTrainedTokenizerBase
 
 from models.device import upload
 
-MASKED = -1e4  # a logit no softmax sees, finite so that its gradient is 0 and not NaN
+MASKED = -1e4  # a logit that softmax maps to 0; finite, so that its gradient is 0 and not NaN
 
 
 @dataclass(frozen=True, slots=True)
 class LabelBatch:
     """R label rows of B requests.
 
-    `ids` [R, T] token ids with the slots behind the start token, `ends` [R] the position that is
-    pooled, `counts` the rows of each request in order, `truncated` rows cut to the context,
-    `leads` the tokens that all rows of a request begin with.
+    Attributes:
+        ids: token ids [R, T] with the slots behind the start token.
+        ends: [R], the position that is pooled.
+        counts: the number of rows of each request, in order.
+        truncated: the number of rows of each request that were cut to the context.
+        leads: the number of tokens that all rows of a request begin with.
     """
 
     ids: Tensor
@@ -47,7 +50,7 @@ class LabelBatch:
         return min(self.leads)
 
     def split(self, rows: slice) -> list[tuple[int, int]]:
-        """Where in a slice of the rows each request's begin, as rows of all, and how many."""
+        """For each request with rows in a slice: its first such row, and how many there are."""
         found, start = [], 0
         for count in self.counts:
             first, last = max(start, rows.start), min(start + count, rows.stop)
@@ -61,7 +64,7 @@ class LabelBatch:
         return torch.nn.utils.rnn.pad_sequence(list(values.split(self.counts)), batch_first=True)
 
     def take(self, values: Tensor, requests: Sequence[int]) -> Tensor:
-        """Those of some values of rows [R, ...] that belong to the given requests, in order."""
+        """The values, of rows [R, ...], that belong to the given requests, in order."""
         parts = values.split(self.counts)
         return torch.cat([values[:0], *(parts[request] for request in requests)])
 
@@ -86,7 +89,7 @@ class LabelBatch:
 
 
 def join(batches: Sequence[LabelBatch]) -> LabelBatch:
-    """Label sets of several requests, in order, as one batch as long as the longest."""
+    """Concatenate label sets of several requests, padded to the longest."""
     length = max(batch.ids.shape[1] for batch in batches)
     return LabelBatch(
         torch.cat([torch.nn.functional.pad(b.ids, (0, length - b.ids.shape[1])) for b in batches]),
@@ -112,12 +115,12 @@ def tokenize(
     context_length: int,
     slots: int = 0,
 ) -> LabelBatch:
-    """Tokenize one request's prompts, leaving `slots` free places behind the start token.
+    """Tokenize one request's texts, with `slots` empty positions behind the start token.
 
-    Texts that do not fit are cut in front of their end-of-text and counted in `truncated`.
+    Texts that do not fit are cut before their end-of-text and counted in `truncated`.
 
     Raises:
-        ValueError: the context holds nothing beside the slots.
+        ValueError: the slots leave no space for text in the context.
     """
     room = context_length - slots
     if room < 3:

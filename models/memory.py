@@ -1,7 +1,7 @@
-"""What a batch costs in memory: a line in its image tokens and its text tokens.
+"""Estimate a batch's memory: linear in its image tokens and its text tokens.
 
-The label rows of the text tower pass in chunks of bounded size, so that a label leaves behind only
-its features; of the views the kept ones hold each layer's activations until the backward pass.
+The text tower computes label rows in chunks of bounded size and keeps only their features. Of the
+views, the kept ones hold each layer's activations until the backward pass.
 """
 
 import os
@@ -12,7 +12,7 @@ import torch
 
 from models.clip import PromptedCLIP
 
-# Values held a token, in widths: by a layer until its backward pass, by a pass without gradient.
+# Values held per token, in widths: by a layer until its backward pass; by a pass without gradient.
 GRAPH, PASS = 14, 14
 FEATURES = 7  # copies of a label's features at once: cached, joined, padded, pulled
 VIEWS = 3  # copies of a view's pixels: as made, stacked, normalized
@@ -22,9 +22,14 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes: `resident` of the loaded model and its process, `passing` of a chunk of views,
-    `image_token` and `text_token` of each token of a batch, and `text_graph` of each text token
-    of the one chunk, of `chunk_tokens`, whose backward pass is due."""
+    """Memory in bytes.
+
+    Attributes:
+        resident: of the loaded model and its process.
+        passing: of one chunk of views without a gradient.
+        image_token, text_token: of each token of a batch.
+        text_graph: of each text token in the chunk of `chunk_tokens` with a backward pass.
+    """
 
     resident: int
     passing: int
@@ -34,19 +39,19 @@ class Footprint:
     chunk_tokens: int
 
     def peak(self, image_tokens: int, text_tokens: int) -> int:
-        """Bytes in use at the height of a batch."""
+        """Peak bytes in use during a batch."""
         tokens = image_tokens * self.image_token + text_tokens * self.text_token
         chunk = max(self.passing, min(text_tokens, self.chunk_tokens) * self.text_graph)
         return self.resident + int(tokens + chunk)
 
     def budget(self, free: int) -> int:
-        """Tokens, of whichever kind, that fit beside the model into `free` bytes."""
+        """Number of tokens, of either kind, that fit into `free` bytes."""
         chunk = max(self.passing, self.chunk_tokens * self.text_graph)
         return int(max(0, free - chunk) / max(self.image_token, self.text_token))
 
 
 def footprint(clip: PromptedCLIP, resident: int, ratio: float, image_tokens: int) -> Footprint:
-    """The footprint of adapting at a selection ratio, with views of so many tokens."""
+    """The footprint of adapting with views of `image_tokens` tokens, of which `ratio` is kept."""
     item, layers = clip.dtype.itemsize, clip.vision_layers
     graph = ratio * layers * GRAPH * clip.vision_width * item
     pixels = VIEWS * 3 * clip.image_size**2 * 4 / image_tokens
@@ -61,7 +66,7 @@ def footprint(clip: PromptedCLIP, resident: int, ratio: float, image_tokens: int
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process; 0 where the system does not tell."""
+    """Resident memory of this process in bytes; 0 if the system does not report it."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return 0
@@ -69,8 +74,7 @@ def resident_bytes() -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; on a CPU what the machine has available, or the container
-    is still allowed."""
+    """Free memory on a device; on a CPU, what the machine or the container's limit leaves."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

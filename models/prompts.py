@@ -1,7 +1,7 @@
 """Defensive prompts as values.
 
-A `DefensePrompts` is born for a request from the learned ones, adapted as a batch dimension and
-dropped with the answer; nothing ever writes into the learned tensors.
+Each request gets a copy of the learned prompts, as a batch dimension. The copy is adapted and
+dropped with the answer; nothing writes into the learned tensors.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ DESIGNS: Mapping[str, frozenset[str]] = {
     "v": frozenset({"vision"}),
     "vli": frozenset({"vision", "text"}),
     "vlj": frozenset({"text", "projection.weight", "projection.bias"}),
-    # Without a bundle: the template's own leading words, which zero steps leave as they are.
+    # Without a bundle: the template's own leading words.
     "text": frozenset({"text"}),
 }
 
@@ -28,8 +28,8 @@ class DefensePrompts:
     - `vision` [B, depth, tokens, vision width], designs V and VLI;
     - `text` [B, depth, tokens, text width], designs VLI, VLJ and text;
     - `projection.weight` [B, depth, vision width, text width] and `projection.bias`
-      [B, depth, vision width], design VLJ: its visual prompts are a linear image of its text
-      prompts, and the map adapts with them.
+      [B, depth, vision width], design VLJ: its visual prompts are a linear function of its
+      text prompts, and that map adapts too.
     """
 
     design: str

@@ -1,4 +1,4 @@
-"""Token moments: what a prompted CLIP's hidden tokens look like on clean and attacked images."""
+"""Token moments: mean and variance of a prompted CLIP's hidden tokens over images."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -14,8 +14,8 @@ from models.prompts import DefensePrompts
 class TokenStatistics:
     """Means and variances over images of each layer's block input, [layers, tokens, width].
 
-    They belong to the prompts they were taken with: tokens count those prompts, and their values
-    depend on them.
+    They belong to the prompts they were taken with: these are among the tokens, and the values of
+    the others depend on them.
     """
 
     clean_mean: Tensor
@@ -36,7 +36,7 @@ def token_moments(
     """Mean and (biased) variance over images of every block's input, [layers, tokens, width].
 
     Args:
-        batches: pixels [N, 3, S, S] in [0, 1], resized and cropped as view 0 is.
+        batches: pixels [N, 3, S, S] in [0, 1], resized and cropped like view 0.
         prompts: the prompts in place, a single set [1, ...].
 
     Raises:

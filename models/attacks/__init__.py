@@ -1,4 +1,4 @@
-"""Adversarial perturbations within an L-infinity ball, every attack by its name."""
+"""Adversarial attacks within an L-infinity ball, by name."""
 
 from models.attacks.apgd import apgd
 from models.attacks.attack import Attack

@@ -1,7 +1,7 @@
-"""Auto-PGD (Croce and Hein, ICML 2020): momentum, and a step that halves where progress stalls.
+"""Auto-PGD (Croce and Hein, ICML 2020): momentum, and a step size that halves when progress stalls.
 
-Run on the cross-entropy and, targeted, on the difference of logits ratio, whose gradient does not
-vanish where the model is sure of itself.
+It runs on the cross-entropy and, targeted, on the difference of logits ratio, whose gradient does
+not vanish where the model is confident.
 """
 
 import math
@@ -28,7 +28,7 @@ RISES = 0.75  # of the steps between two checkpoints that must raise the loss
 def apgd(
     model: Model, pixels: Tensor, labels: Tensor, budget: Budget, seeds: Sequence[int]
 ) -> Tensor:
-    """Runs on the cross-entropy, then at each of the likeliest other classes; see `Attack`."""
+    """Attack the cross-entropy, then aim at each of the likeliest other classes; see `Attack`."""
     with torch.no_grad():
         logits = model(pixels)
     others = logits.scatter(1, labels.unsqueeze(1), -torch.inf).argsort(dim=1, descending=True)
@@ -81,7 +81,7 @@ def climb(
 
 
 def checkpoints(steps: int) -> set[int]:
-    """The steps after which the step size is looked at again, ever denser (section 3.2)."""
+    """The steps after which the step size is reconsidered, at shrinking intervals (section 3.2)."""
     marks, share, length = set(), 22, 22  # percent
     while (mark := math.ceil(share * steps / 100)) < steps:
         marks.add(mark)
@@ -93,8 +93,8 @@ def checkpoints(steps: int) -> set[int]:
 def aim(target: Tensor) -> Loss:
     """The targeted difference of logits ratio (equation 7) for target classes [N].
 
-    With three classes the smallest logit stands in for the one that is missing; between two the
-    ratio would be constant, and the difference itself is taken.
+    With three classes the smallest logit replaces the missing fourth. With two the ratio would be
+    constant, and the loss is the difference itself.
     """
 
     def ratio(logits: Tensor, labels: Tensor) -> Tensor:

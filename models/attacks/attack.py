@@ -1,10 +1,10 @@
-"""What every attack is made of: one signature, a budget, losses, slopes, and the strongest result.
+"""What attacks share: a signature, a budget, losses, gradients, and choosing the strongest result.
 
-All are untargeted and bound in the L-infinity norm. A model is any function from pixels
-[N, 3, S, S] in [0, 1] to logits [N, C] or anything a softmax reads the same, such as log
-probabilities. It may be random: a budget's `draws` average its gradient over calls (expectation
-over transformation, Athalye et al., ICML 2018). Where it has no useful gradient, `approximate`
-lends it another's (BPDA, same paper).
+All are untargeted and bounded in the L-infinity norm. A model is any function from pixels
+[N, 3, S, S] in [0, 1] to logits [N, C], or to anything with the same softmax, such as log
+probabilities. For a random model, a budget's `draws` average the gradient over calls (expectation
+over transformation, Athalye et al., ICML 2018). For a model without a useful gradient,
+`approximate` substitutes that of another function (BPDA, same paper).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LEVELS = 255  # of a channel in an 8-bit picture
+LEVELS = 255  # highest value of a channel in an 8-bit image
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -23,20 +23,23 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @runtime_checkable
 class Random(Protocol):
-    """A random model that can be asked again with the same draws."""
+    """A random model whose draws can be fixed."""
 
     def hold(self, images: int, draws: int) -> Model:
-        """The mean prediction over `draws` draws for each of so many images, drawn now."""
+        """The mean prediction over `draws` draws per image, drawn once, now."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What an attacker may spend.
 
-    `epsilon` is in [0, 1] pixels; `steps` are those of a gradient attack's run and `queries` the
-    forward passes of a score-based one; `restarts` count runs; `draws` are the calls of a random
-    model that one gradient or score is averaged over; `targets` the classes that a targeted loss
-    is aimed at.
+    Attributes:
+        epsilon: radius of the ball, of [0, 1] pixels.
+        steps: steps of one run of a gradient attack.
+        restarts: runs.
+        draws: calls of a random model that one gradient or score is averaged over.
+        targets: classes that a targeted loss aims at.
+        queries: forward passes of a score-based attack.
     """
 
     epsilon: float
@@ -50,16 +53,16 @@ class Budget:
 Attack = Callable[[Model, Tensor, Tensor, Budget, Sequence[int]], Tensor]
 """(model, pixels, labels, budget, seeds) -> attacked pixels [N, 3, S, S].
 
-`pixels` are multiples of 1/255; so is what comes back, at most `epsilon` away and in [0, 1].
-`labels` [N] are the true classes; `seeds` draw what is random in the attack, one an image, so
-that a result does not depend on its company.
+`pixels` and the result are multiples of 1/255 in [0, 1], at most `epsilon` apart. `labels` [N] are
+the true classes. `seeds` draw what is random in the attack, one per image, so that a result does
+not depend on the rest of the batch.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Slope:
-    """Where an attack stands: per image, the loss and whether the model is wrong [N], and the
-    loss's gradient [N, 3, S, S]."""
+    """State of an attack: the loss and whether the model is wrong, [N], and the loss's gradient
+    [N, 3, S, S]."""
 
     loss: Tensor
     wrong: Tensor
@@ -67,8 +70,8 @@ class Slope:
 
     @property
     def score(self) -> Tensor:
-        """[N] in fp64: orders results of an attack; a wrong answer is above every right one, and
-        among wrong ones the loss still counts."""
+        """[N] in fp64, to rank results: any wrong answer is above every right one, and among equals
+        the higher loss wins."""
         return self.loss.double().nan_to_num() + self.wrong * 1e6
 
 
@@ -78,7 +81,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """[N]: the best other logit less the true one, positive where the model is wrong."""
+    """[N]: the best other logit minus the true one, positive where the model is wrong."""
     true = F.one_hot(labels, logits.shape[1]).bool()
     return logits.masked_fill(true, -torch.inf).amax(dim=1) - logits[true]
 
@@ -99,7 +102,7 @@ def slope(model: Model, pixels: Tensor, labels: Tensor, loss: Loss, draws: int) 
 
 @torch.no_grad()
 def look(model: Model, pixels: Tensor, labels: Tensor, loss: Loss, draws: int) -> Slope:
-    """As `slope`, without the gradient, which is zero."""
+    """As `slope`, but without computing the gradient, which is zero."""
     logits = [model(pixels) for _ in range(draws)]
     losses = torch.stack([loss(each, labels) for each in logits]).mean(dim=0)
     mean = torch.stack([each.softmax(dim=1) for each in logits]).mean(dim=0)
@@ -107,15 +110,15 @@ def look(model: Model, pixels: Tensor, labels: Tensor, loss: Loss, draws: int) -
 
 
 def hold(model: Model, images: int, draws: int) -> Model:
-    """The model with its draws held where it has any and can hold them, else as it is. A search
-    that compares scores is blind where each comes with draws of its own."""
+    """The model with fixed draws if it is random and can fix them, else unchanged. A search cannot
+    compare scores that were each computed with other draws."""
     return model.hold(images, draws) if isinstance(model, Random) else model
 
 
 def strongest(
     model: Model, pixels: Tensor, labels: Tensor, budget: Budget, candidates: Iterable[Tensor]
 ) -> Tensor:
-    """Of some attacked pixels the ones that hurt most once they are 8-bit pictures."""
+    """Of the candidates, per image, the one with the highest score after rounding to 8 bits."""
     most = torch.full((len(pixels),), -torch.inf, dtype=torch.float64, device=pixels.device)
     best = pixels
     for candidate in candidates:
@@ -127,10 +130,10 @@ def strongest(
 
 
 def quantize(attacked: Tensor, pixels: Tensor, epsilon: float) -> Tensor:
-    """Attacked pixels as multiples of 1/255, still within the ball around 8-bit `pixels`.
+    """Round attacked pixels to multiples of 1/255 within the ball around 8-bit `pixels`.
 
     Raises:
-        ValueError: the ball holds no other 8-bit picture.
+        ValueError: the ball holds no other 8-bit image.
     """
     reach = int(epsilon * LEVELS + 1e-4)
     if reach < 1:
@@ -141,7 +144,7 @@ def quantize(attacked: Tensor, pixels: Tensor, epsilon: float) -> Tensor:
 
 
 def draw_start(pixels: Tensor, epsilon: float, seeds: Sequence[int], run: int) -> Tensor:
-    """Uniform in the ball around pixels; an image's noise hangs on its seed and the run."""
+    """Uniform in the ball around pixels; an image's noise depends on its seed and the run."""
     noise = []
     for seed in seeds:
         source = torch.Generator().manual_seed((seed * 1_000_003 + run) % 2**63)
@@ -162,7 +165,7 @@ def approximate(value: Tensor, stand_in: Tensor) -> Tensor:
 
 
 class _PassThrough(torch.autograd.Function):
-    """Exact in the forward direction, which `stand_in + (value - stand_in).detach()` is not."""
+    """Unlike `stand_in + (value - stand_in).detach()`, this is exact in the forward direction."""
 
     @staticmethod
     def forward(context: Any, value: Tensor, stand_in: Tensor) -> Tensor:

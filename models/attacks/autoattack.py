@@ -1,8 +1,8 @@
-"""AutoAttack (Croce and Hein, ICML 2020) by the package `pyautoattack`, the extra `attack`.
+"""AutoAttack (Croce and Hein, ICML 2020) from the package `pyautoattack`, the extra `attack`.
 
-APGD on the cross-entropy and targeted, targeted FAB and Square, each on the pictures that the
-ones before left standing. Of published strength at 100 steps and 5,000 queries; for a random
-model the `rand` variant, APGD on two losses, with the budget's draws (20 as published).
+It runs APGD on the cross-entropy, targeted APGD, targeted FAB and Square, each on the images that
+withstood the ones before. The published strength takes 100 steps and 5,000 queries. A random model
+gets the `rand` variant, APGD on two losses, with the budget's draws (20 as published).
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ TARGETS = 9
 
 
 class MissingExtra(ImportError):
-    """A package that an extra brings is not installed; the message says which and how to."""
+    """An optional package is not installed; the message says how to install it."""
 
 
 def require() -> Any:
@@ -27,7 +27,7 @@ def require() -> Any:
         import pyautoattack
     except ImportError as error:
         raise MissingExtra(
-            "autoattack needs pyautoattack, which is not here: pip install 'tapt-serve[attack]'"
+            "autoattack needs the package pyautoattack: pip install 'tapt-serve[attack]'"
         ) from error
     return pyautoattack
 
@@ -35,16 +35,16 @@ def require() -> Any:
 def autoattack(
     model: Model, pixels: Tensor, labels: Tensor, budget: Budget, seeds: Sequence[int]
 ) -> Tensor:
-    """One image at a time, for its seeds are global; see `Attack`.
+    """Attack one image at a time, because the package's seeds are global; see `Attack`.
 
-    It leaves a picture alone that the attacked model gets wrong anyway. Another model may get it
-    right, so such a picture is attacked by APGD instead.
+    The package does not attack images that the model already gets wrong. Another model may get
+    them right, so these are attacked by APGD instead.
 
     Raises:
         MissingExtra: pyautoattack is not installed.
     """
     package = require()
-    pixels, attacked = pixels.contiguous(), []  # the package views pixels and gradients
+    pixels, attacked = pixels.contiguous(), []  # the package calls `view` on pixels and gradients
     for row, seed in enumerate(seeds):
         one, label = pixels[row : row + 1], labels[row : row + 1]
         with torch.random.fork_rng(), torch.enable_grad():

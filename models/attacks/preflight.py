@@ -1,6 +1,6 @@
-"""Checks before figures are believed: what makes an attack look weak without a model being strong.
+"""Checks for masked gradients, which make attacks look weak without a model being robust.
 
-A defense that hides its gradients is not robust; each sentence names what was seen and what to do.
+Each warning is a sentence that says what was seen and what to do.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from models.attacks.attack import Budget, Model, cross_entropy, look, slope
 from models.attacks.pgd import pgd
 from models.attacks.square import square
 
-LARGE = 0.5  # an epsilon that leaves nothing of a picture
+LARGE = 0.5  # an epsilon at which no model should stay right
 
 
 def preflight(
@@ -21,7 +21,7 @@ def preflight(
 ) -> list[str]:
     """Warnings on attacking a model at some pixels [N, 3, S, S], one sentence each.
 
-    A handful of pictures is enough for the grossest faults; many are needed to see partial ones.
+    A handful of images shows gross faults; partial ones take many.
     """
     at = slope(model, pixels, labels, cross_entropy, budget.draws)
     with torch.no_grad():

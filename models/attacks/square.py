@@ -1,7 +1,6 @@
-"""The Square attack (Andriushchenko et al., ECCV 2020): random search by scores, no gradient.
+"""The Square attack (Andriushchenko et al., ECCV 2020): random search by scores, without gradients.
 
-What a defense hides from gradients it does not hide from this; where it beats a gradient attack,
-the gradients are masked.
+It is not affected by masked gradients: where it beats a gradient attack, gradients are masked.
 """
 
 import math
@@ -13,16 +12,18 @@ from torch import Tensor
 
 from models.attacks.attack import Budget, Model, hold, look, margin, pick, strongest
 
-SHARE = 0.8  # of the picture that the first square covers
-REDRAW = 50  # queries; a random model's draws are held so long, and others must not be forgotten
+SHARE = 0.8  # of the image that the first square covers
+REDRAW = 50  # queries after which a random model draws again, so as not to fit one draw
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000, as published
 
 
 def square(
     model: Model, pixels: Tensor, labels: Tensor, budget: Budget, seeds: Sequence[int]
 ) -> Tensor:
-    """Squares of one color at the edge of the ball, kept where they raise the margin; see
-    `Attack`. It goes on after the model is wrong, because another model may not be."""
+    """Squares of one color at the edge of the ball, kept where they raise the margin; see `Attack`.
+
+    The search goes on after the model is wrong, because another model may still be right.
+    """
 
     def runs() -> Iterator[Tensor]:
         for run in range(budget.restarts):
@@ -41,11 +42,11 @@ def search(
 ) -> Tensor:
     """One run: vertical stripes first, then ever smaller squares.
 
-    A random model is asked with held draws, which change now and then; what has been reached is
-    then looked at again, at the price of a query.
+    A random model's draws are fixed and drawn again every `REDRAW` queries. The best image so far
+    is then scored again, which costs a query.
     """
     size, asked = pixels.shape[-1], hold(model, len(pixels), budget.draws)
-    # One that cannot hold its draws is averaged over calls.
+    # A model that cannot fix its draws is averaged over calls.
     draws = budget.draws if asked is model else 1
 
     def signs(*shape: int) -> Tensor:

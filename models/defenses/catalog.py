@@ -94,3 +94,13 @@ if TYPE_CHECKING:
     Method = str
 else:
     Method = Literal[tuple(DEFENSES)]
+
+
+def table() -> str:
+    """The defenses as a Markdown table, for the docs."""
+    rows = [f"| `{spec.name}` | {spec.description} |" for spec in DEFENSES.values()]
+    return "\n".join(["| `--defenses`, `defense.method` | what |", "|---|---|", *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

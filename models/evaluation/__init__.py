@@ -1,1 +1,1 @@
-"""Defenses measured under attack: outcomes in a journal, and tables with intervals from it."""
+"""Measure defenses under attack: a journal of outcomes, and tables with intervals."""

@@ -4,9 +4,9 @@
         --threats clean,transfer,static,adaptive --attacks pgd,apgd --eps 1/255,2/255 \\
         --limit 500 --json OUT.json
 
-Writes OUT.json, OUT.md and OUT.svg. Finished pictures are kept in OUT.jsonl as they come, so that
-the same command, started again after a kill, goes on where it was; a defense, threat, attack or
-epsilon may be added then, and pictures too.
+Writes OUT.json, OUT.md and OUT.svg. Outcomes are appended to OUT.jsonl as they come, so that the
+same command resumes after a kill. A resumed run may add defenses, threats, attacks, epsilons and
+images.
 """
 
 import argparse
@@ -43,14 +43,17 @@ from models.loading import load_classifier
 from models.tapt import ADAPTS
 from models.views import AREA
 
-CHECKED = Budget(0, steps=10, queries=60)  # what a preflight may spend on a picture
+CHECKED = Budget(0, steps=10, queries=60)  # of a preflight, per image
 
 
 def evaluate(options: argparse.Namespace, command: str) -> int:
-    """The whole way from the command's options to the files; `command` goes into them.
+    """Run an evaluation and write its files.
+
+    Args:
+        command: the command line to record in the files.
 
     Raises:
-        LoadError, DataError, MissingExtra, ValueError: checkpoint, bundle, pictures, packages or
+        LoadError, DataError, MissingExtra, ValueError: checkpoint, bundle, images, packages or
             options cannot be used.
     """
     classifier = load(options)
@@ -119,7 +122,7 @@ def load(options: argparse.Namespace) -> DefendedClassifier:
 
 
 def read_area(given: Sequence[str]) -> tuple[float, float]:
-    """Raises ValueError, in a sentence, for what no crop can show."""
+    """Raises ValueError unless the two shares can bound a crop."""
     area = [float(text) for text in given]
     if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
         raise ValueError("--view-area: two shares in (0, 1], the smaller one first")
@@ -127,7 +130,7 @@ def read_area(given: Sequence[str]) -> tuple[float, float]:
 
 
 def read_protocol(options: argparse.Namespace) -> Protocol:
-    """Raises ValueError, in a sentence, for a name or a number that is none."""
+    """Raises ValueError for an unknown name or a number out of range."""
     known = {
         "--defenses": (options.defenses, list(DEFENSES)),
         "--threats": (options.threats, [CLEAN, *THREATS]),
@@ -167,8 +170,7 @@ def check(
     protocol: Protocol,
     subjects: Sequence[Subject],
 ) -> list[str]:
-    """What the preflight says of attacking each defense adaptively at the largest epsilon, every
-    way."""
+    """The preflight's warnings on attacking each defense adaptively, at the largest epsilon."""
     if "adaptive" not in protocol.threats or not subjects:
         return []
     budget = replace(CHECKED, epsilon=max(protocol.epsilons) / LEVELS, draws=protocol.budget.draws)
@@ -201,7 +203,7 @@ def write(
     detections: Sequence[Detection],
     warnings: Sequence[str],
 ) -> None:
-    """The three files, and the tables on the terminal."""
+    """Write the three files and print the tables."""
     out.parent.mkdir(parents=True, exist_ok=True)
     told = {found.cell: {"suspicion": found.describe()} for found in detections}
     facts = {**facts, "rows": [row.describe() | told.get(row.cell, {}) for row in rows]}
@@ -227,40 +229,60 @@ def parser() -> argparse.ArgumentParser:
     )
     lists: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,..."}
     add = flags.add_argument
-    add("--data", required=True, help="folder or parquet of labelled pictures, or a datasets id")
-    add("--json", type=Path, required=True, metavar="OUT", help="file of figures to write")
-    add("--limit", type=int, help="pictures, a random sample; all if absent")
-    add("--labels", default="", help="class names instead of the data's own")
+    add("--data", required=True, help="folder or parquet file of labeled images, or a datasets id")
+    add("--json", type=Path, required=True, metavar="OUT", help="JSON file to write")
+    add("--limit", type=int, help="size of a random sample of the images; all if absent")
+    add("--labels", default="", help="comma-separated class names instead of the data's own")
     add("--defenses", default="plain,ensemble,tapt", help=",".join(DEFENSES), **lists)
     add("--threats", default="clean,transfer", help=",".join([CLEAN, *THREATS]), **lists)
     add("--attacks", default="pgd,apgd,square", help=",".join(ATTACKS), **lists)
-    add("--eps", default="2/255", help="of [0, 1] pixels", **{**lists, "metavar": "E,..."})
-    add("--seed", type=int, default=0, help="draws sample, starts and views")
-    add("--batch", type=int, default=8, help="pictures at once")
-    add("--preflight", type=int, default=0, help="pictures to look for masked gradients on first")
+    add(
+        "--eps",
+        default="2/255",
+        help="of [0, 1] pixels",
+        **{**lists, "metavar": "E,..."},
+    )
+    add("--seed", type=int, default=0, help="draws the sample, starting points and views")
+    add("--batch", type=int, default=8, help="images in one batch")
+    add("--preflight", type=int, default=0, help="images to check for masked gradients first")
     pair: dict[str, Any] = {**lists, "metavar": "LEAST,MOST"}
     model = flags.add_argument_group("model and defense").add_argument
     model("--model", default="embedded", help="embedded, a directory, or a hub id")
     model("--bundle", type=Path, help="default: the one beside the model, if any")
     model("--device", default="cpu", help="cpu, cuda or cuda:N")
-    model("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model")
-    model("--template", default=DEFAULT_TEMPLATE, help="without learned prompts")
-    model("--views", type=int, default=16, help="of a picture")
-    model("--view-area", default=AREA, help="share of a picture that a view shows", **pair)
-    model("--steps", type=int, default=1, help="of adapting prompts")
-    model("--readout", default="all", choices=READOUTS, help="views the answer is read from")
-    model("--learning-rate", type=float, default=5e-4, help="of adaptation")
-    model("--entropy", default="of-mean", choices=["of-mean", "mean-of"], help="over kept views")
-    model("--adapts", default="vision", choices=ADAPTS, help="whose prompts a step moves")
-    model("--selection-ratio", type=float, default=0.1, help="share of the views kept")
-    model("--alignment-weight", type=float, default=100.0, help="against the entropy")
-    model("--gamma", type=float, default=0.5, help="share of the adversarial statistics")
+    model("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision")
+    model("--template", default=DEFAULT_TEMPLATE, help="template without learned prompts")
+    model("--views", type=int, default=16, help="views per image")
+    model("--view-area", default=AREA, help="share of the image in a view", **pair)
+    model("--steps", type=int, default=1, help="adaptation steps")
+    model("--readout", default="all", choices=READOUTS, help="views that the answer is read from")
+    model("--learning-rate", type=float, default=5e-4, help="AdamW's learning rate")
+    model(
+        "--entropy",
+        default="of-mean",
+        choices=["of-mean", "mean-of"],
+        help="over kept views",
+    )
+    model("--adapts", default="vision", choices=ADAPTS, help="which prompts adapt")
+    model("--selection-ratio", type=float, default=0.1, help="share of the views kept for the loss")
+    model(
+        "--alignment-weight",
+        type=float,
+        default=100.0,
+        help="against the entropy",
+    )
+    model(
+        "--gamma",
+        type=float,
+        default=0.5,
+        help="share of the adversarial statistics",
+    )
     attack = flags.add_argument_group("attack").add_argument
-    attack("--attack-steps", type=int, default=20, help="of a gradient attack's run")
-    attack("--restarts", type=int, default=1, help="runs of an attack")
-    attack("--eot", type=int, default=1, help="draws of views that a gradient is averaged over")
+    attack("--attack-steps", type=int, default=20, help="steps of a gradient attack")
+    attack("--restarts", type=int, default=1, help="random restarts of an attack")
+    attack("--eot", type=int, default=1, help="draws of views to average gradients over")
     attack("--targets", type=int, default=3, help="classes that APGD aims at")
-    attack("--queries", type=int, default=500, help="of Square")
+    attack("--queries", type=int, default=500, help="queries of the Square attack")
     return flags
 
 
@@ -273,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; run the same command to resume", file=sys.stderr)
         return 130
 
 

@@ -1,4 +1,4 @@
-"""How well the suspicion score tells attacked pictures from clean ones, defense by defense."""
+"""How well the suspicion score separates attacked from clean images, per defense."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,14 @@ RATES = (0.01, 0.05)
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """A cell's attacked pictures against all clean ones of the same defense.
+    """A cell's attacked images against all clean ones of the same defense.
 
-    `found` holds for each of `RATES`, shares of clean pictures above the threshold, the share of
-    attacked pictures above it. Attacked are the pictures that are right when clean; each counts
-    once, under the attack that broke it or else the last one. The clean ones are all, as in
-    traffic, also those that are answered wrongly and doubted more.
+    Attributes:
+        attacked: number of images that are right when clean. Each counts once, under the attack
+            that broke it, or else under the last one.
+        clean: number of clean images, including those that are answered wrongly, as in traffic.
+        found: for each of `RATES` (shares of clean images above the threshold), the share of
+            attacked images above it.
     """
 
     cell: Cell
@@ -41,7 +43,7 @@ class Detection:
 
 
 def detect(cells: Sequence[Cell], names: Sequence[str], journal: Journal) -> list[Detection]:
-    """Every attacked cell whose defense doubts at all: the plain forward alone cannot."""
+    """Every attacked cell whose defense has a score; `plain` has none."""
     found = []
     for cell in cells:
         unhurt = Cell(cell.defense, CLEAN, 0)
@@ -56,7 +58,7 @@ def detect(cells: Sequence[Cell], names: Sequence[str], journal: Journal) -> lis
 
 
 def _decisive(journal: Journal, name: str, cell: Cell) -> Outcome | None:
-    """The attack that broke a picture, else the last that tried; None where none did."""
+    """The attack that broke an image, else the last one; None if there was none."""
     tried = [o for o in journal.weighing(name, cell) if o.cell.threat != CLEAN]
     return next((o for o in tried if not o.right), tried[-1] if tried else None)
 
@@ -75,6 +77,6 @@ def write_detection(detections: Sequence[Detection]) -> str:
         for d in detections
     ]
     return (
-        "Suspicion of attacked pictures against all clean ones of the same defense. A hint, never "
-        "a guarantee.\n\n" + tabulate(heads, lines) + "\n"
+        "Suspicion of attacked images against all clean ones of the same defense. A hint, not a "
+        "guarantee.\n\n" + tabulate(heads, lines) + "\n"
     )

@@ -1,4 +1,4 @@
-"""Labelled pictures from a Hugging Face `datasets` id, where that package is installed."""
+"""Labeled images from a Hugging Face `datasets` id, if that package is installed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +10,8 @@ IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label")
 
 
 def open_anywhere(name: str) -> Dataset:
-    """Open a path as `open_dataset` does, else a data set's id: `owner/name`, with a split behind
-    a colon where it is not `test`.
+    """Open a path as `open_dataset` does, or else a dataset id: `owner/name`, or `owner/name:split`
+    if the split is not `test`.
 
     Raises:
         DataError: there is no such path, and no such data set or no package to load it with.
@@ -28,13 +28,13 @@ def open_anywhere(name: str) -> Dataset:
     path, _, split = name.partition(":")
     try:
         return HubDataset(datasets.load_dataset(path, split=split or "test"), name)
-    except Exception as error:  # the package raises what its hundred readers raise
+    except Exception as error:  # the package's readers may raise anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"{name} cannot be loaded as a data set: {reason}") from error
 
 
 class HubDataset:
-    """A loaded split with a column of pictures and one of classes."""
+    """A loaded split with a column of images and one of classes."""
 
     def __init__(self, split: Any, name: str) -> None:
         self._split = split

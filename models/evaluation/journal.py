@@ -1,4 +1,4 @@
-"""Outcomes of an evaluation as they come in: one JSON line a picture, so that a kill loses none."""
+"""Outcomes of an evaluation, one JSON line per image as they come, so that a kill loses none."""
 
 import json
 import os
@@ -11,7 +11,7 @@ CLEAN = "clean"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Cell:
-    """What a row of the table is about; `epsilon` is in levels of 1/255, 0 for `clean`."""
+    """What a row of the table measures; `epsilon` is in levels of 1/255, 0 for `clean`."""
 
     defense: str
     threat: str
@@ -20,9 +20,9 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Whether a defense's answer to one picture, attacked in one way, was right.
+    """Whether a defense's answer to one image under one attack was right.
 
-    `doubt` is the defense's suspicion in [0, 1]; `ms` its own time a picture, `attack_ms` the
+    `doubt` is the suspicion in [0, 1]; `ms` is the defense's time per image, `attack_ms` the
     attack's.
     """
 
@@ -36,7 +36,7 @@ class Outcome:
 
 
 class Journal:
-    """The outcomes under one key; lines of other keys are left where they are."""
+    """The outcomes under one key; lines of other keys are kept but ignored."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
@@ -49,7 +49,7 @@ class Journal:
         return sum(map(len, self._known.values()))
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
-        """Keep outcomes and write them down before anything else is done."""
+        """Record outcomes, on disk first."""
         outcomes = list(outcomes)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
@@ -61,19 +61,19 @@ class Journal:
             self._keep(outcome)
 
     def seen(self, picture: str, cell: Cell) -> dict[str, Outcome]:
-        """A picture's outcomes in a cell, by attack."""
+        """An image's outcomes in a cell, by attack."""
         return self._known.get((picture, cell), {})
 
     def right(self, picture: str, cell: Cell) -> bool:
-        """Whether a picture counts: right clean, and right under every attack tried that the
-        cell's attacker could have made."""
+        """Whether an image counts: right clean, and right under every attack tried that the cell's
+        attacker could have made."""
         return all(outcome.right for outcome in self.weighing(picture, cell))
 
     def weighing(self, picture: str, cell: Cell) -> list[Outcome]:
-        """What decides on a picture in a cell, its own outcomes last.
+        """The outcomes that decide on an image in a cell, the cell's own last.
 
-        A ball holds the smaller ones, and who knows the whole defense can attack as one who does
-        not. `static` is kept as it is published: the attack on the learned prompts alone.
+        An attacker may use a smaller epsilon, and one who knows the whole defense may attack like
+        one who does not. `static` stays as published: the attack on the learned prompts alone.
         """
         cells = [
             other
@@ -91,7 +91,7 @@ class Journal:
 
     def _read(self) -> None:
         data = self._path.read_bytes()
-        if data and not data.endswith(b"\n"):  # cut in the middle of a line
+        if data and not data.endswith(b"\n"):  # the last line is incomplete
             data = data[: data.rfind(b"\n") + 1]
             with self._path.open("r+b") as file:
                 file.truncate(len(data))

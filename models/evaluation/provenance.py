@@ -1,4 +1,4 @@
-"""What a figure must name: everything that an outcome hangs on, the machine, and the command."""
+"""What is recorded beside every figure: settings, machine and command."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ PACKAGES = ("tapt-serve", "torch", "transformers", "numpy", "pyautoattack")
 def describe_settings(
     classifier: DefendedClassifier, names: Sequence[str], protocol: Protocol
 ) -> dict[str, Any]:
-    """All that an outcome hangs on, but for the picture, the row and the attack."""
+    """Everything that an outcome depends on, except image, row and attack."""
     checkpoint, objective = classifier.checkpoint, classifier.objective
     return {
         "version": _version("tapt-serve"),
@@ -52,7 +52,7 @@ def describe_settings(
 
 
 def describe_machine(classifier: DefendedClassifier) -> dict[str, Any]:
-    """What the times were measured on, and with which versions."""
+    """The machine and versions that times were measured with."""
     device = classifier.checkpoint.clip.device
     return {
         "device": str(device),
@@ -66,7 +66,7 @@ def describe_machine(classifier: DefendedClassifier) -> dict[str, Any]:
 
 
 def tell_command(arguments: Sequence[str], out: Path) -> str:
-    """The command as a page may show it, without the paths of the machine it ran on."""
+    """The command for publication, without local paths."""
     shown = [
         "OUT" if part == str(out) else Path(part).name if Path(part).exists() else part
         for part in arguments
@@ -82,8 +82,8 @@ def _describe_bundle(bundle: DefenseBundle) -> dict[str, Any]:
 
 
 def _hash_code() -> str:
-    """Of the code that outcomes come from, so that none is taken over from an attack or a defense
-    that has changed since; what calibrates has no part in them."""
+    """Hash the code that outcomes depend on, so that a run does not reuse those of an attack or a
+    defense that has changed since. They do not depend on calibration."""
     digest, root = hashlib.sha256(), Path(__file__).parent.parent
     for file in sorted(root.rglob("*.py")):
         if "calibration" not in file.relative_to(root).parts:

@@ -1,4 +1,4 @@
-"""Counting right answers, comparing scores: proportions, paired differences, intervals."""
+"""Proportions, paired differences and score comparisons, with intervals."""
 
 import math
 from bisect import bisect_left, bisect_right
@@ -10,7 +10,7 @@ Z = 1.959964  # of a two-sided 95% interval
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure with the ends of its 95% interval."""
+    """A figure with its 95% interval."""
 
     value: float
     low: float
@@ -26,7 +26,7 @@ def wilson(hits: int, count: int) -> Interval:
 
 
 def difference(first: Sequence[bool], second: Sequence[bool]) -> Interval:
-    """How much more often the first is right than the second, on the same pictures.
+    """How much more often the first is right than the second, on the same images.
 
     Newcombe's score interval for paired proportions (Statistics in Medicine 17, 1998, method 10).
 
@@ -55,7 +55,7 @@ def difference(first: Sequence[bool], second: Sequence[bool]) -> Interval:
 
 
 def auroc(attacked: Sequence[float], clean: Sequence[float]) -> float:
-    """How often an attacked picture's score is above a clean one's; ties count half.
+    """How often an attacked image's score is above a clean one's; ties count half.
 
     Raises:
         ValueError: one of the two is empty.
@@ -68,5 +68,5 @@ def auroc(attacked: Sequence[float], clean: Sequence[float]) -> float:
 
 
 def threshold(clean: Sequence[float], rate: float) -> float:
-    """The smallest score with at most this share of clean pictures above it."""
+    """The smallest score with at most this share of clean images above it."""
     return sorted(clean, reverse=True)[int(rate * len(clean))]

@@ -1,4 +1,4 @@
-"""The figures of an evaluation as rows, as a table in Markdown and as a plot."""
+"""The results of an evaluation as rows, a Markdown table and a plot."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,14 @@ TITLES = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A cell's figures over the pictures.
+    """A cell's results over the images.
 
-    `right` says for each picture whether it counts: right clean and under every attack that the
-    cell's attacker could have made. `broken` counts the pictures that an attack was the first to
-    break, `ms` and `attack_ms` are a picture's means. `versus` are paired differences
-    of accuracy from other rows.
+    Attributes:
+        right: for each image, whether it counts: right clean and under every attack that the
+            cell's attacker could have made.
+        broken: images that each attack was the first to break.
+        ms, attack_ms: mean time per image of the defense and of the attack.
+        versus: paired differences of accuracy from other rows.
     """
 
     cell: Cell
@@ -36,7 +38,7 @@ class Row:
     versus: dict[str, Interval] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
-        """In JSON types; `pictures` has a 1 for each that counts, in the order of the file's."""
+        """In JSON types; `pictures` has a 1 for each image that counts, in the file's order."""
         return {
             **asdict(self.cell),
             "n": len(self.right),
@@ -55,9 +57,11 @@ class Row:
 
 
 def tally(cells: Sequence[Cell], names: Sequence[str], journal: Journal) -> list[Row]:
-    """A row a cell over the pictures of these names, with the differences worth knowing: from
-    undefended CLIP under the attack made on itself, and from the plain mean over views under the
-    same threat."""
+    """One row per cell over the images of these names.
+
+    Rows carry their differences from undefended CLIP under the attack on itself, and from the plain
+    mean over views under the same threat.
+    """
     rows = {cell: _row(cell, names, journal) for cell in cells}
     for cell, row in rows.items():
         own = [Cell("plain", threat, cell.epsilon) for threat in ("transfer", "adaptive", CLEAN)]
@@ -88,14 +92,14 @@ def _row(cell: Cell, names: Sequence[str], journal: Journal) -> Row:
 
 
 def _label(outcome: Outcome, cell: Cell) -> str:
-    """An attack's name in a cell, which may be one of another threat or a smaller epsilon."""
+    """An attack's name in a cell; it may come from another threat or a smaller epsilon."""
     if outcome.cell == cell:
         return outcome.attack
     return f"{outcome.attack} ({head(outcome.cell.threat, outcome.cell.epsilon)})"
 
 
 def write_markdown(rows: Sequence[Row]) -> str:
-    """One line a defense, one column a threat and epsilon, then the paired differences."""
+    """One line per defense, one column per threat and epsilon, then the paired differences."""
     columns = list(dict.fromkeys((row.cell.threat, row.cell.epsilon) for row in rows))
     found = {row.cell: row for row in rows}
     lines = []

@@ -1,9 +1,9 @@
-"""Defenses under attack, honestly counted: every picture, every threat model, the worst attack.
+"""Attack defenses and record whether they are right: every image, every threat, the worst attack.
 
-All defenses answer the same pictures, cut to the model's own S x S pixels, in which epsilon is
-measured: view 0 of the original is attacked, rounded to 8 bits and handed to the defense as its
-picture. A picture counts as robust only if the defense is right on it clean and under every
-attack; one whose fate is decided is not attacked any further.
+All defenses answer the same images, cropped to the model's own S x S pixels, in which epsilon is
+measured: view 0 of the original is attacked, rounded to 8 bits and given to the defense as its
+image. An image counts as robust only if the defense is right on it clean and under every attack;
+once it is broken it is not attacked any further.
 """
 
 import hashlib
@@ -27,20 +27,20 @@ from models.defenses.catalog import DEFENSES
 from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
 from models.views import make_views
 
-# Shared attacks that are made on just the model that such a defense is.
+# Shared attacks that already attack exactly this defense.
 ATTACKED_THEMSELVES = {("plain", "transfer"), ("apt", "static")}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A picture to attack: view 0 of the original, uint8 [S, S, 3], and its class."""
+    """An image to attack: view 0 of the original, uint8 [S, S, 3], and its class."""
 
     image: NDArray[np.uint8]
     label: int
 
     @cached_property
     def name(self) -> str:
-        """Tells pictures apart, whatever data set they come from."""
+        """Identifies the image, whatever dataset it comes from."""
         return hashlib.sha256(self.image.tobytes() + str(self.label).encode()).hexdigest()[:16]
 
 
@@ -48,9 +48,11 @@ class Subject:
 class Protocol:
     """What is measured, and how.
 
-    `epsilons` are in levels of 1/255; `budget` is what every attack may spend, but for its
-    epsilon; `views`, `steps` of prompts and `readout` are the defense's; `batch` pictures go
-    together.
+    Attributes:
+        epsilons: in levels of 1/255.
+        budget: what every attack may spend; its epsilon is ignored.
+        views, steps, readout: the defense's.
+        batch: images in one batch.
     """
 
     defenses: Sequence[str]
@@ -71,7 +73,7 @@ class Protocol:
 
     @property
     def cells(self) -> list[Cell]:
-        """Every row of the table, the clean ones first."""
+        """The rows of the table, the clean ones first."""
         hurt = [threat for threat in self.threats if threat != CLEAN]
         pairs = [(CLEAN, 0.0), *((threat, eps) for threat in hurt for eps in self.epsilons)]
         return [Cell(name, threat, eps) for threat, eps in pairs for name in self.defenses]
@@ -80,10 +82,10 @@ class Protocol:
 def gather(
     classifier: DefendedClassifier, data: Dataset, limit: int | None, seed: int
 ) -> list[Subject]:
-    """A random sample of labelled pictures, drawn by `seed`, as the model sees them.
+    """A random sample of labeled images, drawn by `seed`, as the model sees them.
 
     Raises:
-        DataError: there is none, or one has no label.
+        DataError: there are no images, or one has no label.
     """
     preprocessing, cpu = classifier.checkpoint.preprocessing, torch.device("cpu")
     subjects = []
@@ -99,12 +101,12 @@ def gather(
 
 
 class Trial:
-    """Fills a journal with outcomes; what it finds there already is not done again.
+    """Fills a journal with outcomes; those it already holds are not computed again.
 
     Args:
-        classifier: takes S x S pictures, see `as_shown`.
+        classifier: takes S x S images, see `DefendedClassifier.without_resize`.
         names: the classes, in the order of the subjects' labels.
-        advance: told of every (picture, row, attack) that is done or decided.
+        advance: called with the number of (image, row, attack) that are done or decided.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class Trial:
         }
 
     def work(self, subjects: Sequence[Subject]) -> int:
-        """How often `advance` will be called for, in all."""
+        """The total that `advance` will be called with."""
         protocol = self._protocol
         hurt = len(protocol.cells) - len(protocol.defenses)
         return len(subjects) * (len(protocol.defenses) + hurt * len(protocol.attacks))
@@ -145,7 +147,7 @@ class Trial:
     def _attack_all(
         self, chunk: Sequence[Subject], threat: str, epsilon: float, attack: str
     ) -> None:
-        """An attack that no defense has a part in is made once for all of them."""
+        """Make an attack that does not depend on the defense once for all of them."""
         cells = [Cell(defense, threat, epsilon) for defense in self._protocol.defenses]
         self._advance(len(chunk) * len(cells))
         hit = [s for s in chunk if any(self._open(s, cell, attack) for cell in cells)]
@@ -160,8 +162,8 @@ class Trial:
     def _attack_each(
         self, chunk: Sequence[Subject], threat: str, epsilon: float, attack: str
     ) -> None:
-        """An attack on a whole defense, one picture at a time: its views are drawn by a stream
-        of its own, and a defense brings the batch itself."""
+        """Attack each whole defense, one image at a time: each image has its own stream of seeds
+        for the views, and the views of one image already fill a batch."""
         protocol = self._protocol
         for defense in protocol.defenses:
             cell = Cell(defense, threat, epsilon)
@@ -179,7 +181,7 @@ class Trial:
                 for way, model in targets.items():
                     first = way == next(iter(targets))
                     if not first and attack == "square":
-                        continue  # without gradients all ways are one
+                        continue  # without gradients, all surrogates are the same
                     label = attack if first else f"{attack} {way}"
                     if self._open(subject, cell, label):
                         pixels, ms = self._make(model, [subject], threat, epsilon, attack)
@@ -187,7 +189,7 @@ class Trial:
                 self._advance(1)
 
     def _open(self, subject: Subject, cell: Cell, attack: str) -> bool:
-        """Whether an attack on a picture can still change its fate."""
+        """Whether an attack on an image can still change its result."""
         journal = self._journal
         return attack not in journal.seen(subject.name, cell) and journal.right(subject.name, cell)
 
@@ -214,7 +216,7 @@ class Trial:
         attack: str,
         attack_ms: float,
     ) -> None:
-        """Ask a defense about pictures, attacked ones where `pixels` are given, and note it."""
+        """Classify the images, or the attacked `pixels`, with a defense and record the outcomes."""
         if pixels is None:
             self._advance(len(subjects))
             subjects = [s for s in subjects if not self._journal.seen(s.name, cell)]
@@ -240,7 +242,7 @@ class Trial:
         )
 
     def _seed(self, subject: Subject, *what: str) -> int:
-        """Draws of a picture hang on nothing but the run's seed, the picture and their purpose."""
+        """An image's draws depend only on the run's seed, the image and their purpose."""
         text = "/".join([str(self._protocol.seed), subject.name, *what])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
 
@@ -268,7 +270,7 @@ def answers(
 
 
 def suspect(protocol: Protocol, subjects: Sequence[Subject], journal: Journal) -> Iterator[str]:
-    """Sentences on rows whose gradients look masked: Square broke what gradients left standing."""
+    """Warnings on rows where Square broke many images that gradient attacks did not."""
     if protocol.attacks[-1:] != ["square"] or len(protocol.attacks) == 1:
         return
     for cell in protocol.cells:
@@ -278,6 +280,6 @@ def suspect(protocol: Protocol, subjects: Sequence[Subject], journal: Journal) -
             if (broken := last.count(False)) > max(1, 0.05 * len(last)):
                 yield (
                     f"{cell.defense}, {cell.threat} {cell.epsilon:g}/255: Square breaks {broken} "
-                    f"of the {len(last)} pictures that gradient attacks leave right, so its "
-                    "gradients look masked; more --eot, --restarts or --attack-steps may say."
+                    f"of the {len(last)} images that gradient attacks leave right, so its "
+                    "gradients look masked; try more --eot, --restarts or --attack-steps."
                 )

@@ -203,7 +203,7 @@ def test_passing_the_shared_words_once_changes_no_label(
 
 def test_prompts_longer_than_what_rows_share_are_refused(checkpoint: Checkpoint) -> None:
     labels = make_classifier(checkpoint).encoder.encode(tiny.LABELS, "{}", "none").batch
-    with pytest.raises(ValueError, match="prompts stand where"):
+    with pytest.raises(ValueError, match="prompts do not fit where"):
         checkpoint.clip.encode_labels(labels, torch.zeros(1, 1, 2, checkpoint.clip.text_width))
 
 

@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
-from models.defenses.catalog import DEFENSES
+from models.defenses.catalog import DEFENSES, table
 from models.defenses.defense import load_defense
 
+DOCS = Path(__file__).parents[3] / "docs"
 FACTS = "from models.defenses.catalog import DEFENSES; import sys; assert DEFENSES; "
 
 
@@ -28,6 +30,11 @@ def test_the_spec_is_the_modules_own(name: str) -> None:
 def test_the_catalog_imports_no_torch() -> None:
     script = FACTS + "assert not {'torch', 'numpy', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_docs_hold_the_table() -> None:
+    page = (DOCS / "robustness.md").read_text()
+    assert table() in page, "run `python -m models.defenses.catalog` and put it into the page"
 
 
 def test_what_needs_a_bundle() -> None:
