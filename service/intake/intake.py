@@ -40,7 +40,7 @@ class Ticket:
 
     `caller` is the id of its key, `started` the instant at which its body began to arrive,
     `decode_seconds` the time its image took, waiting for a decoder included. `log` holds the
-    fields of its log line.
+    fields of its log line. `body` is empty once the task is made.
     """
 
     request_id: str
@@ -110,6 +110,7 @@ class Intake:
         Raises the errors of `check_options`, `ImageFetcher.fetch`, `Decoders.decode` and
         `Similarity.check`.
         """
+        ticket.body = b""  # frees the memory while the request waits
         check_options(options, self._settings)
         if isinstance(source, ImageURL):
             # Like an upload, an image that is still arriving holds no permit.

@@ -1,4 +1,4 @@
-// The answer: undefended beside defended, and the evidence below.
+// The answer: undefended and defended side by side, and the diagnostics below.
 
 import { showBars } from "./bars.js";
 import { find, make, milliseconds, percent } from "./dom.js";
@@ -28,7 +28,7 @@ export function setUpAnswer() {
   );
 }
 
-// Make the room that the answer will take.
+// Reserve the space of the answer, so that the layout does not jump.
 export function expectAnswer(asked, info) {
   const count = asked.candidate_labels.length;
   plain = null;

@@ -1,5 +1,5 @@
-// The server's answers, or its reasons in words. A busy server is waited for; a key is asked for
-// when the server wants one, and lives in this module only.
+// Calls to the API. A busy server is retried after its Retry-After. The user is asked for a key if
+// the server requires one; it is kept in this module only.
 
 import { find } from "./dom.js";
 
@@ -10,8 +10,8 @@ let asking = null;
 
 export class Refusal extends Error {}
 
-// Resolves with the Response of a successful request. `tell(text)` hears of waits; a `quiet` call
-// neither waits nor asks for a key.
+// Resolves with the Response of a successful request. `tell(text)` is called while it waits; a
+// `quiet` call neither waits nor asks for a key.
 export async function ask(path, { tell = () => {}, signal, quiet = false, ...options } = {}) {
   for (let attempt = 0; ; attempt += 1) {
     const used = key;
@@ -65,8 +65,8 @@ export function pause(ms, signal) {
   });
 }
 
-// One dialog for however many requests were refused; resolves with whether a key was given.
-// `reason` says what was wrong with the last one.
+// One dialog for all refused requests. Resolves with whether a key was entered. `reason` tells what
+// was wrong with the last one.
 function askForKey(reason) {
   asking ??= new Promise((resolve) => {
     const dialog = find("key-dialog");

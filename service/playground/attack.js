@@ -1,4 +1,4 @@
-// The attack demonstration: a stream of stages, shown as they come and to be looked at again.
+// The attack demonstration: a stream of stages, shown as they arrive and kept for the slider.
 
 import { ask, lines, Refusal } from "./api.js";
 import { showBars } from "./bars.js";
@@ -90,7 +90,7 @@ function busy(on) {
   if (!on) control = null;
 }
 
-// Make room for an attack of so many steps.
+// Prepare the display for an attack with this many steps.
 function expect(steps) {
   stages = [];
   for (const id of ["track-plain", "track-defended"]) {
@@ -126,7 +126,7 @@ function mark(id, place, label, first) {
   cell.title = `step ${place}: ${label}`;
 }
 
-// The stage's own answer of the defense, or the last one before it.
+// The defense's latest answer up to this stage.
 const defended = (place) => stages.slice(0, place + 1).findLast((stage) => stage.defended)?.defended;
 
 function showStage(place) {
@@ -137,7 +137,7 @@ function showStage(place) {
   draw(find("seen"), clean.pixels);
   draw(find("hurt"), stage.pixels);
   drawNoise(clean.pixels, stage.pixels);
-  // Labels keep the places they had on the clean picture, so that one sees which of them grows.
+  // Labels stay in the order of the clean image, so that changes are easy to see.
   const order = [...best6(clean.undefended, stages.at(-1).undefended)];
   const arrange = (scored) => order.map((label) => scored.find((one) => one.label === label));
   showBars(find("attack-plain-bars"), arrange(stage.undefended));
@@ -153,7 +153,7 @@ function showStage(place) {
   );
 }
 
-// The labels that matter at either end of the attack, at most six.
+// The top labels before and after the attack, at most six.
 function best6(before, after) {
   const first = (scored) => [...scored].sort((a, b) => b.score - a.score).map(({ label }) => label);
   const names = [...first(before).slice(0, 3), ...first(after).slice(0, 3), ...first(before)];
@@ -174,7 +174,7 @@ function finish({ answer, threat, truncated }) {
   say(`Done ${who}${truncated ? ", cut short by the deadline" : ""}${doubt}.`);
 }
 
-// What asks the API about the attacked picture.
+// The curl command that classifies the attacked image.
 function command() {
   const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
   const form = asked.candidate_labels.map((label) => `--form-string ${quote(`labels=${label}`)}`);
@@ -205,7 +205,7 @@ function draw(canvas, data) {
   canvas.getContext("2d").putImageData(data, 0, 0);
 }
 
-// Grey where nothing changed; the largest change reaches the end of the scale.
+// Gray where nothing changed; scaled so that the largest change is black or white.
 function drawNoise(clean, hurt) {
   let largest = 0;
   for (let i = 0; i < clean.data.length; i += 1) {

@@ -4,8 +4,8 @@ import { make, percent, best } from "./dom.js";
 
 const ROWS = 6;
 
-// Fill a list with the first scored labels, in the order given; the best of all stands out. Empty
-// rows keep the place of what is not known yet, so that nothing moves when it comes.
+// Fill a list with the first scored labels, in the given order, and highlight the best one. Empty
+// rows reserve space for missing labels, so that the layout does not jump.
 export function showBars(list, scored, rows = scored.length) {
   const winner = scored.length ? best(scored).label : null;
   const wanted = Math.min(ROWS, rows);

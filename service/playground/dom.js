@@ -1,4 +1,4 @@
-// Making and finding elements.
+// Helpers to create and find elements.
 
 export const find = (id) => document.getElementById(id);
 

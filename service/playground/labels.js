@@ -15,7 +15,7 @@ let tell = () => {};
 
 export const labels = () => [...chosen];
 
-// `onChange` hears of every change.
+// `onChange` is called after every change.
 export function setUpLabels(onChange) {
   tell = onChange;
   const input = find("label");

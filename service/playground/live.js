@@ -1,4 +1,4 @@
-// What /metrics says, as four tiles with their recent past.
+// Four tiles with values from /metrics and their recent history.
 
 import { ask, pause } from "./api.js";
 import { find, make, milliseconds } from "./dom.js";
@@ -30,7 +30,7 @@ export async function watch() {
   }
 }
 
-// Sums over labels: name to value.
+// Maps metric names to values, summed over labels.
 function parse(text) {
   const sums = new Map();
   for (const line of text.split("\n")) {

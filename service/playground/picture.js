@@ -1,4 +1,4 @@
-// The picture: chosen, photographed, dropped, pasted, or one of the drawn examples.
+// The image: chosen, photographed, dropped, pasted, or one of the examples.
 
 import { find, make } from "./dom.js";
 
@@ -7,10 +7,10 @@ const SIDE = 320;
 
 let current = null;
 
-// The chosen file, null before there is any.
+// The chosen file, or null.
 export const picture = () => current;
 
-// `onPick` hears of every new picture.
+// `onPick` is called with every new image.
 export function setUpPicture(onPick) {
   const drop = find("drop");
   find("camera").parentElement.hidden = navigator.maxTouchPoints === 0;
