@@ -82,7 +82,7 @@ def _serve(connection: socket.socket, space: "_AddressSpace") -> None:
             return
         reply: NDArray[np.uint8] | ServiceError
         try:
-            with _limited(space.used() + memory, seconds):
+            with _limited(space, memory, seconds):
                 reply = decode(file, max_pixels, memory if cautious else None)
         except ServiceError as error:
             reply = error
@@ -120,16 +120,19 @@ def _receive(connection: socket.socket, size: int) -> bytes | None:
 
 
 @contextlib.contextmanager
-def _limited(space: int, seconds: float) -> Iterator[None]:
-    """Inside, keep the address space below `space` bytes, and have the kernel end the process after
-    `seconds` of processor time, however deep in native code it is."""
-    _limit(resource.RLIMIT_AS, space)
+def _limited(space: "_AddressSpace", memory: int, seconds: float) -> Iterator[None]:
+    """Inside, refuse to allocate more than `memory` bytes, where the system tells what is in use,
+    and have the kernel end the process after `seconds` of processor time, however deep in native
+    code it is."""
+    if used := space.used():
+        _limit(resource.RLIMIT_AS, used + memory)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _limit(resource.RLIMIT_AS, resource.RLIM_INFINITY)
+        if used:
+            _limit(resource.RLIMIT_AS, resource.RLIM_INFINITY)
 
 
 def _limit(kind: int, soft: int) -> None:

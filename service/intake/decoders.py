@@ -132,6 +132,9 @@ class Decoders:
         except ValueError as error:
             log.error("a decoder sent nonsense: %s", error)
             raise self._refuse(decoder, "crash") from None
+        except ConnectionError:  # it ended before it had read the file, which is innocent
+            decoder.kill()
+            return await self._run(await self._take(), file, limits)
         except EOFError:
             raise self._refuse(decoder, await decoder.cause_of_death()) from None
         except asyncio.CancelledError:
@@ -169,9 +172,10 @@ class Decoders:
             except (OSError, EOFError, TimeoutError) as error:
                 log.error("a decoder did not start: %r", error)
                 self._usable.discard(slot)
-                self._failing.add(slot)
-                if len(self._failing) == self._count and self._idle.empty():
-                    self._idle.put_nowait(None)
+                if slot not in self._failing:
+                    self._failing.add(slot)
+                    if len(self._failing) == self._count:
+                        self._idle.put_nowait(None)
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, MAX_BACKOFF)
                 continue
@@ -214,7 +218,7 @@ class _Decoder:
         here.setblocking(False)
         # A new program, because a fork of this threaded process could deadlock, with a bare
         # environment, because this process may have its keys there.
-        with there:
+        try:
             process = subprocess.Popen(
                 (sys.executable, *PROGRAM),
                 stdin=there.fileno(),
@@ -222,6 +226,11 @@ class _Decoder:
                 env=_environment(),
                 start_new_session=True,
             )
+        except OSError:
+            here.close()
+            raise
+        finally:
+            there.close()
         decoder = cls(process, here)
         try:
             async with asyncio.timeout(START_TIMEOUT):
@@ -242,18 +251,18 @@ class _Decoder:
         return False  # it ended, or says what nobody asked
 
     async def exchange(self, file: bytes, limits: _Limits) -> NDArray[np.uint8] | ServiceError:
-        """Have a file decoded. Raises EOFError when the process ends, ValueError for nonsense."""
+        """Have a file decoded. Raises ConnectionError when the process ends before it has read all
+        of the file, EOFError when it ends later, ValueError when it replies nonsense.
+        """
         loop = asyncio.get_running_loop()
         head = REQUEST.pack(
             len(file), limits.pixels, limits.memory, limits.seconds, limits.cautious
         )
         async with self._in_use:
-            try:
-                await loop.sock_sendall(self._connection, head)
-                await loop.sock_sendall(self._connection, file)
-                return await self._read_reply()
-            except OSError as error:
-                raise EOFError from error
+            # A Unix socket whose other end closed tells whether it left bytes unread.
+            await loop.sock_sendall(self._connection, head)
+            await loop.sock_sendall(self._connection, file)
+            return await self._read_reply()
 
     async def _read_reply(self) -> NDArray[np.uint8] | ServiceError:
         """The process has parsed a hostile file: its words are checked like a client's."""

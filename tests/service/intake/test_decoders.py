@@ -266,14 +266,28 @@ def test_an_image_whose_decoder_dies_is_refused(signum: int, reason: str) -> Non
     run(test, decoders=1, decode_timeout_ms=20_000)
 
 
+def test_a_decoder_that_ends_before_it_has_read_the_file_costs_no_request() -> None:
+    async def test(pool: Pool) -> None:
+        (pid,) = pool.pids()
+        os.kill(pid, signal.SIGSTOP)
+        work = asyncio.create_task(pool.decode(SMALL))
+        await asyncio.sleep(0.1)
+        os.kill(pid, signal.SIGKILL)
+        assert (await work).shape == (48, 64, 3)
+        assert not any(map(pool.kills, ("memory", "crash", "timeout")))
+
+    run(test, decoders=1)
+
+
 def test_a_decoder_that_dies_idle_costs_no_request() -> None:
     async def test(pool: Pool) -> None:
         for pid in pool.pids():
             os.kill(pid, signal.SIGKILL)
-        while pool.pids():  # without a turn of the event loop, which would hear of it
-            time.sleep(0.01)
-        assert (await pool.decode(SMALL)).shape == (48, 64, 3)
+        # Some may be gone by now, others only when they have been sent the file.
+        for _ in range(4):
+            assert (await pool.decode(SMALL)).shape == (48, 64, 3)
         assert pool.decoders.ready
+        assert not any(map(pool.kills, ("memory", "crash", "timeout")))
 
     run(test, decoders=2)
 
