@@ -133,10 +133,17 @@ class WorkerProcess:
         failed_starts, delay = 0, self._backoff
         while not self._stopping.is_set():
             began = time.monotonic()
-            last, reason = self._run_process()
-            if last is Fatal or self._stopping.is_set():
-                return
-            failed_starts = 0 if last is Ready else failed_starts + 1
+            try:
+                process = Process(self._settings, self._index, self._runner, self._beat)
+            except Exception as error:
+                # The machine is short of descriptors, processes or memory, which passes. It is no
+                # failed start: the worker was not begun.
+                reason = f"no process can be started: {error}"
+            else:
+                last, reason = self._run_process(process)
+                if last is Fatal or self._stopping.is_set():
+                    return
+                failed_starts = 0 if last is Ready else failed_starts + 1
             if time.monotonic() - began > STEADY:
                 delay = self._backoff
             restarting = failed_starts < MAX_FAILED_STARTS
@@ -147,14 +154,10 @@ class WorkerProcess:
             self._stopping.wait(delay)
             delay = min(2 * delay, MAX_BACKOFF)
 
-    def _run_process(self) -> tuple[type[Ready] | type[Fatal] | None, str]:
+    def _run_process(self, process: Process) -> tuple[type[Ready] | type[Fatal] | None, str]:
         """Run one process to its end: how far it came, and why it ended."""
         reached: type[Ready] | type[Fatal] | None = None
         self._missed_beats = 0
-        try:
-            process = Process(self._settings, self._index, self._runner, self._beat)
-        except Exception as error:
-            return reached, f"cannot start: {error}"
         self._process = process
         if self._stopping.is_set():
             process.close()

@@ -266,3 +266,26 @@ def test_the_processes_end_with_the_api_process(end, tmp_path):
         while any(alive(pid) for pid in pids):
             assert time.monotonic() < until, "the workers outlived the API process"
             time.sleep(0.02)
+
+
+def test_a_machine_that_can_start_no_process_does_not_use_up_the_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short, start = (
+        [OSError(24, "Too many open files")] * (supervision.MAX_FAILED_STARTS + 2),
+        (supervision.Process),
+    )
+
+    def try_to_start(*arguments: Any) -> Any:
+        if short:
+            raise short.pop()
+        return start(*arguments)
+
+    monkeypatch.setattr(supervision, "Process", try_to_start)
+
+    async def scenario() -> None:
+        async with Watched(backoff=0.001) as watched:
+            await watched.until(Ready)
+            assert all(event.restarting for event in watched.events if isinstance(event, Lost))
+
+    asyncio.run(scenario())
