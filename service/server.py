@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from service.app import create_app
 from service.engine.engine import Engine
-from service.http.connections import limit_connections, raise_descriptor_limit
+from service.http.connections import BACKLOG, limit_connections, raise_descriptor_limit
 from service.intake.malloc import keep_freed_memory
 from service.settings import Settings
 from service.telemetry import logs
@@ -67,6 +67,7 @@ def configure(
     return uvicorn.Config(
         app,
         http=limit_connections(settings.upload_timeout_ms / 1000),
+        backlog=BACKLOG,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -28,6 +28,25 @@ class _Json(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class OncePerMinute(logging.Filter):
+    """Lets each message through once a minute: asyncio repeats one for every connection that it
+    cannot accept, thousands a second, with a traceback each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = str(record.msg).partition("\n")[0][:200]
+        now = time.monotonic()
+        if now < self._last.get(message, float("-inf")) + 60:
+            return False
+        if len(self._last) > 100:
+            self._last.clear()
+        self._last[message] = now
+        return True
+
+
 def configure(log_format: Literal["text", "json"]) -> None:
     """Log to standard error: our loggers from INFO, those of other packages from WARNING."""
     handler = logging.StreamHandler()
@@ -35,6 +54,8 @@ def configure(log_format: Literal["text", "json"]) -> None:
     handler.setFormatter(_Json() if log_format == "json" else text)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("tapt").setLevel(logging.INFO)
+    for repetitive in ("asyncio", "uvicorn.error"):
+        logging.getLogger(repetitive).filters[:] = [OncePerMinute()]
     # About damaged input from clients: of no use to the operator, and clients could flood the log.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     for reader in ("PIL", "python_multipart"):
