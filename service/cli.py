@@ -63,11 +63,11 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
 
 def _classify(options: argparse.Namespace, settings: Settings) -> int:
     from service import commands
-    from service.intake.requests import ClassifyOptions
+    from service.intake.requests import ClassifyOptions, TextLimits
 
     body = _body(options)
     try:
-        asked = ClassifyOptions.model_validate(body)
+        asked = ClassifyOptions.model_validate(body, context=TextLimits.of(settings))
     except ValidationError as error:
         raise UsageError(_lines(error)) from None
     if options.seed is not None:  # at the command line, the user is the operator

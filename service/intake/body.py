@@ -7,6 +7,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from service.errors import BadRequest, ServiceError, Unprocessable
+from service.intake.requests import TextLimits
 
 MAX_VALUES = 50_000
 """Values in one request, counted by their commas before parsing: a parsed value takes many times
@@ -27,7 +28,7 @@ async def parse(body: bytes, read: Callable[[bytes], T]) -> T:
     return await asyncio.to_thread(read, body)
 
 
-def read_json(model: type[M], body: bytes) -> M:
+def read_json(model: type[M], body: bytes, limits: TextLimits) -> M:
     """Parse and validate a JSON body.
 
     Raises BadRequest if the body is not JSON, Unprocessable if it does not fit the model or holds
@@ -36,15 +37,15 @@ def read_json(model: type[M], body: bytes) -> M:
     if not body.lstrip().startswith(b"-"):  # a form sent without its content type
         check_value_count(body)
     try:
-        return model.model_validate_json(body)
+        return model.model_validate_json(body, context=limits)
     except ValidationError as error:
         raise _translate(error) from None
 
 
-def validate(model: type[M], fields: object) -> M:
+def validate(model: type[M], fields: object, limits: TextLimits) -> M:
     """Validate parsed fields. Raises Unprocessable."""
     try:
-        return model.model_validate(fields)
+        return model.model_validate(fields, context=limits)
     except ValidationError as error:
         raise _translate(error) from None
 
@@ -66,5 +67,7 @@ def _translate(error: ValidationError) -> ServiceError:
             return Unprocessable(f"The field `{field[:64]}` is unknown.")
         case "missing":
             return Unprocessable(f"The field `{field}` is missing.")
+        case "text_limit":
+            return Unprocessable(f"{first['msg']}.")
     problem = first["msg"].removeprefix("Value error, ")
     return Unprocessable(f"`{field}`: {problem}." if field else f"{problem}.")

@@ -27,12 +27,6 @@ COUNTERATTACK_STEPS = 2  # as published, where the request names none
 
 def check_options(options: ClassifyOptions, settings: Settings) -> None:
     """Raises Unprocessable for options that this server refuses."""
-    labels = options.candidate_labels
-    if len(labels) > settings.max_labels:
-        raise Unprocessable(f"There are {len(labels)} labels; the limit is {settings.max_labels}.")
-    if max(map(len, (options.hypothesis_template or "", *labels))) > settings.max_label_chars:
-        limit = settings.max_label_chars
-        raise Unprocessable(f"A label or the template is longer than {limit} characters.")
     if options.defense and options.defense.seed is not None and not settings.allow_client_seed:
         raise Unprocessable("This server accepts no seed from its clients.")
 

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -11,15 +12,62 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    ValidationInfo,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
+
+from service.settings import Settings
 
 SEED_LIMIT = 2**63
 """Seeds are smaller than this."""
 
 
-def _split(labels: Any) -> Any:
-    return labels.split(",") if isinstance(labels, str) else labels
+@dataclass(frozen=True, slots=True)
+class TextLimits:
+    """How many labels a request may hold, and how many characters a label or the template.
+
+    Passed to pydantic as the validation context: texts are measured before anything else is done
+    with them, because Unicode normalization takes quadratic time for a run of combining marks.
+    """
+
+    labels: int = 1000
+    characters: int = 256
+
+    @classmethod
+    def of(cls, settings: Settings) -> "TextLimits":
+        return cls(settings.max_labels, settings.max_label_chars)
+
+    def check_count(self, count: int) -> None:
+        if count > self.labels:
+            message = "There are {count} labels; the limit is {limit}"
+            raise PydanticCustomError("text_limit", message, {"count": count, "limit": self.labels})
+
+    def check_text(self, text: object) -> None:
+        if isinstance(text, str) and len(text) > self.characters:
+            message = "A label or the template is longer than {limit} characters"
+            raise PydanticCustomError("text_limit", message, {"limit": self.characters})
+
+
+def _limits(info: ValidationInfo) -> TextLimits:
+    return info.context if isinstance(info.context, TextLimits) else TextLimits()
+
+
+def _measure(text: Any, info: ValidationInfo) -> Any:
+    _limits(info).check_text(text)
+    return text
+
+
+def _split_and_measure(labels: Any, info: ValidationInfo) -> Any:
+    limits = _limits(info)
+    if isinstance(labels, str):
+        limits.check_count(labels.count(",") + 1)
+        labels = labels.split(",")
+    if isinstance(labels, list):
+        limits.check_count(len(labels))
+        for label in labels:
+            limits.check_text(label)
+    return labels
 
 
 # Control characters other than white space, and bidirectional embeddings, overrides and isolates,
@@ -34,7 +82,7 @@ def _check_labels(labels: list[str]) -> list[str]:
     for label in labels:
         if _HIDDEN.search(label):
             raise ValueError("a label holds a control character")
-        if all(unicodedata.category(char) in _INVISIBLE for char in label[:1000]):
+        if all(unicodedata.category(char) in _INVISIBLE for char in label):
             raise ValueError("a label is blank")
     # Tokenizers, like people, read the composed and decomposed forms of a letter as the same.
     if len({unicodedata.normalize("NFC", label) for label in labels}) < len(labels):
@@ -53,10 +101,10 @@ def _check_template(template: str) -> str:
 Method = Literal[
     "plain", "ensemble", "apt", "apt-ensemble", "tapt", "tpt", "rtpt", "ttc", "gate", "thrift"
 ]
-Label = Annotated[str, StringConstraints(strip_whitespace=True)]
+Label = Annotated[str, StringConstraints(strip_whitespace=True), BeforeValidator(_measure)]
 Labels = Annotated[
     list[Label],
-    BeforeValidator(_split, json_schema_input_type=list[str] | str),
+    BeforeValidator(_split_and_measure, json_schema_input_type=list[str] | str),
     AfterValidator(_check_labels),
     Field(
         description="Two or more different labels. Surrounding white space is removed. A single "
@@ -66,6 +114,7 @@ Labels = Annotated[
 ]
 Template = Annotated[
     str,
+    BeforeValidator(_measure),
     AfterValidator(_check_template),
     Field(description="The prompt around a label, with one `{}`; null for the server's default."),
 ]

@@ -13,7 +13,7 @@ from service.intake.body import parse, read_json, validate
 from service.intake.image_urls import ImageURL, read_source
 from service.intake.intake import Intake, Ticket
 from service.intake.multipart import read_form
-from service.intake.requests import ClassifyOptions, ClassifyRequest
+from service.intake.requests import ClassifyOptions, ClassifyRequest, TextLimits
 from service.messages import Answer, Task
 
 router = APIRouter(tags=["classification"])
@@ -41,8 +41,8 @@ async def classify(request: Request) -> Response:
     state = request.app.state
     intake: Intake = state.intake
     async with intake.admit(request) as ticket:
-        max_labels = state.settings.max_labels
-        read = partial(_read, content_type=ticket.content_type, max_labels=max_labels)
+        limits = TextLimits.of(state.settings)
+        read = partial(_read, content_type=ticket.content_type, limits=limits)
         source, options = await parse(ticket.body, read)
         task = await intake.prepare(ticket, source, options)
         answer = await state.engine.submit(ticket.permit, task)
@@ -71,10 +71,10 @@ def respond(
 
 
 def _read(
-    body: bytes, content_type: str, max_labels: int
+    body: bytes, content_type: str, limits: TextLimits
 ) -> tuple[bytes | ImageURL, ClassifyOptions]:
     if content_type.lower().startswith("multipart/form-data"):
-        file, fields = read_form(body, content_type, max_labels)
-        return file, validate(ClassifyOptions, fields)
-    asked = read_json(ClassifyRequest, body)
+        file, fields = read_form(body, content_type, limits.labels)
+        return file, validate(ClassifyOptions, fields, limits)
+    asked = read_json(ClassifyRequest, body, limits)
     return read_source(asked.image), asked

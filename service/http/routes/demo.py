@@ -10,6 +10,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from service.http.routes.classify import respond
 from service.intake.body import parse, read_json
 from service.intake.decode import from_base64
 from service.intake.intake import Intake, Ticket
-from service.intake.requests import AttackRequest, ClassifyRequest
+from service.intake.requests import AttackRequest, ClassifyRequest, TextLimits
 from service.messages import Answer, DemoAttack, ProgressEvent, Task
 
 MAX_EPSILON = 16  # levels of 255
@@ -55,7 +56,9 @@ async def classify(request: Request) -> JSONResponse:
     state = request.app.state
     intake: Intake = state.intake
     async with intake.admit(request) as ticket:
-        file, asked = await parse(ticket.body, _read_classify)
+        file, asked = await parse(
+            ticket.body, partial(_read_classify, limits=TextLimits.of(state.settings))
+        )
         task = replace(await intake.prepare(ticket, file, asked), return_views=True)
         answer = await state.engine.submit(ticket.permit, task)
         shown = _with_views(request, ticket, task, answer, asked.top_k)
@@ -99,7 +102,8 @@ async def _attack(request: Request, lines: asyncio.Queue[dict[str, Any] | None])
     intake: Intake = request.app.state.intake
     engine: Engine = request.app.state.engine
     async with intake.admit(request) as ticket:
-        file, asked = await parse(ticket.body, _read_attack)
+        limits = TextLimits.of(request.app.state.settings)
+        file, asked = await parse(ticket.body, partial(_read_attack, limits=limits))
         attack = _limit(asked)
         task = replace(await intake.prepare(ticket, file, asked), attack=attack)
         async with aclosing(engine.stream(ticket.permit, task)) as events:
@@ -137,13 +141,13 @@ async def _stream(
         running.cancel()
 
 
-def _read_classify(body: bytes) -> tuple[bytes, ClassifyRequest]:
-    asked = read_json(ClassifyRequest, body)
+def _read_classify(body: bytes, limits: TextLimits) -> tuple[bytes, ClassifyRequest]:
+    asked = read_json(ClassifyRequest, body, limits)
     return from_base64(asked.image), asked
 
 
-def _read_attack(body: bytes) -> tuple[bytes, AttackRequest]:
-    asked = read_json(AttackRequest, body)
+def _read_attack(body: bytes, limits: TextLimits) -> tuple[bytes, AttackRequest]:
+    asked = read_json(AttackRequest, body, limits)
     return from_base64(asked.image), asked
 
 

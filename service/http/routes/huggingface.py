@@ -3,6 +3,8 @@
 The body of the answer is theirs, a bare list; the defense's report goes into headers.
 """
 
+from functools import partial
+
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
@@ -13,7 +15,7 @@ from service.http.routes.docs import ERROR_RESPONSES, REPORT, REQUEST_ID, descri
 from service.intake.body import parse, read_json
 from service.intake.image_urls import ImageURL, read_source
 from service.intake.intake import Intake
-from service.intake.requests import ClassifyOptions, HFRequest
+from service.intake.requests import ClassifyOptions, HFRequest, TextLimits
 
 router = APIRouter(tags=["classification"])
 
@@ -35,13 +37,14 @@ async def classify(request: Request) -> JSONResponse:
     state = request.app.state
     intake: Intake = state.intake
     async with intake.admit(request) as ticket:
-        source, options = await parse(ticket.body, _read)
+        limits = TextLimits.of(state.settings)
+        source, options = await parse(ticket.body, partial(_read, limits=limits))
         task = await intake.prepare(ticket, source, options)
         answer = await state.engine.submit(ticket.permit, task)
         shown = respond(request, ticket, task, answer, options.top_k)
     return JSONResponse([each.model_dump() for each in shown.labels], headers=report_headers(shown))
 
 
-def _read(body: bytes) -> tuple[bytes | ImageURL, ClassifyOptions]:
-    asked = read_json(HFRequest, body)
+def _read(body: bytes, limits: TextLimits) -> tuple[bytes | ImageURL, ClassifyOptions]:
+    asked = read_json(HFRequest, body, limits)
     return read_source(asked.inputs), asked.options
