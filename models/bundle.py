@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from models.checkpoint import ModelError
 from models.clip import PromptedCLIP
+from models.file_schemas import BundleMetadata, check, read_json
 from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics
 
@@ -94,15 +95,18 @@ def load_bundle(directory: Path, clip: PromptedCLIP, checkpoint_sha256: str) -> 
             statistics were taken with.
     """
     try:
-        meta = json.loads((directory / JSON).read_text(encoding="utf-8"))
+        values = read_json(directory / JSON)
+        if values.get("format") != FORMAT:
+            raise ModelError(f"{directory} is not a defense bundle of format {FORMAT}")
+        meta = check(BundleMetadata, values, JSON)
         tensors = load_file(directory / TENSORS)
+    except ModelError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{directory} is not a complete defense bundle: {error}") from error
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise ModelError(f"{directory} is not a defense bundle of format {FORMAT}")
-    if meta.get("checkpoint_sha256") != checkpoint_sha256:
+    if meta.checkpoint_sha256 != checkpoint_sha256:
         raise ModelError(
-            f"the bundle {directory} was learned on checkpoint {meta.get('checkpoint_sha256')}, "
+            f"the bundle {directory} was learned on checkpoint {meta.checkpoint_sha256}, "
             f"the model is {checkpoint_sha256}"
         )
     # Aligned copies: how a product rounds depends on where its operands lie.
@@ -114,24 +118,51 @@ def load_bundle(directory: Path, clip: PromptedCLIP, checkpoint_sha256: str) -> 
             groups[group][key] = value
         statistics = groups["statistics"]
         bundle = DefenseBundle(
-            DefensePrompts(meta["design"], groups["prompts"]),
+            DefensePrompts(meta.design, groups["prompts"]),
             TokenStatistics(**statistics) if statistics else None,
-            meta["template"],
-            meta["layers"],
-            meta["checkpoint_sha256"],
-            {str(name): float(value) for name, value in meta["suspicion"].items()},
-            meta["false_positive_rate"],
-            meta["provenance"],
+            meta.template,
+            meta.layers,
+            meta.checkpoint_sha256,
+            {str(name): value for name, value in meta.suspicion.items()},
+            meta.false_positive_rate,
+            meta.provenance,
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        _check_tensors(bundle, clip)
+    except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{directory} is not a complete defense bundle: {error}") from error
-    if meta.get("prompts_sha256") != bundle.prompts_sha256:
+    if meta.prompts_sha256 != bundle.prompts_sha256:
         raise ModelError(
-            f"the statistics of {directory} belong to prompts {meta.get('prompts_sha256')}, "
+            f"the statistics of {directory} belong to prompts {meta.prompts_sha256}, "
             f"the prompts are {bundle.prompts_sha256}"
         )
     _check_shapes(bundle, clip, directory)
     return bundle
+
+
+def _check_tensors(bundle: DefenseBundle, clip: PromptedCLIP) -> None:
+    """Raises ValueError unless the tensors can be what their names say, whatever the model."""
+    tensors = {f"prompts.{name}": value for name, value in bundle.prompts.tensors.items()}
+    if bundle.statistics is not None:
+        moments = bundle.statistics.tensors()
+        tensors |= {f"statistics.{name}": value for name, value in moments.items()}
+        if len({value.shape for value in moments.values()}) > 1:
+            raise ValueError("the statistics have different shapes")
+        if any((moments[name] < 0).any() for name in ("clean_var", "adv_var")):
+            raise ValueError("a variance is negative")
+        if not bundle.layers:
+            raise ValueError("there are statistics, but no layers to compare with them")
+    for name, value in tensors.items():
+        dimensions = 3 if name.startswith("statistics.") or name.endswith(".bias") else 4
+        if not value.is_floating_point() or value.dim() != dimensions or not value.numel():
+            raise ValueError(f"{name} is of type {value.dtype} and shape {list(value.shape)}")
+        if not value.isfinite().all():
+            raise ValueError(f"{name} holds a value that is not finite")
+    text, vision = bundle.prompts.text, bundle.prompts.vision
+    if text is not None and text.shape[2] + 3 > clip.context_length:
+        raise ValueError(f"{text.shape[2]} text prompts leave no room for a label")
+    for prompts, layers in ((text, clip.text_layers), (vision, clip.vision_layers)):
+        if prompts is not None and prompts.shape[1] > layers:
+            raise ValueError(f"prompts for {prompts.shape[1]} layers, and the model has {layers}")
 
 
 def _check_shapes(bundle: DefenseBundle, clip: PromptedCLIP, directory: Path) -> None:

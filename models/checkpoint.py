@@ -1,7 +1,6 @@
 """Loading a CLIP checkpoint: the embedded one, a local directory, or a hub id; safetensors only."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,11 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from models.clip import PromptedCLIP
+from models.file_schemas import CheckpointConfig, ImageProcessorConfig, Model, check, read_json
 from models.views import FILTERS, Preprocessing
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -57,6 +56,7 @@ def load_checkpoint(
     kind = config.get("model_type")
     if kind != "clip":
         raise ModelError(f"{name} is a {kind or 'unknown'} checkpoint, not a CLIP")
+    _check(CheckpointConfig, config, name, "config.json")
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
         raise ModelError(f"{name} holds no safetensors weights; pickled ones are never loaded")
@@ -73,7 +73,7 @@ def load_checkpoint(
             attn_implementation="sdpa",
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # transformers fails with whatever a config makes it trip over
         raise ModelError(f"{name} cannot be loaded as a CLIP: {_first_line(error)}") from error
     if report["missing_keys"] or report["mismatched_keys"]:
         raise ModelError(f"{name} lacks weights that its config names")
@@ -141,35 +141,48 @@ def _read_preprocessing(directory: Path, name: str, image_size: int) -> Preproce
         values = _read_json(directory / "preprocessor_config.json", name)
     elif (directory / "processor_config.json").is_file():
         values = _read_json(directory / "processor_config.json", name).get("image_processor", {})
-    size = values.get("size", {"shortest_edge": image_size})
-    size = {"shortest_edge": size} if isinstance(size, int) else size
-    crop = values.get("crop_size", image_size)
-    crop = crop.get("height", image_size) if isinstance(crop, dict) else crop
-    square = (size["height"], size["width"]) if "height" in size else None
-    if not values.get("do_center_crop", True) and square is not None:
-        crop = square[0]
-    if not values.get("do_resize", True):
-        square, size = None, {}
-    resample = values.get("resample", 3)
-    if crop != image_size or resample not in FILTERS:
+    config = _check(ImageProcessorConfig, values, name, "the image processor's settings")
+    short_side: int | None = image_size
+    square = None
+    if size := config.size:
+        short_side = size.shortest_edge
+        if size.height is not None and size.width is not None:
+            square = (size.height, size.width)
+    side = (config.crop_size and config.crop_size.height) or image_size
+    if not config.do_center_crop and square is not None:
+        side = square[0]
+    if not config.do_resize:
+        square = short_side = None
+    if side != image_size or config.resample not in FILTERS:
         raise ModelError(
-            f"{name}: pictures are cropped to {crop} with filter {resample}; "
+            f"{name}: pictures are cropped to {side} with filter {config.resample}; "
             f"this model takes {image_size}, and filters {sorted(FILTERS)} are known"
         )
-    mean, std = values.get("image_mean", OPENAI_MEAN), values.get("image_std", OPENAI_STD)
-    return Preprocessing(crop, size.get("shortest_edge"), square, resample, tuple(mean), tuple(std))
+    mean, std = config.image_mean or OPENAI_MEAN, config.image_std or OPENAI_STD
+    return Preprocessing(
+        side,
+        short_side,
+        square,
+        config.resample,
+        (mean[0], mean[1], mean[2]),
+        (std[0], std[1], std[2]),
+    )
+
+
+def _check(schema: type[Model], values: dict[str, Any], name: str, file: str) -> Model:
+    try:
+        return check(schema, values, file)
+    except ValueError as error:
+        raise ModelError(f"{name}: {error}") from None
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except OSError as error:
         raise ModelError(f"{name} has no readable {path.name}") from error
     except ValueError as error:
-        raise ModelError(f"{name}: {path.name} is not JSON") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{name}: {path.name} is not a JSON object")
-    return values
+        raise ModelError(f"{name}: {error}") from error
 
 
 def _hash(files: list[Path]) -> str:

@@ -52,21 +52,34 @@ class Runner:
     def __init__(self, settings: Settings, index: int) -> None:
         self.progress = time.monotonic()
         self._settings = settings
-        dtype = settings.dtype
         try:
-            self.device = pick_device(settings.device, index)
-            if dtype == "auto":
-                dtype = "float32" if self.device.type == "cpu" else "bfloat16"
-            checkpoint = load_checkpoint(
-                settings.model,
-                self.device,
-                getattr(torch, dtype),
-                settings.model_revision,
-                settings.model_sha256.lower(),
-            )
-            bundle = _find_bundle(settings, checkpoint)
+            self._load(index)
+        except ModelError:
+            raise
         except (DeviceError, models.checkpoint.ModelError) as error:
             raise ModelError(str(error)) from error
+        except Exception as error:  # what an operator's files make a library trip over
+            log.debug("loading failed", exc_info=True)
+            line = next(iter(str(error).splitlines()), "")
+            raise ModelError(
+                f"{settings.model} cannot be loaded: {type(error).__name__}: {line}"
+            ) from error
+        self.ready = self._describe()
+
+    def _load(self, index: int) -> None:
+        settings = self._settings
+        dtype = settings.dtype
+        self.device = pick_device(settings.device, index)
+        if dtype == "auto":
+            dtype = "float32" if self.device.type == "cpu" else "bfloat16"
+        checkpoint = load_checkpoint(
+            settings.model,
+            self.device,
+            getattr(torch, dtype),
+            settings.model_revision,
+            settings.model_sha256.lower(),
+        )
+        bundle = _find_bundle(settings, checkpoint)
         objective = Objective(
             reference=None if bundle is None else bundle.statistics,
             layers=0 if bundle is None else bundle.layers,
@@ -82,7 +95,6 @@ class Runner:
         if settings.method not in self.guard.methods:
             raise ModelError(f"method {settings.method} needs a defense bundle")
         self._warm_up()
-        self.ready = self._describe()
 
     def memory_bytes(self) -> int:
         """Memory in use on the device; on a CPU, the resident memory of this process."""
