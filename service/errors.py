@@ -1,9 +1,9 @@
 """Every error that a client can receive: a status, a type and one sentence.
 
 ServiceError
-  BadRequest 400, Unauthorized 401, NotFound 404, MethodNotAllowed 405, UploadTimeout 408,
-  TooLarge 413, UnsupportedImage 415, Unprocessable 422, QueueFull 429, RateLimited 429,
-  ClientGone 499, InternalError 500, NotReady 503, DeadlineExceeded 504
+  BadRequest 400, Unauthorized 401, Forbidden 403, NotFound 404, MethodNotAllowed 405,
+  UploadTimeout 408, TooLarge 413, UnsupportedImage 415, Unprocessable 422, QueueFull 429,
+  RateLimited 429, ClientGone 499, InternalError 500, NotReady 503, DeadlineExceeded 504
 """
 
 
@@ -25,6 +25,12 @@ class BadRequest(ServiceError):
 
 class Unauthorized(ServiceError):
     status, error_type = 401, "unauthorized"
+
+
+class Forbidden(ServiceError):
+    """A browser asks on behalf of another site."""
+
+    status, error_type = 403, "forbidden"
 
 
 class NotFound(ServiceError):

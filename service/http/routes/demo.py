@@ -25,6 +25,7 @@ from service.http.access_log import error_body
 from service.http.authentication import check_key
 from service.http.response import AttackStage, DemoClassification, ScoredLabel, View, clamp
 from service.http.routes.classify import respond
+from service.http.same_site import check_same_site
 from service.intake.body import parse, read_json
 from service.intake.decode import from_base64
 from service.intake.intake import Intake, Ticket
@@ -46,7 +47,9 @@ async def check_diagnostics(request: Request) -> None:
 
 
 router = APIRouter(
-    prefix="/demo", include_in_schema=False, dependencies=[Depends(check_diagnostics)]
+    prefix="/demo",
+    include_in_schema=False,
+    dependencies=[Depends(check_same_site), Depends(check_diagnostics)],
 )
 
 

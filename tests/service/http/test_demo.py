@@ -360,3 +360,55 @@ def test_views_are_shown_as_they_were_drawn(runner: Runner) -> None:
     whole, *_ = run_attack(runner.guard, None, False)
     assert (shown.view_reports[0].image == whole).all()
     assert not settle(runner, replace(work, return_views=False))[0].view_reports
+
+
+# From where it is driven.
+
+FOREIGN: dict[str, dict[str, str]] = {
+    "a page elsewhere": {"Origin": "https://evil.example"},
+    "a sandboxed page": {"Origin": "null"},
+    "another port here": {"Origin": "http://127.0.0.1:1"},
+    "a name that leads here": {"Host": "evil.example:8000"},
+    "a name that leads here, and its page": {
+        "Host": "evil.example",
+        "Origin": "http://evil.example",
+    },
+    "a name that begins as this machine's": {"Host": "127.0.0.1.evil.example"},
+    "a name that ends as this machine's": {"Host": "evillocalhost"},
+    "an address of the network": {"Host": "10.0.0.1"},
+    "every address": {"Host": "0.0.0.0"},
+    "no name": {"Host": ""},
+    "half an address": {"Host": "[::1"},
+    "a form elsewhere, by an older browser": {"Sec-Fetch-Site": "cross-site"},
+    "another subdomain": {"Sec-Fetch-Site": "same-site"},
+}
+
+
+@pytest.mark.parametrize("headers", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("path", ["/demo/attack", "/demo/classify"])
+def test_another_site_cannot_drive_it(
+    start: START, photo: bytes, path: str, headers: dict[str, str]
+) -> None:
+    server = start(enable_attack_demo=True)
+    asked = {**headers, "Content-Type": "text/plain"}  # as a form of another site posts it
+    answered = server.http.post(path, content=json.dumps(body(photo)), headers=asked)
+    assert answered.status_code == 403
+    assert answered.json()["error_type"] == "forbidden"
+    assert not server.worker.batches
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Host": "localhost:8000", "Origin": "http://localhost:8000"},
+        {"Host": "LOCALHOST", "Sec-Fetch-Site": "same-origin"},
+        {"Host": "[::1]:8000", "Origin": "http://[::1]:8000"},
+        {"Host": "127.9.9.9", "Sec-Fetch-Site": "none"},
+    ],
+)
+def test_this_machine_can(start: START, photo: bytes, headers: dict[str, str]) -> None:
+    server = start(enable_attack_demo=True)
+    asked = body(photo)
+    del asked["attack"]
+    assert server.http.post("/demo/classify", json=asked, headers=headers).status_code == 200
