@@ -47,7 +47,9 @@ function show(tiles, now, before) {
   tiles.queue(value("queue_depth"), String);
   tiles.latency(1000 * mean("request_seconds"), milliseconds);
   tiles.batch(mean("batch_size"), (size) => size.toFixed(1));
-  tiles.suspected(value("suspected_adversarial_total"), (count) => `${count} of ${value("adaptation_steps_count")}`);
+  // Left out for a key without the scope `diagnostics`.
+  const suspected = now.get("tapt_suspected_adversarial_total") ?? NaN;
+  tiles.suspected(suspected, (count) => `${count} of ${value("adaptation_steps_count")}`);
 }
 
 function tile(title, unit) {

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
 
 from service.messages import Answer, Task
 
@@ -18,11 +19,27 @@ NEAR = 0.65
 SIMILARITY = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, NEAR, 0.7, 0.8, 0.9, 1.0)
 
 
+DIAGNOSTICS = {
+    "entropy_before",
+    "entropy_after",
+    "view_agreement",
+    "suspected_adversarial",
+    "label_changed",
+    "query_similarity",
+}
+"""Metrics of how the defense fared. Read before and after a request, they reveal what only keys with
+the scope `diagnostics` may see in its answer."""
+
+
 class Metrics:
-    """Each metric is an attribute, named as it is exposed without the prefix `tapt_`."""
+    """Each metric is an attribute, named as it is exposed without the prefix `tapt_`.
+
+    `registry` has all of them, `open_registry` all but those of DIAGNOSTICS.
+    """
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry(auto_describe=True)
+        self.open_registry = CollectorRegistry(auto_describe=True)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"tapt_{name}", text, labels, registry=registry)
@@ -89,6 +106,9 @@ class Metrics:
             "batch_splits", "Batches run again in parts after a failure.", "reason"
         )
         self.build_info = gauge("build_info", "Constant 1; versions as labels.", "version", "torch")
+        for name, metric in vars(self).items():
+            if isinstance(metric, MetricWrapperBase) and name not in DIAGNOSTICS:
+                self.open_registry.register(metric)
 
     def set_build(self, info: Mapping[str, Any]) -> None:
         """Publish the versions; `info` is that of a worker's Ready."""

@@ -53,25 +53,18 @@ class Runner:
         self.progress = time.monotonic()
         self._settings = settings
         try:
-            self._load(index)
-        except ModelError:
-            raise
-        except (DeviceError, models.checkpoint.ModelError) as error:
+            self._load(settings, index)
+        except (ModelError, DeviceError, models.checkpoint.ModelError) as error:
             raise ModelError(str(error)) from error
-        except Exception as error:  # what an operator's files make a library trip over
-            log.debug("loading failed", exc_info=True)
-            line = next(iter(str(error).splitlines()), "")
-            raise ModelError(
-                f"{settings.model} cannot be loaded: {type(error).__name__}: {line}"
-            ) from error
+        except Exception as error:  # whatever the files make a library trip over
+            what = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise ModelError(f"{settings.model} cannot be loaded: {what}") from error
         self.ready = self._describe()
 
-    def _load(self, index: int) -> None:
-        settings = self._settings
-        dtype = settings.dtype
+    def _load(self, settings: Settings, index: int) -> None:
         self.device = pick_device(settings.device, index)
-        if dtype == "auto":
-            dtype = "float32" if self.device.type == "cpu" else "bfloat16"
+        usual = "float32" if self.device.type == "cpu" else "bfloat16"
+        dtype = usual if settings.dtype == "auto" else settings.dtype
         checkpoint = load_checkpoint(
             settings.model,
             self.device,
@@ -98,9 +91,8 @@ class Runner:
 
     def memory_bytes(self) -> int:
         """Memory in use on the device; on a CPU, the resident memory of this process."""
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return resident_bytes()
+        on_cuda = self.device.type == "cuda"
+        return torch.cuda.memory_allocated(self.device) if on_cuda else resident_bytes()
 
     def run(self, batch: list[Task], settle: Settle, cancelled: Cancelled) -> dict[str, int]:
         """Answer every request of a batch, each as soon as its own loop ends.
@@ -274,10 +266,7 @@ class Runner:
                 },
                 "designs": ["v", "vli", "vlj"],
                 "defenses": self.guard.methods,
-                "versions": {
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                },
+                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             },
             max_batch_tokens=tokens,
             image_tokens=image_tokens,

@@ -7,10 +7,11 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from prometheus_client.exposition import choose_encoder
 
-from service.http.authentication import check_key, check_metrics
+from service.http.authentication import ANYONE, Caller, check_key, check_metrics
 from service.http.routes.docs import describe_errors
 from service.intake.decode import FORMATS, MAX_ASPECT, MAX_LONG_SIDE, MAX_SHORT_SIDE
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 
 router = APIRouter(tags=["operation"], responses=describe_errors(401))
 
@@ -43,7 +44,7 @@ async def info(request: Request) -> dict[str, Any]:
         "max_aspect": MAX_ASPECT,
     }
     return {
-        **request.app.state.engine.info,
+        **_hide_thresholds(request.app.state.engine.info, request.state.caller),
         "service": {"name": "tapt-serve", "version": version("tapt-serve")},
         "defaults": {name: values[name] for name in DEFAULTS},
         "limits": {name: values[name] for name in LIMITS},
@@ -56,6 +57,15 @@ async def info(request: Request) -> dict[str, Any]:
     }
 
 
+def _hide_thresholds(info: dict[str, Any], caller: Caller) -> dict[str, Any]:
+    """An attacker who knows when an answer counts as suspected can stay below."""
+    if caller.may_see_diagnostics or not info.get("bundle"):
+        return info
+    hidden = {"suspicion", "false_positive_rate"}
+    shown = {name: value for name, value in info["bundle"].items() if name not in hidden}
+    return info | {"bundle": shown}
+
+
 @router.get(
     "/metrics",
     summary="Prometheus metrics",
@@ -64,7 +74,13 @@ async def info(request: Request) -> dict[str, Any]:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: Request) -> Response:
-    """Metrics of the API process and its workers."""
-    encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    registry = request.app.state.metrics.registry
+    """Metrics of the API process and its workers; those of DIAGNOSTICS only for keys with the scope
+    `diagnostics`."""
+    metrics: Metrics = request.app.state.metrics
+    caller = getattr(request.state, "caller", ANYONE)  # none where the operator opened the route
+    registry = metrics.registry if caller.may_see_diagnostics else metrics.open_registry
+    try:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    except (ValueError, TypeError):  # a version that is no number; the header is only a wish
+        encode, content_type = choose_encoder("")
     return Response(encode(registry), headers={"Content-Type": content_type})

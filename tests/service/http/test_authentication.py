@@ -4,17 +4,20 @@ import base64
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from conftest import Server
+from fake_worker import READY, FakeWorker, answer
 from fastapi.routing import APIRoute
 
 from service.cli import main
 from service.errors import KeysError
 from service.http.authentication import ANYONE, DIAGNOSTICS, RELOAD, Keys, entry, make_key
+from service.messages import Answer, Task
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
@@ -236,10 +239,10 @@ def test_a_foreign_page_gets_nothing(start: START) -> None:
         for method in ("OPTIONS", "GET", "POST")
         for path in ("/v1/classify", "/", "/info", "/health")
     ]
-    for answer in answers:
-        assert not [name for name in answer.headers if name.startswith("access-control")]
-        if answer.request.method == "OPTIONS":
-            assert answer.status_code == 405
+    for answered in answers:
+        assert not [name for name in answered.headers if name.startswith("access-control")]
+        if answered.request.method == "OPTIONS":
+            assert answered.status_code == 405
 
 
 def test_the_key_command_lists_what_it_makes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,3 +264,68 @@ def test_the_key_command_hashes_a_key_of_ones_own() -> None:
     empty = subprocess.run(command, input="\n", capture_output=True, text=True, check=False)
     assert empty.returncode == 2
     assert empty.stderr.count("\n") == 1
+
+
+def test_what_an_answer_hides_is_in_no_metric_either(start: START, photo: bytes) -> None:
+    """A client that reads `/metrics` before and after its own request sees the difference."""
+
+    def reply(work: Task) -> Answer:
+        return replace(answer(work), entropy_before=0.123, entropy_after=0.456, agreement=0.789)
+
+    keys = ",".join([entry("plain"), entry("trusted", [DIAGNOSTICS])])
+    server = start(FakeWorker(reply), api_keys=keys)
+    image = {"image": base64.b64encode(photo).decode(), "candidate_labels": ["attacked", "b"]}
+
+    def metrics(key: str, accept: str) -> str:
+        headers = {"Authorization": f"Bearer {key}", "Accept": accept}
+        return server.http.get("/metrics", headers=headers).text
+
+    server.http.post("/v1/classify", json=image, headers={"Authorization": "Bearer plain"})
+    telling = ("0.123", "0.456", "0.789", "suspected", "label_changed", "similarity", "agreement")
+    for accept in ("text/plain", "application/openmetrics-text"):
+        seen, hidden = metrics("trusted", accept), metrics("plain", accept)
+        assert all(word in seen for word in telling)
+        assert not [word for word in telling if word in hidden]
+        assert 'tapt_requests_total{code="200",route="/v1/classify"} 1.0' in hidden
+
+
+def test_the_operator_may_open_all_metrics(start: START) -> None:
+    """To Prometheus, on a network of its own."""
+    server = start(api_keys=entry("plain"), open_routes="metrics")
+    assert "tapt_entropy_before" in server.http.get("/metrics").text
+
+
+def test_thresholds_are_for_those_who_see_suspicion(start: START) -> None:
+    bundle = {"design": "vli", "suspicion": {"learned": 0.5}, "false_positive_rate": 0.05}
+    worker = FakeWorker(ready=replace(READY, info=READY.info | {"bundle": bundle}))
+    server = start(worker, api_keys=",".join([entry("plain"), entry("trusted", [DIAGNOSTICS])]))
+
+    def shown(key: str) -> object:
+        headers = {"Authorization": f"Bearer {key}"}
+        return server.http.get("/info", headers=headers).json()["bundle"]
+
+    assert shown("trusted") == bundle
+    assert shown("plain") == {"design": "vli"}
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text;version=1.x",
+        "application/openmetrics-text;version=",
+        "application/openmetrics-text;version=9.9.9;escaping=evil",
+        "application/openmetrics-text;version=" + "9" * 5000,
+        "application/openmetrics-text;version=-1.0.0",
+        "text/plain;version=1.x",
+        "text/plain;version=\u00b2.0.0",
+        "text/plain;version=1.0.0;escaping=\u00e9",
+        ";;;,=,",
+        "*/*",
+        "",
+    ],
+)
+def test_no_wish_for_a_format_is_a_fault(start: START, accept: str) -> None:
+    headers = {"Accept": accept.encode("latin-1")}
+    answered = start().http.get("/metrics", headers=headers)  # type: ignore[arg-type]
+    assert answered.status_code == 200
+    assert "tapt_worker_up" in answered.text
