@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from service.engine.engine import Engine
 from service.engine.permits import Permit
-from service.errors import ClientGone, QueueFull, TooLarge, UploadTimeout
+from service.errors import ClientGone, TooLarge
 from service.intake.body import SMALL_BYTES
 from service.intake.decoders import Decoders
 from service.intake.image_urls import ImageFetcher, ImageURL
@@ -27,13 +27,11 @@ from service.intake.limits import Limits
 from service.intake.options import check_options, resolve_options
 from service.intake.requests import ClassifyOptions
 from service.intake.similarity import Similarity
+from service.intake.uploads import CAPACITY, Uploads
 from service.messages import Task
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.traces import trace_decoding
-
-MAX_ARRIVING = 16
-"""Memory that unfinished bodies may take together, in multiples of `max_body_bytes`."""
 
 
 @dataclass(slots=True)
@@ -66,7 +64,7 @@ class Intake:
         self._similarity = Similarity(settings, metrics)
         self.image_urls = ImageFetcher(settings, metrics)
         self.decoders = Decoders(settings)
-        self._arriving = 0  # bytes of unfinished bodies
+        self.uploads = Uploads(CAPACITY * settings.max_body_bytes, metrics)
 
     def close(self) -> None:
         self.decoders.close()
@@ -134,27 +132,19 @@ class Intake:
         if declared.isdecimal() and int(declared) > limit:
             raise too_large
         body = bytearray()
+        seconds = self._settings.upload_timeout_ms / 1000
         try:
             async with (
-                asyncio.timeout(self._settings.upload_timeout_ms / 1000),
+                self.uploads.receive(request.state.caller.id, seconds) as upload,
                 aclosing(request.stream()) as chunks,
             ):
                 async for chunk in chunks:
                     body += chunk
-                    self._arriving += len(chunk)
                     if len(body) > limit:
                         raise too_large
-                    # A limit on the number of uploads would let a few idle connections block all
-                    # others; a slow upload takes only the bytes that it has sent.
-                    if self._arriving > MAX_ARRIVING * limit:
-                        self._metrics.rejected.labels("uploads").inc()
-                        raise QueueFull("Too much is being uploaded at once.", retry_after=1)
-        except TimeoutError:
-            raise UploadTimeout("The body did not arrive in time.") from None
+                    upload.grow(len(chunk))
         except ClientDisconnect:
             raise ClientGone("The client disconnected.") from None
-        finally:
-            self._arriving -= len(body)
         return bytes(body)
 
     async def _decode(self, ticket: Ticket, file: bytes) -> NDArray[np.uint8]:

@@ -27,8 +27,8 @@ DIAGNOSTICS = {
     "label_changed",
     "query_similarity",
 }
-"""Metrics of how the defense fared. Read before and after a request, they reveal what only keys with
-the scope `diagnostics` may see in its answer."""
+"""Metrics of how the defense fared. Read before and after a request, they reveal what only keys
+with the scope `diagnostics` may see in its answer."""
 
 
 class Metrics:

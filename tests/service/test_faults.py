@@ -387,6 +387,6 @@ def test_clients_that_leave_in_the_middle_leave_nothing_behind(
     eventually(lambda: server.http.post("/v1/classify", json=body()).status_code == 200)
     intake, engine = server.app.state.intake, server.app.state.engine
     server.wait(
-        lambda: intake._arriving == 0 and engine.queue_depth == 0 and not engine._requests,
+        lambda: intake.uploads.bytes == 0 and engine.queue_depth == 0 and not engine._requests,
         PATIENCE,
     )

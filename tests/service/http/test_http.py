@@ -482,22 +482,6 @@ def test_a_slow_upload_holds_no_slot_and_times_out(start: START, photo: bytes) -
         assert client.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
-def test_unfinished_uploads_are_bounded_in_bytes(
-    start: START, photo: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("service.intake.intake.MAX_ARRIVING", 1)
-    server = start(max_body_bytes=2 * len(photo))
-    head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port)) as client:
-        client.sendall(head % (2 * len(photo)) + b"x" * (2 * len(photo) - 1))
-        server.wait(lambda: server.app.state.intake._arriving == 2 * len(photo) - 1)
-        refused = server.http.post("/v1/classify", json=as_json(photo))
-        assert_error(refused, 429, "queue_full")
-        assert refused.headers["retry-after"] == "1"
-    server.wait(lambda: server.app.state.intake._arriving == 0)
-    assert server.http.post("/v1/classify", json=as_json(photo)).is_success
-
-
 def test_a_client_that_leaves_frees_its_place(start: START, photo: bytes) -> None:
     worker = FakeWorker(automatic=False)
     server = start(worker, max_queue_size=1)
