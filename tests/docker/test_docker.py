@@ -129,8 +129,6 @@ def test_compose_names_knobs_files_and_replicas_that_exist() -> None:
         assert ours
         assert not unknown_variables(ours)
         assert {"path": "knobs.env", "required": False} in one["env_file"]
-        assert one["read_only"]
-        assert one["cap_drop"] == ["ALL"]
         assert int(one["stop_grace_period"].rstrip("s")) > Settings().drain_timeout_s + 5
 
     gateway = (DOCKER / "gateway/replicas.conf").read_text()
@@ -147,6 +145,25 @@ def test_compose_names_knobs_files_and_replicas_that_exist() -> None:
             source = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", volume).split(":")[0]
             if source.startswith(".") and source not in made_later:
                 assert (DOCKER / source).exists(), source
+
+
+def test_every_container_of_compose_is_confined() -> None:
+    services = compose()["services"]
+    assert {"gateway", "prometheus", "grafana", "service-1", "service-2"} == services.keys()
+    for name, one in services.items():
+        assert one["read_only"], name
+        assert one["cap_drop"] == ["ALL"], name
+        assert one["security_opt"] == ["no-new-privileges:true"], name
+        assert one["mem_limit"], name
+        assert 0 < one["pids_limit"] <= 2048, name
+        assert not {"privileged", "cap_add", "pid", "ipc", "network_mode"} & one.keys(), name
+        # With a read-only root, what is written goes to a bounded tmpfs or to a named volume.
+        assert all("size=" in mount for mount in one["tmpfs"]), name
+        for volume in one["volumes"]:
+            source = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", volume).split(":")[0]
+            assert volume.endswith(":ro") or source in compose()["volumes"], volume
+        for port in one.get("ports", []):
+            assert name == "gateway" or port.startswith("127.0.0.1:"), port
 
 
 def test_compose_never_opens_the_service_by_an_oversight() -> None:
