@@ -29,6 +29,9 @@ LINGER = 5.0
 """Seconds for which the rest of a refused body is discarded before the connection is closed. Closed
 at once, the system would reset the connection, and the client might never see the refusal."""
 
+DISCARDED = 2**24
+"""Bytes of a refused body that are discarded at most. Of more, nothing is read."""
+
 BACKLOG = 128
 """Connections accepted at once, before any of them can be counted."""
 
@@ -123,7 +126,7 @@ class _Transport:
         """Close once what was written is out; with a body on its way, after LINGER seconds."""
         if self._connection.body_missing and self._connection.lingering is None:
             self._connection.linger()
-            self._transport.resume_reading()
+            self.resume_reading()
             self._transport.write_eof()
         else:
             self._transport.close()
@@ -143,6 +146,7 @@ class _Connection(H11Protocol):
         self.queued = False
         self.lingering: asyncio.TimerHandle | None = None
         self._unread = bytearray()
+        self._discarded = 0
         self._head: asyncio.TimerHandle | None = None
         self._write: asyncio.TimerHandle | None = None
 
@@ -172,6 +176,9 @@ class _Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self.lingering:
+            self._discarded += len(data)
+            if self._discarded > DISCARDED:
+                self.transport.pause_reading()
             return
         self._unread += data
         if self.conn.their_state is h11.DONE and len(self._unread) > AHEAD:

@@ -165,6 +165,23 @@ def test_what_follows_a_refusal_is_not_waited_for_long(
         assert is_reset(lambda: client.sendall(BYTES))
 
 
+def test_a_refused_body_is_discarded_only_so_far(
+    start: START, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "DISCARDED", 2**20)
+    server = start(api_keys=entry("sesame"))
+    with connect(server) as client:
+        client.sendall(CHUNKED)
+        assert client.recv(65536).startswith(b"HTTP/1.1 401 ")
+        client.settimeout(0.5)
+        sent = 0
+        with contextlib.suppress(TimeoutError):
+            while sent < 2**27:
+                sent += client.send(bytes(2**16))
+        assert sent < 2**26  # the rest is in the system's buffers
+    server.wait(lambda: not server._uvicorn.server_state.connections)
+
+
 def test_a_refusal_of_a_whole_request_keeps_the_connection(start: START) -> None:
     server = start(api_keys=entry("sesame"))
     with connect(server) as client:
