@@ -23,6 +23,7 @@ from models.calibration.hardening import Hardening, HardeningTrainer, image_para
 from models.calibration.hardening_run import Run, Validation
 from models.checkpoint import Checkpoint
 from models.data import DataError, open_dataset
+from service import cli
 from tests import tiny
 
 NAMES = ("cat", "dog", "lemon")
@@ -309,6 +310,20 @@ def test_the_written_checkpoint_is_complete(
         *("step", "rate", "seconds", "cross_entropy", "distance", "clean", "attacked")
     }
     assert not list(tmp_path.glob("out.new")) + list(tmp_path.glob("out.old"))
+
+
+def test_the_command_hardens_and_its_checkpoint_answers(
+    directory: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = f"--model {directory} --data {folder} --out {out} --batch 6 --steps 2 --attack-steps 1"
+    assert cli.main(["harden", *flags.split()]) == 0
+    capsys.readouterr()
+    asked = ["--labels", "cat,dog,lemon", "--model", str(out), "--method", "ensemble", "--json"]
+    assert cli.main(["classify", str(folder / "cat" / "0.png"), *asked]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["model"] == "out"
+    assert {label["label"] for label in answer["labels"]} == set(NAMES)
 
 
 def test_pictures_without_labels_are_enough(directory: Path, folder: Path, tmp_path: Path) -> None:
