@@ -129,7 +129,9 @@ def test_the_attack_stays_in_its_ball_and_raises_the_loss(checkpoint: Checkpoint
         assert loss(attacked) > 1.05 * loss(noisy)
 
 
-def test_the_attack_leaves_weights_without_gradients(checkpoint: Checkpoint) -> None:
+def test_the_attack_leaves_weights_without_gradients(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make_trainer(checkpoint)
     seen: list[bool] = []
     losses = trainer.losses
@@ -138,7 +140,7 @@ def test_the_attack_leaves_weights_without_gradients(checkpoint: Checkpoint) -> 
         seen.append(any(p.requires_grad for p in trainer.student.model.parameters()))
         return losses(*arguments)
 
-    trainer.losses = watch  # type: ignore[method-assign]
+    monkeypatch.setattr(trainer, "losses", watch)
     trainer.train_step()
     assert seen == [False, False, True]  # two attack steps, then the update
     assert all(p.grad is None for p in trainer.original.model.parameters())
@@ -387,7 +389,8 @@ def test_too_few_pictures_are_refused(
 def test_pictures_are_decoded_once_for_each_source(
     checkpoint: Checkpoint, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, decoded = open_dataset(folder), []
+    data = open_dataset(folder)
+    decoded: list[int] = []
 
     def read(source: str) -> Any:
         decoded.clear()
@@ -417,9 +420,12 @@ def test_states_are_saved_as_time_passes(
     begun = Run(trainer, tmp_path, {"seed": 0})
     begun.resume()
     save = Run.save
-    monkeypatch.setattr(
-        Run, "save", lambda run, name: (saved.append((name, run.trainer.step)), save(run, name))
-    )
+
+    def watch(run: Run, name: str) -> None:
+        saved.append((name, run.trainer.step))
+        save(run, name)
+
+    monkeypatch.setattr(Run, "save", watch)
     with Progress(disable=True) as bar:
         assert begun.train(None, bar)
     latest = [("latest", step) for step in range(1, 9)]
