@@ -135,6 +135,13 @@ def test_shards_of_other_classes_do_not_mix(shards: Path) -> None:
         open_dataset(shards)
 
 
+def test_several_parquet_files_are_one_data_set(shards: Path) -> None:
+    files = [shards / "b.parquet", shards / "a.parquet"]
+    data = open_dataset(*files)
+    assert len(data) == 7
+    assert [example.label for example in data] == [4, 5, 6, 0, 1, 2, 3]
+
+
 def test_parquet_without_pyarrow_says_what_to_install(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

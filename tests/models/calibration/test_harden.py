@@ -23,6 +23,7 @@ from models.calibration.hardening import Hardening, HardeningTrainer, image_para
 from models.calibration.hardening_run import Run, Validation
 from models.checkpoint import Checkpoint
 from models.data import DataError, open_dataset
+from service import cli
 from tests import tiny
 
 NAMES = ("cat", "dog", "lemon")
@@ -313,6 +314,20 @@ def test_the_written_checkpoint_is_complete(
     assert not list(tmp_path.glob("out.new")) + list(tmp_path.glob("out.old"))
 
 
+def test_the_command_hardens_and_its_checkpoint_answers(
+    directory: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = f"--model {directory} --data {folder} --out {out} --batch 6 --steps 2 --attack-steps 1"
+    assert cli.main(["harden", *flags.split()]) == 0
+    capsys.readouterr()
+    asked = ["--labels", "cat,dog,lemon", "--model", str(out), "--method", "ensemble", "--json"]
+    assert cli.main(["classify", str(folder / "cat" / "0.png"), *asked]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["model"] == "out"
+    assert {label["label"] for label in answer["labels"]} == set(NAMES)
+
+
 def test_pictures_without_labels_are_enough(directory: Path, folder: Path, tmp_path: Path) -> None:
     assert run(directory, folder / "cat", tmp_path / "out", "--steps", "3") == 0
     facts = json.loads((tmp_path / "out" / "hardening.json").read_text())
@@ -406,11 +421,11 @@ def test_states_are_saved_as_time_passes(
     begun.resume()
     save = Run.save
 
-    def note(run: Run, name: str) -> None:
+    def watch(run: Run, name: str) -> None:
         saved.append((name, run.trainer.step))
         save(run, name)
 
-    monkeypatch.setattr(Run, "save", note)
+    monkeypatch.setattr(Run, "save", watch)
     with Progress(disable=True) as bar:
         assert begun.train(None, bar)
     latest = [("latest", step) for step in range(1, 9)]
