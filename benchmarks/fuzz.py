@@ -171,7 +171,7 @@ def main() -> None:
     command = f"python -m benchmarks.fuzz --seconds {options.seconds:g} --seed {options.seed}"
     lines += [
         "",
-        f"Written by `{command}`; none crashed, hung or raised anything else. {machine()}",
+        f"Written by `{command}`. No file caused a crash, a hang or another error. {machine()}",
     ]
     if not options.dry:
         write_section("fuzz", "\n".join(lines))
