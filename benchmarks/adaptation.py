@@ -175,7 +175,7 @@ def describe(rows: list[dict[str, Any]]) -> str:
         "published s",
         "ours s",
         "ratio",
-        "ratio of processor time",
+        "CPU time ratio",
         "images/s",
         "published GB",
         "ours GB",
@@ -229,19 +229,19 @@ def write_page(figures: dict[str, Any]) -> str:
         f"{machine['accelerator'] or machine['cpu']} ({machine['cores']} cores, "
         f"{machine['threads']} threads), torch {machine['torch']}, transformers "
         f"{machine['transformers']}, Python {machine['python']}. "
-        f"{settings['repeats']} repeats in turn, medians; in brackets the lowest and "
-        f"highest ratio. Ceiling: the best matrix product measured in the run, {ceilings} GFLOP/s. "
-        "Both sides read view 0. The published side starts from finished views, one image at a "
-        "time; ours makes its views and the undefended answer too, and knows the labels from "
-        "earlier requests. GB: peak of the process, on a GPU of its allocator. Where the published "
-        "shape is cut into chunks of labels, the pass that this adds is not counted."
+        f"Medians of {settings['repeats']} alternating repeats, with the lowest and highest ratio. "
+        f"Ceiling: the fastest matrix product measured in the run, {ceilings} GFLOP/s. "
+        "Both sides predict from view 0. The published side starts from finished views and takes "
+        "one image at a time. Ours also makes the views and the undefended answer, and has the "
+        "labels' features cached. GB: peak memory of the process, or of the allocator on a GPU. "
+        "Where the published side runs in chunks of labels, the extra pass is not counted."
     )
     if figures["agreement"] is not None:
-        pictures = "drawn" if settings["data"] is None else f"`{Path(settings['data']).name}`"
+        pictures = "synthetic" if settings["data"] is None else f"`{Path(settings['data']).name}`"
         caption += (
-            f" Our defense names the same label in {settings['dtype']} as in "
+            f" Our defense gives the same label in {settings['dtype']} as in "
             f"{settings['published_dtype']} for {figures['agreement']:.1%} of "
-            f"{settings['agreement']} pictures ({pictures}, at most 16 views)."
+            f"{settings['agreement']} images ({pictures}, at most 16 views)."
         )
     made = f"Made by `{figures['command']}`."
     return (

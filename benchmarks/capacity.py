@@ -259,22 +259,22 @@ def write_page(figures: dict[str, Any]) -> str:
         )
         for row in figures["rows"]
     ]
-    heads = ("requests/s", "replicas", "busy", "p99 s", "price an hour", "price a million requests")
+    heads = ("requests/s", "replicas", "busy", "p99 s", "price/hour", "price/million requests")
     batches = ", ".join(f"{n}: {1000 * s:.0f}" for n, s in figures["service_seconds"].items())
     text = (
-        f"Simulated, {REQUESTS:,} requests a question, for a p99 of {figures['target']:g} s. One "
-        f"replica answers at most {figures['throughput']:.2f} requests/s; milliseconds of a batch "
-        f"by its size: {batches}, measured on {hardware(figures['machine'])}. "
+        f"Simulated with {REQUESTS:,} requests per row, for a p99 of {figures['target']:g} s. One "
+        f"replica answers at most {figures['throughput']:.2f} requests/s. Milliseconds per batch, "
+        f"by batch size: {batches}; measured on {hardware(figures['machine'])}. "
         f"{figures['requests']}. "
-        f"The price of a replica, {figures['price']:g} an hour, is an assumption and the flag "
+        f"The price of a replica, {figures['price']:g} an hour, is an assumption; set it with "
         "`--price`."
     )
     alone = ", ".join(f"{times:.1f} with {k}" for k, times in figures["one_by_one"].items())
     half = (
-        "At half of what it answers, by the same simulation, one replica's p99 is "
-        f"{figures['half_load']:.1f} times a single request. Where batches gain nothing and each "
-        "request takes the same time alone, the Poisson arrivals by themselves make it, by the "
-        f"number of workers: {alone}."
+        "In the same simulation, at half of its maximum rate, one replica's p99 is "
+        f"{figures['half_load']:.1f} times the latency of a single request. Random arrivals alone "
+        "explain much of this: if batching saves nothing and every request takes the same time, "
+        f"the factor is, by number of workers: {alone}."
     )
     parts = [tabulate(heads, rows), text, half]
     if figures["check"]:
@@ -290,8 +290,8 @@ def write_page(figures: dict[str, Any]) -> str:
         times = ("p50 s real", "simulated", "p99 s real", "simulated")
         parts += [
             tabulate(("replicas", "requests/s", "n", *times), checked),
-            "Real: that many replicas of one thread each on this machine, requests in turn, at 60% "
-            "of what their batches, timed from outside, would allow.",
+            "Real: single-threaded replicas on this machine, requests distributed in turn, at 60% "
+            "of the rate that their measured batch times allow.",
         ]
     return "\n\n".join([*parts, f"Made by `{figures['command']}`."]) + "\n"
 

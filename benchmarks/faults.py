@@ -236,8 +236,8 @@ def tell(trials: list[Trial]) -> str:
             cut = trial.effect.cut
             last = f", the last after {max(cut):.1f} s" if cut else ""
             text += (
-                f"\n\nOf the {slow} slow uploads {len(cut)} were cut off with 408{last}; the limit "
-                f"of that trial's server is {UPLOAD_SECONDS:g} s."
+                f"\n\n{len(cut)} of the {slow} slow uploads were cut off with 408{last}; the "
+                f"upload timeout in that trial is {UPLOAD_SECONDS:g} s."
             )
     return text
 

@@ -211,7 +211,7 @@ def main() -> int:
     verdict = f"Broken: {'; '.join(broken)}." if broken else "Every promise above held."
     lines += [
         "",
-        "Of the damaged files none crashed, hung or raised anything else.",
+        "No damaged file caused a crash, a hang or another error.",
         "",
         *table,
         "",

@@ -62,12 +62,12 @@ def main() -> None:
     counts = [int(count) for count in options.replicas.split(",")]
     busy = load_average()
     rows = [measure(n, options.seconds, options.clients, options.method) for n in counts]
-    heads = ("replicas", "requests a second", "median ms", "95% ms", "errors")
+    heads = ("replicas", "requests/s", "p50 ms", "p95 ms", "errors")
     text = (
         f"{tabulate(heads, rows)}\n\n"
         f"Embedded model, `{options.method}`, {len(LABELS)} labels, {options.clients} clients, "
-        f"{options.seconds:g} s each; {os.cpu_count()} cores for clients, gateway and replicas "
-        f"together, load {busy:.1f} before. Made by `python -m benchmarks.gateway --replicas "
+        f"{options.seconds:g} s each; clients, gateway and replicas share {os.cpu_count()} cores; "
+        f"load average before the run {busy:.1f}. Made by `python -m benchmarks.gateway --replicas "
         f"{options.replicas} --seconds {options.seconds:g} --clients {options.clients} "
         f"--method {options.method}`."
     )

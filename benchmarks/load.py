@@ -113,8 +113,8 @@ def tell_soak(phase: Phase, minutes: float, same: bool) -> tuple[list[str], list
     }
     line = (
         f"- {len(phase.records)} requests at {phase.factor:g}x for {minutes:g} minutes: "
-        f"{phase.count(200)} answered 200, {phase.count(429)} 429, {others} else; below, the first "
-        f"{WARM_UP:.0%} is left out"
+        f"{phase.count(200)} answered 200, {phase.count(429)} 429, {others} other; the slopes "
+        f"leave out the first {WARM_UP:.0%}"
     )
     return [line], [what for what, holds in found.items() if holds]
 
@@ -140,8 +140,8 @@ def tell_load(
     is not above the capacity they may be few and early, and another load's returns suffice.
     """
     lines = [
-        "| load | sent | 200 | 429 | else | no answer, or two | answers/s "
-        "| p50 s | p99 s | p99 below | came back | let in |",
+        "| load | sent | 200 | 429 | other | no answer or two | answers/s "
+        "| p50 s | p99 s | p99 limit s | retried | retries admitted |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     broken = []
@@ -210,8 +210,8 @@ def run(service: Server, options: argparse.Namespace) -> int:
         lines, broken = tell_load(phases, capacity, queue, batch)
         lines += [
             "",
-            f"p99 must stay below (queue of {queue} + one batch of {batch}) / throughput: the "
-            "measured one where requests were refused, else the capacity.",
+            f"The limit of p99 is (queue of {queue} + one batch of {batch}) / throughput. "
+            "Throughput is the measured one where requests were refused, otherwise the capacity.",
         ]
     verdict = "Broken: " + "; ".join(broken) + "." if broken else "Every promise above held."
     lines += ["", f"{verdict} {facts} Written by `{command_line('benchmarks.load')}`."]

@@ -72,10 +72,10 @@ def panning(photos: Sequence[Pixels], source: np.random.Generator) -> Iterator[P
 STREAMS: dict[str, Stream] = {
     "different photographs": different,
     "retries of the same file": retries,
-    "five files of each photograph": copies,
-    "video, nothing moves": still,
-    "video, a tenth of it moves": passing,
-    "video, the camera turns": panning,
+    "five versions of each photograph": copies,
+    "video, static scene": still,
+    "video, a tenth of the frame moves": passing,
+    "video, the camera pans": panning,
 }
 
 

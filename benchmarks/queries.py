@@ -156,26 +156,26 @@ def tell(figures: dict[str, Any]) -> str:
     waits = hours(asked["queries"], asked["throttle"])
     parts = [
         tabulate(heads, rows),
-        f"Square over HTTP, {asked['epsilon']:g}/255, at most {asked['queries']} queries a "
-        f"picture and {LABELS} labels, the embedded model, pictures of `{asked['data']}` that "
-        "were right at first; broken means that a wrong label came first once. Not attacked, the "
-        "same file is sent as often. Throttled, a "
-        f"key gets {asked['throttle']} pictures alike in an hour, so that {asked['queries']} "
+        f"Square over HTTP, {asked['epsilon']:g}/255, at most {asked['queries']} queries per "
+        f"image, {LABELS} labels, the embedded model, images of `{asked['data']}` that are right "
+        "at first. Broken: a wrong label came first at least once. Not attacked: the same file is "
+        "sent as often. Throttled: a "
+        f"key may send {asked['throttle']} similar images an hour, so that {asked['queries']} "
         f"queries take {waits} hours. Made by `{figures['attacked_by']}`.",
     ]
     traffic = [
         (name, str(one["n"]), f"{100 * one['alike']:.0f}", f"{100 * one['refused']:.0f}")
         for name, one in figures["ordinary"].items()
     ]
-    kinds = ("ordinary traffic of one key", "pictures", "counted as alike, %", "refused, %")
+    kinds = ("ordinary traffic of one key", "images", "counted as similar, %", "refused, %")
     spent = figures["microseconds"]
     parts += [
         tabulate(kinds, traffic),
-        f"In one hour, with {figures['options']['throttle']} pictures alike allowed; photographs "
-        f"of `{figures['options']['ordinary']}`, videos made from them. A fingerprint takes "
-        f"{spent['fingerprint_224']:.0f} us of a picture of 224 pixels a side and "
-        f"{spent['fingerprint_512']:.0f} us of one of 512, a look at a full hour "
-        f"{spent['check']:.0f} us, of processor time. {figures['machine']} "
+        f"Within one hour, with {figures['options']['throttle']} similar images allowed; "
+        f"photographs of `{figures['options']['ordinary']}`, and videos made from them. CPU time: "
+        f"{spent['fingerprint_224']:.0f} us to fingerprint an image of 224 x 224 pixels, "
+        f"{spent['fingerprint_512']:.0f} us for 512 x 512, and {spent['check']:.0f} us to compare "
+        f"with a full hour of fingerprints. {figures['machine']} "
         f"Made by `{figures['command']}`.",
     ]
     return "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""Write the README's answer and tables, and tables of docs/robustness.md.
+"""Write the README's answer and table, and tables of docs/robustness.md and docs/performance.md.
 
 python -m benchmarks.readme --image coffee.png       # starts the service and asks it with curl
 python -m benchmarks.readme --table OUT.json         # of `tapt-serve evaluate --json OUT.json`
@@ -21,12 +21,14 @@ from models.evaluation.scores import difference
 from models.evaluation.table import tabulate
 
 README, ROBUSTNESS, FIGURES = ROOT / "README.md", DOCS / "robustness.md", DOCS / "figures"
+PERFORMANCE = DOCS / "performance.md"
 COMPARED = ("plain under its own attack", "ensemble")
 WHOLE = {"robustness", "adaptive"}  # blocks that show the plot and how well attacks are detected
 KNOWN = {  # to the attacker
-    "transfer": "`transfer` is made on undefended CLIP",
-    "static": "`static` on CLIP with the learned prompts, neither knowing of views or adaptation",
-    "adaptive": "`adaptive` through the whole defense, known but for the seed of its views",
+    "transfer": "`transfer` attacks undefended CLIP and knows nothing about the defense",
+    "static": "`static` attacks CLIP with the learned prompts and knows nothing about views or "
+    "adaptation",
+    "adaptive": "`adaptive` attacks the whole defense and knows all but the seed of the views",
 }
 LABELS = ["espresso", "dog", "school bus", "lemon"]
 
@@ -54,22 +56,23 @@ def tell(figures: dict[str, Any]) -> str:
         own = [found[(defense, *column)] for column in columns]
         lines.append((f"`{defense}`", *map(_percent, own), f"{own[0]['ms_a_picture']:.0f}"))
     heads = ["clean" if t == "clean" else f"{t} {e:g}/255" for t, e in columns]
-    table = tabulate(("defense", *heads, "ms an image"), lines)
+    table = tabulate(("defense", *heads, "ms per image"), lines)
     settings, machine, data = figures["settings"], figures["machine"], figures["data"]
     attack, defense = settings["attack"], settings["defense"]
-    spent = [_count(attack["steps"], "step"), _count(attack["restarts"], "run")]
+    spent = [_count(attack["steps"], "step"), _count(attack["restarts"], "random start")]
     if "square" in figures["attacks"]:
         spent.append(f"{attack['queries']} queries of Square")
     if any(row["threat"] == "adaptive" for row in rows):
         draws = _count(attack["draws"], "draw")
-        spent.append(f"gradients over {draws} of views where a defense draws any")
+        spent.append(f"gradients averaged over {draws} of random views")
     caption = (
-        f"Top-1 accuracy in % with 95% intervals, the same {data['n']} images of `{data['name']}` "
-        f"and {data['classes']} labels in every row; robust means right clean and right attacked. "
-        f"Attacks: {', '.join(figures['attacks'])} with {', '.join(spent)}; "
-        f"{', '.join(KNOWN[t] for t in dict.fromkeys(t for t, _ in columns) if t in KNOWN)}. "
-        f"{_count(defense['views'], 'view')}, {_count(defense['steps'], 'step')} of "
-        f"`{defense['adapts']}` prompts. Milliseconds are of batches of {figures['batch']}. "
+        f"Top-1 accuracy in % with 95% intervals, on the same {data['n']} images of "
+        f"`{data['name']}` and {data['classes']} labels in every row. Under attack, an image "
+        "counts if it is right both without the attack and with it. "
+        f"Attacks: {', '.join(figures['attacks'])} with {', '.join(spent)}. "
+        f"{'; '.join(KNOWN[t] for t in dict.fromkeys(t for t, _ in columns) if t in KNOWN)}. "
+        f"{_count(defense['views'], 'view')}, {_count(defense['steps'], 'step')} on the "
+        f"`{defense['adapts']}` prompts. Time is measured in batches of {figures['batch']}. "
         f"Machine: {machine['cpu']}, {_count(machine['threads'], 'thread')} on "
         f"{machine['cores']} cores, torch {machine['torch']}."
     )
@@ -90,9 +93,9 @@ def compare(figures: dict[str, Any]) -> str:
     heads = (
         "defense",
         "under",
-        "points above undefended CLIP under its own attack, paired 95%",
-        "above `ensemble`",
-        "of its clean accuracy",
+        "points above `plain` under its own attack (paired 95%)",
+        "points above `ensemble`",
+        "share of its clean accuracy",
     )
     return tabulate(heads, lines) if lines else ""
 
@@ -130,14 +133,29 @@ def detect(figures: dict[str, Any]) -> str:
         "defense",
         "under",
         "AUROC",
-        "found in %, 1% of clean ones too",
-        "5% of clean ones too",
+        "% detected at 1% false positives",
+        "% detected at 5% false positives",
     )
     return tabulate(heads, lines) if lines else ""
 
 
+def headline(figures: dict[str, Any]) -> str:
+    """The README's first sentence about robustness: the served defense and undefended CLIP under
+    the adaptive attack, in images of 100."""
+    right = {
+        (row["defense"], row["threat"]): f"{100 * row['accuracy']:.0f}" for row in figures["rows"]
+    }
+    (epsilon,) = {row["epsilon"] for row in figures["rows"] if row["threat"] == "adaptive"}
+    return (
+        f"Measured with the embedded model: if the attacker knows the defense ({epsilon:g}/255), "
+        f"{right['tapt', 'adaptive']} of 100 images keep the right label; without an attack "
+        f"{right['tapt', 'clean']} of 100 are right. For undefended CLIP these figures are "
+        f"{right['plain', 'adaptive']} and {right['plain', 'clean']}."
+    )
+
+
 def hurry(adaptation: dict[str, Any], service: dict[str, Any]) -> str:
-    """How long a picture takes beside the published shape, and what the running server answers."""
+    """Time of one adaptation beside the published computation, and the speed of the server."""
     lines = []
     for row in adaptation["rows"]:
         ours, theirs = row["ours"], row["published"]
@@ -147,33 +165,35 @@ def hurry(adaptation: dict[str, Any], service: dict[str, Any]) -> str:
         seconds = f"{spent[0]:.1f} ({spent[1]:.1f})"
         ratio = f"{row['ratio']:.1f} ({low:.1f} to {high:.1f})"
         lines.append((f"{row['labels']:,}", seconds, ratio, gigabytes))
-    heads = ("labels", "seconds (published shape)", "times as fast", "peak GB (published shape)")
+    heads = ("labels", "seconds (published)", "speedup", "peak GB (published)")
     settings, machine = adaptation["settings"], adaptation["machine"]
     single, full = service["single"], service["saturation"]
     text = (
-        f"Adapting to one picture at {settings['size']} size, {settings['views']} views, "
-        f"{_count(settings['steps'], 'step')}, {settings['dtype']}, both prompts as published: the "
-        "same answer as the published shape (one image, all views with gradients, whole text; in "
-        "chunks of labels where it would not fit, the pass that these add not counted), which is "
-        f"our own baseline. {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}; "
-        f"medians of {settings['repeats']} runs in turn. Made by `{adaptation['command']}`."
+        f"Adapting to one image: {settings['size']}, {settings['views']} views, "
+        f"{_count(settings['steps'], 'step')}, {settings['dtype']}, visual and text prompts. In "
+        "parentheses is our own implementation of the published computation: one image at a time, "
+        "gradients through all views, the full text. It gives the same answer. Where it does not "
+        "fit into memory it runs in chunks of labels, and the extra pass is not counted. "
+        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}; medians of "
+        f"{settings['repeats']} alternating runs. Made by `{adaptation['command']}`."
     )
     asked = describe_requests(service["settings"])
     served = (
-        f"Served on that machine: one request at a time {1000 * single['p50']:.0f} ms at p50 and "
-        f"{1000 * single['p99']:.0f} at p99 (n = {single['n']}); at saturation "
-        f"{full['throughput']:.1f} answers a second, {service['share_of_engine']:.0%} of the bare "
-        f"engine. {asked}. Made by `{service['command']}`."
+        "The server on the same machine: one request at a time takes "
+        f"{1000 * single['p50']:.0f} ms at p50 and {1000 * single['p99']:.0f} ms at p99 "
+        f"(n = {single['n']}); at saturation it answers {full['throughput']:.1f} requests a "
+        f"second, {service['share_of_engine']:.0%} of the engine without a server. {asked}. "
+        f"Made by `{service['command']}`."
     )
-    made = "Both are cut from those runs by `python -m benchmarks.readme --speed DIR`."
+    made = "Both are extracts of these runs by `python -m benchmarks.readme --speed DIR`."
     return "\n\n".join([tabulate(heads, lines), text, f"{served} {made}"])
 
 
 def keep(table: Path, name: str) -> str:
-    """Keep figures, plot and all, beside the page under this name; the plot in Markdown."""
+    """Copy figures and plot to docs/figures under this name; the plot in Markdown."""
     for kind in (".json", ".svg"):
         (FIGURES / f"{name}{kind}").write_bytes(table.with_suffix(kind).read_bytes())
-    return f"![Accuracy over epsilon, a panel a threat model](figures/{name}.svg)"
+    return f"![Accuracy over epsilon, one panel per threat model](figures/{name}.svg)"
 
 
 def _under(row: dict[str, Any]) -> str:
@@ -223,7 +243,7 @@ def main() -> None:
         write_section("answer", ask(options.image), README)
     if options.speed:
         runs = (options.speed / name for name in ("vit-b-32-fp32.json", "service.json"))
-        write_section("speed", hurry(*(json.loads(run.read_text()) for run in runs)), README)
+        write_section("speed", hurry(*(json.loads(run.read_text()) for run in runs)), PERFORMANCE)
     if options.table:
         figures = json.loads(options.table.read_text())
         if options.into:
@@ -235,6 +255,7 @@ def main() -> None:
             write_section(options.into, "\n\n".join(filter(None, parts)), ROBUSTNESS)
         else:
             write_section("table", tell(figures), README)
+            write_section("headline", headline(figures), README)
 
 
 if __name__ == "__main__":

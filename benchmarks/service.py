@@ -93,7 +93,7 @@ def describe_requests(settings: Mapping[str, Any]) -> str:
     return (
         f"Model {settings['model']}, {workers} worker{'s' * (workers > 1)}, batches of at most "
         f"{settings['max_batch_size']}, `{settings['method']}`, {settings['views']} views, "
-        f"{settings['steps']} step of `{settings['adapts']}` prompts, readout "
+        f"{settings['steps']} step on the `{settings['adapts']}` prompts, readout "
         f"`{settings['readout']}`, JPEG of 640 x 480, 10 labels"
     )
 
@@ -113,16 +113,17 @@ def write_page(figures: dict[str, Any]) -> str:
     workers = figures["settings"]["workers"]
     batches = ", ".join(f"{size}: {1000 * s:.0f}" for size, s in figures["service_seconds"].items())
     text = (
-        f"The bare engine answers {figures['engine_throughput']:.2f} images/s in full batches, the "
-        f"server {figures['share_of_engine']:.0%} of that at saturation. At half load p99 is "
-        f"{figures['half_p99_of_single']:.1f} times the median of single requests. The API process "
-        f"spends {api['cpu_ms']:.1f} ms of processor time a request (n = {api['n']}, a worker that "
-        f"answers at once), the decoders {api['decode_ms']:.1f} ms. Milliseconds of a batch in "
-        f"the bare engine by its size: {batches}{', all workers at work' if workers > 1 else ''}."
+        f"Without a server, the engine processes {figures['engine_throughput']:.2f} images/s in "
+        f"full batches; at saturation the server reaches {figures['share_of_engine']:.0%} of that. "
+        f"At half load, p99 is {figures['half_p99_of_single']:.1f} times the median of single "
+        f"requests. The API process uses {api['cpu_ms']:.1f} ms of CPU time per request "
+        f"(n = {api['n']}, with a worker that answers at once), the decoders "
+        f"{api['decode_ms']:.1f} ms. Milliseconds per batch of the engine without a server, "
+        f"by batch size: {batches}{', with all workers busy' if workers > 1 else ''}."
     )
     caption = (
-        f"{describe_requests(settings)}; client, server and worker share the machine. Arrivals "
-        f"are Poisson, latencies count from the scheduled instant. "
+        f"{describe_requests(settings)}. Client, server and worker share the machine. Arrivals "
+        f"are Poisson; latency counts from the scheduled arrival. "
         f"{hardware(machine)}, Python {machine['python']}."
     )
     return "\n\n".join([table, text, caption, f"Made by `{figures['command']}`."]) + "\n"

@@ -110,10 +110,11 @@ def main() -> None:
     gain = difference(other, matched)
     low, high = 100 * gain.low, 100 * gain.high
     text += (
-        f"\n\nWith random deep prompts, attacking the wrong model moves the figure by "
+        f"\n\nWith random deep prompts, attacking the wrong model changes the figure by "
         f"{100 * gain.value:+.1f} points ({low:+.1f} to {high:+.1f}, paired). "
         f"`{options.data.name}`, n = {len(subjects)}, PGD of {Budget(0).steps} steps at "
-        f"{EPSILON}/255, 16 views, one step at the published rate, view 0 read out. {machine()} "
+        f"{EPSILON}/255, 16 views, one step at the published learning rate, "
+        f"prediction from view 0. {machine()} "
         f"Written by `python -m research.reset --data {options.data.name} "
         f"--bundle {options.bundle} --limit {options.limit}`."
     )
@@ -129,10 +130,10 @@ def tell(rows: dict[str, Sequence[list[bool]]]) -> str:
 
     lines = [(name, *map(share, columns)) for name, columns in rows.items()]
     heads = (
-        "every picture starts from",
+        "every image starts from",
         "clean",
         "static, attack on the learned prompts",
-        "static, attack on the prompts that answer",
+        "static, attack on the prompts in use",
     )
     return tabulate(heads, lines)
 

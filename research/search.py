@@ -136,14 +136,14 @@ def tell(known: dict[str, Any]) -> str:
         ms = next(iter(rows.values()))["ms_a_picture"]
         lines.append((name, *cells, *beyond, f"{ms:.0f}"))
     heads = [threat if threat == "clean" else f"{threat} 2/255" for threat in threats]
-    differences = [f"{threat}, beyond the first" for threat in threats]
+    differences = [f"{threat}, against the first row" for threat in threats]
     table = tabulate(("configuration", *heads, *differences, "ms"), lines)
     data, attack = known["run"]["data"], known["run"]["attack"]
     caption = (
         f"Accuracy in % with 95% intervals on {data['n']} training photographs of "
-        f"`{data['name']}`, PGD of {attack['steps']} steps, 16 views unless said; paired "
-        "differences in points. Configurations are chosen here and reported elsewhere. "
-        "Milliseconds were taken while others ran and tell an order of size."
+        f"`{data['name']}`; PGD with {attack['steps']} steps; 16 views unless stated; paired "
+        "differences in points. Configurations are chosen on these images and reported on others. "
+        "Milliseconds are rough, because other jobs ran at the same time."
     )
     return f"{caption}\n\n{table}"
 

@@ -106,10 +106,11 @@ def write_markdown(rows: Sequence[Row]) -> str:
     for defense in dict.fromkeys(row.cell.defense for row in rows):
         own = [found[Cell(defense, *column)] for column in columns]
         lines.append((f"`{defense}`", *(percent(r.accuracy) for r in own), f"{own[0].ms:.0f}"))
-    heads = ("defense", *(head(*column) for column in columns), "ms a picture")
+    heads = ("defense", *(head(*column) for column in columns), "ms per image")
     parts = [
-        f"Accuracy in % with 95% intervals over the same {len(rows[0].right)} pictures. Robust: "
-        "right clean and under every attack. Epsilon is in the model's own pixels.",
+        f"Accuracy in % with 95% intervals on the same {len(rows[0].right)} images. Under attack, "
+        "an image counts if it is right without an attack and under every attack. Epsilon is "
+        "measured in the model's own input pixels.",
         tabulate(heads, lines),
     ]
     if differences := [
@@ -117,9 +118,9 @@ def write_markdown(rows: Sequence[Row]) -> str:
         for r in rows
         for name, d in r.versus.items()
     ]:
-        heads = ("defense", "under", "less", "points, paired 95% interval")
+        heads = ("defense", "under", "compared with", "points, paired 95% interval")
         parts += [
-            "Differences on the same pictures; an interval that holds 0 shows nothing.",
+            "Differences on the same images. An interval that contains 0 shows no difference.",
             tabulate(heads, differences),
         ]
     return "\n\n".join(parts) + "\n"

@@ -35,9 +35,9 @@ def table_of_foretelling(data: Path, directory: Path) -> str:
         # A name's own rank among all, ties against it: foretold to be nothing is not near.
         near = ((likeness >= own[:, None]).sum(1) <= 10).float().mean()
         rows.append((name, f"{float(own.mean()):.3f}", f"{100 * float(near):.1f}"))
-    table = tabulate(("names told by", "cosine", "among the ten nearest, %"), rows)
+    table = tabulate(("predicted from", "cosine", "among the ten nearest, %"), rows)
     return (
         f"The text tower's targets: the features of {len(known):,} published names, a tenth left "
-        "out at a time, as WordNet foretells them from the others. It foretells those of "
-        f"{sum(1 for _ in wordnet.things()):,} names of things in the same way.\n\n{table}"
+        "out at a time and predicted from the others with WordNet. The features of "
+        f"{sum(1 for _ in wordnet.things()):,} more names are predicted in the same way.\n\n{table}"
     )

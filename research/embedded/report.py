@@ -167,9 +167,9 @@ def describe(
             table_of_accuracy(model, tokenizer, data, size),
             "![Training curve](curve.svg)",
             "The curve is measured during the run, in bfloat16, on 1,000 images of each set.",
-            "Labels somebody would type, on the first photograph of each kind in "
-            "`photographs.parquet` (cut to a square, 64 pixels). One photograph each is a check "
-            "for nonsense, not a measurement.",
+            "Labels that a user might type, on the first photograph of each class in "
+            "`photographs.parquet` (center crop, 64 pixels). One photograph per class is a sanity "
+            "check, not a measurement.",
             table_of_rankings(model, tokenizer, data / "photographs.parquet", size),
             table_of_foretelling(data, wordnet),
             "Made by `python -m research.embedded.report --data DIR`.",

@@ -84,7 +84,7 @@ def test_a_load_is_broken_where_the_refused_are_untold_or_never_return(
 
 def test_a_soak_counts_every_status_and_is_broken_by_other_ones_and_by_lost_processes() -> None:
     (line,), broken = tell_soak(phase([200, 200, 429], 9.0), 30, same=True)
-    assert "3 requests at 2x for 30 minutes: 2 answered 200, 1 429, 0 else" in line
+    assert "3 requests at 2x for 30 minutes: 2 answered 200, 1 429, 0 other" in line
     assert broken == []
     assert tell_soak(phase([200, 503], 9.0), 30, same=True)[1] == [
         "1 requests met neither 200 nor 429"
