@@ -24,6 +24,7 @@ from service.http.response import Classification, ScoredLabel, build_response, c
 from service.intake.decode import decode
 from service.intake.options import check_options, resolve_options
 from service.intake.requests import ClassifyOptions
+from service.intake.view_seeds import ViewSeeds
 from service.messages import Answer, Failure, ProgressEvent
 from service.settings import Settings
 from service.worker.process import prepare_torch
@@ -54,7 +55,8 @@ def classify_here(path: Path, options: ClassifyOptions, settings: Settings) -> C
     settled: list[Answer | Failure | ProgressEvent] = []
     with progress.status("Adapting"):
         began = time.monotonic()
-        task = resolve_options(uuid.uuid4().hex, image, options, settings, began)
+        seed = ViewSeeds(settings).of(image)
+        task = resolve_options(uuid.uuid4().hex, image, options, settings, seed=seed, since=began)
         runner.run([task], lambda id, result: settled.append(result), lambda id: False)
         total_seconds = time.monotonic() - began + decode_seconds
     answer = settled[0]

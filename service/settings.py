@@ -129,6 +129,9 @@ class Settings(BaseSettings):
     """Requests that a key may send in a burst above `key_rate`."""
     key_similar_per_hour: int = Field(0, ge=0, le=1000)
     """Similar but unequal images that a key may send in an hour; 0 disables."""
+    view_secret: str = Field("", pattern="^(.{16,})?$", repr=False)
+    """Secret that the random views of an image are derived from, at least 16 characters. Replicas
+    with the same secret give the same answers. Empty: random at startup."""
     allow_client_seed: bool = False
     """Accept the `seed` of a request. With a known seed, an attacker can target the views."""
     allow_image_urls: bool = False

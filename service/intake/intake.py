@@ -28,6 +28,7 @@ from service.intake.options import check_options, resolve_options
 from service.intake.requests import ClassifyOptions
 from service.intake.similarity import Similarity
 from service.intake.uploads import CAPACITY, Uploads
+from service.intake.view_seeds import ViewSeeds
 from service.messages import Task
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
@@ -62,6 +63,7 @@ class Intake:
         self._engine = engine
         self._limits = Limits(settings, metrics)
         self._similarity = Similarity(settings, metrics)
+        self._view_seeds = ViewSeeds(settings)
         self.image_urls = ImageFetcher(settings, metrics)
         self.decoders = Decoders(settings, metrics)
         self.uploads = Uploads(CAPACITY * settings.max_body_bytes, metrics)
@@ -120,7 +122,12 @@ class Intake:
         image = await self._decode(ticket, source)
         await self._check_similarity(ticket, image, source)
         task = resolve_options(
-            ticket.request_id, image, options, self._settings, ticket.permit.since
+            ticket.request_id,
+            image,
+            options,
+            self._settings,
+            seed=self._view_seeds.of(image),
+            since=ticket.permit.since,
         )
         ticket.log |= {
             "labels": len(task.labels),

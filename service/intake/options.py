@@ -1,14 +1,13 @@
 """A client's options, within the server's limits and completed with its defaults."""
 
 import math
-import secrets
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.defenses.catalog import DEFENSES
 from service.errors import Unprocessable
-from service.intake.requests import SEED_LIMIT, ClassifyOptions, DefenseOptions
+from service.intake.requests import ClassifyOptions, DefenseOptions
 from service.messages import Task
 from service.settings import TIERS, Settings
 
@@ -23,12 +22,19 @@ def check_options(options: ClassifyOptions, settings: Settings) -> None:
 
 
 def resolve_options(
-    id: str, image: NDArray[np.uint8], options: ClassifyOptions, settings: Settings, since: float
+    id: str,
+    image: NDArray[np.uint8],
+    options: ClassifyOptions,
+    settings: Settings,
+    *,
+    seed: int,
+    since: float,
 ) -> Task:
     """Make the task for an image, uint8 RGB [height, width, 3].
 
     The server's defaults fill in what the client left out; values above the server's limits are
-    lowered to them. The deadline counts from the instant `since`.
+    lowered to them. `seed` draws the views unless the client names a seed. The deadline counts from
+    the instant `since`.
     """
     wanted = options.defense or DefenseOptions()
     tier = min(wanted.tier or settings.tier, settings.max_tier, key=TIERS.index)
@@ -52,7 +58,7 @@ def resolve_options(
         steps=steps if spec.adapts else 0,
         views=1 if spec.views == "one" else views,
         readout=spec.readout or wanted.readout or settings.readout,
-        seed=secrets.randbelow(SEED_LIMIT) if wanted.seed is None else wanted.seed,
+        seed=seed if wanted.seed is None else wanted.seed,
         deadline=since + timeout / 1000,
         tier=tier,
     )

@@ -1,0 +1,30 @@
+"""The seed of an image's random views.
+
+It is a keyed hash of the decoded pixels. The same image always gets the same views, so that an
+answer is repeatable and asking again reveals nothing new. Without the secret nobody can predict the
+views, and any changed pixel draws others.
+"""
+
+import hashlib
+import secrets
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.intake.requests import SEED_LIMIT
+from service.settings import Settings
+
+
+class ViewSeeds:
+    """Seeds under one secret: `view_secret`, or a random one that ends with the process."""
+
+    def __init__(self, settings: Settings) -> None:
+        given = settings.view_secret.encode()
+        self._key = hashlib.blake2b(given).digest() if given else secrets.token_bytes(64)
+
+    def of(self, image: NDArray[np.uint8]) -> int:
+        """The seed of an image, uint8 RGB [height, width, 3]; at least 0, below SEED_LIMIT."""
+        digest = hashlib.blake2b(key=self._key, digest_size=8)
+        digest.update(repr(image.shape).encode())
+        digest.update(np.ascontiguousarray(image).data)
+        return int.from_bytes(digest.digest()) % SEED_LIMIT
