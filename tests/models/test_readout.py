@@ -15,14 +15,14 @@ from models.readout import (
 
 
 def test_suspicion_is_the_total_variation_from_the_mean_over_views() -> None:
-    undefended = torch.tensor([0.9, 0.1])
-    views = torch.tensor([[0.1, 0.9], [0.7, 0.3], [0.4, 0.6]])  # their mean is 0.4, 0.6
-    assert float(suspicion(undefended, views)) == pytest.approx(0.5)
-    assert float(suspicion(undefended, undefended.expand(5, 2))) == pytest.approx(0, abs=1e-6)
+    undefended = torch.tensor([0.6, 0.3, 0.1])
+    views = torch.tensor([[0.2, 0.5, 0.3], [0.4, 0.1, 0.5]])  # their mean is 0.3, 0.3, 0.4
+    assert float(suspicion(undefended, views)) == pytest.approx(0.3)
+    assert float(suspicion(undefended, undefended.expand(5, 3))) == pytest.approx(0, abs=1e-6)
     apart = suspicion(torch.tensor([1.0, 0.0]), torch.tensor([[0.0, 1.0]] * 4))
     assert float(apart) == pytest.approx(1)
-    batch = suspicion(undefended.expand(3, 2), views.expand(3, 3, 2))
-    assert batch.tolist() == pytest.approx([0.5] * 3)
+    batch = suspicion(undefended.expand(4, 3), views.expand(4, 2, 3))
+    assert batch.tolist() == pytest.approx([0.3] * 4)
 
 
 def test_views_are_weighed_by_the_readout() -> None:
