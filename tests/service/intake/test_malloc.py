@@ -10,11 +10,11 @@ FAULTS = """
 import io, resource, sys
 import numpy as np
 from PIL import Image
-from service.intake.malloc import keep_buffers
+from service.intake.malloc import keep_freed_memory
 from service.intake.decode import decode
 
 if sys.argv[1] == "keep":
-    keep_buffers()
+    keep_freed_memory()
 file = io.BytesIO()
 pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
 Image.fromarray(pixels).save(file, "JPEG")
