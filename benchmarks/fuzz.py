@@ -1,9 +1,9 @@
-"""Damaged image files by the ten thousand: each is decoded or refused, quickly, and nothing else.
+"""Fuzz the image decoder: every damaged file must be decoded or refused, quickly.
 
 python -m benchmarks.fuzz --seconds 60            # for each format; writes docs/reliability.md
 
-A file that brings anything but pixels or a typed error is left in `runs/fuzz/FORMAT`, also when
-the decoder takes the whole process down.
+A file that causes anything but pixels or a typed error is left in `runs/fuzz/FORMAT`, even if the
+decoder crashes the process.
 """
 
 import io
