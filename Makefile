@@ -7,13 +7,15 @@ DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded bundle harden picture robustness static search image image-local smoke lock audit sbom clean benchmark benchmark-gpu heavy load faults soak fuzz
+.PHONY: serve test setup check format parity embedded bundle harden picture robustness static search image image-local smoke lock audit sbom clean benchmark benchmark-gpu heavy load faults soak fuzz mutants
 
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
 
+# All tests, with their coverage, which may not fall; or some, without it: make test ARGS=tests/models.
+# What is not covered: .venv/bin/coverage report --show-missing --skip-covered
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(or $(ARGS),--cov --cov-report=)
 
 setup: .venv/dev
 
@@ -186,6 +188,14 @@ benchmark-gpu: setup
 heavy: setup
 	$(BIN)/python -m pytest -m heavy --timeout 1800
 
+# Whether the tests notice errors put into the method and the engine on purpose; takes hours, and
+# goes on where it was interrupted: make mutants [MUTANTS='models.tapt*']
+mutants: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -e '.[mutants]'
+	$(BIN)/mutmut run $(MUTANTS)
+	$(BIN)/mutmut results
+
 # What is promised under load and of damaged files, see docs/reliability.md. SECONDS: for each load
 # or format; KNOBS: of the server, e.g. KNOBS="--workers 2".
 SECONDS ?= 60
@@ -204,4 +214,4 @@ fuzz: setup
 	$(BIN)/python -m benchmarks.fuzz --seconds $(SECONDS)
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build mutants *.egg-info .coverage*

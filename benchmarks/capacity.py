@@ -2,10 +2,10 @@
 
 python -m benchmarks.capacity --times runs/benchmarks/service.json --target 2.0 --check 20
 
-Arrivals are Poisson; requests go to the replica with the fewest of them (`least`) or in turn;
-each replica forms batches as the scheduler does and takes for a batch what the bare engine was
-measured to take. Replicas stand behind gateways of at most `CELL` each, so that a large fleet is
-many equal cells. `--check` compares with a real run of one and two replicas.
+Arrivals are Poisson; requests go to the replica with the fewest open requests (`least`) or in turn.
+Each replica forms batches as the scheduler does; a batch takes as long as it did in the bare
+engine. At most `CELL` replicas share a gateway, so a large deployment is many equal cells.
+`--check` compares with a real run of one and two replicas.
 """
 
 import argparse
@@ -112,13 +112,13 @@ def p99(replica: Replica, replicas: int, rate: float) -> float:
 
 
 def half_load(replica: Replica) -> float:
-    """The p99 of one replica at half of what it answers, in times a single request."""
+    """The p99 of one replica at half of its throughput, divided by the time of a single request."""
     return p99(replica, 1, replica.throughput / 2) / replica.time(1)
 
 
 def one_by_one(workers: int) -> float:
-    """The same where batches gain nothing: requests are taken one at a time, each for a time of 1,
-    by whichever worker is free first (the queue M/D/k)."""
+    """The same without any gain from batches: each request takes a time of 1, alone, on the worker
+    that is free first (an M/D/k queue)."""
     free, latencies = [0.0] * workers, []
     for now in poisson(workers / 2, 2 * REQUESTS / workers, 0):
         done = max(now, free[0]) + 1
@@ -193,7 +193,7 @@ def _times_through(
 async def _drive_in_turn(
     urls: Sequence[str], arrivals: Sequence[float], requests: Sequence[bytes]
 ) -> list[Record]:
-    """Each replica gets every so-many-th of the arrivals."""
+    """Spread the arrivals over the replicas, in turn."""
     shares = [arrivals[place :: len(urls)] for place in range(len(urls))]
     runs = (drive(url, share, requests) for url, share in zip(urls, shares, strict=True))
     return [record for records in await asyncio.gather(*runs) for record in records]

@@ -1,10 +1,10 @@
-"""Draw what the dashboard's queries find in a real Prometheus while the service has a bad time.
+"""Draw the queries of the dashboard, on a real Prometheus, while the service is overloaded and hit.
 
 python -m benchmarks.dashboard --out docs/figures/dashboard.svg
 
-The service serves the embedded model to Poisson arrivals of photographs. For a while attacked
-pictures come as well (PGD, transfer, 8/255), then three times as many as at first, and at last the
-worker is killed. The picture is ours, not Grafana's.
+Photographs arrive as a Poisson process at a service with the embedded model. For a while attacked
+pictures come as well (PGD, transfer, 8/255), then the load triples, and at last the worker is
+killed. Matplotlib draws the figure, not Grafana.
 """
 
 import asyncio
@@ -85,7 +85,7 @@ def attack(pictures: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Whole requests: a mix of methods and pictures, attacked pictures, and some in a hurry."""
+    """Whole requests: a mix of methods and pictures, attacked pictures, and short deadlines."""
 
     calm: list[bytes]
     attacked: list[bytes]
@@ -102,7 +102,9 @@ def prepare() -> Traffic:
     )
 
 
-async def misuse(server: Server, traffic: Traffic, rate: float, seconds: float) -> list[Record]:
+async def run_scenario(
+    server: Server, traffic: Traffic, rate: float, seconds: float
+) -> list[Record]:
     """The whole run; the records of every request."""
 
     async def phase(begin: float, end: float, times: float, requests: list[bytes]) -> list[Record]:
@@ -206,7 +208,7 @@ def main() -> None:
     traffic, load = prepare(), load_average()
     with Server("--max-queue-size", "8") as server, scrape(server.url) as prometheus:
         start = time.time()
-        records = asyncio.run(misuse(server, traffic, options.rate, options.seconds))
+        records = asyncio.run(run_scenario(server, traffic, options.rate, options.seconds))
         end = time.time()
         attacked, crowded, killed = (
             share * options.seconds for share in (ATTACKED, CROWDED, KILLED)

@@ -1,13 +1,13 @@
-"""Faults injected into the running service, with its model and under load: what its clients saw.
+"""Inject faults into the running service under load, and count what its clients get.
 
 python -m benchmarks.faults --seconds 30
 
-At half of the capacity, open loop, each fault a quarter of the way through. Everybody must be
-answered once, with 200, or 429 or 503 and a time to come back, and the service be ready again; only
-who was held by an API process that was killed, or came while none listened, may have no answer.
-Slow uploads are cut off at the limit, which is a short one on the server of that trial. Writes
-docs/reliability.md; the exit status is 1 where a promise is broken. Faults that need a model that
-misbehaves are tests (tests/service/test_faults.py).
+The load is half of the capacity, open loop; a fault comes after a quarter of it. Every request must
+get one answer, 200, or 429 or 503 with Retry-After, and the service must become ready again. Only
+requests that a killed API process held, or that came before it was restarted, may get no answer.
+Slow uploads are cut off at a limit that is short on the server of that trial. Writes
+docs/reliability.md; the exit status is 1 if a promise is broken. Faults that need a misbehaving
+model are tests (tests/service/test_faults.py).
 """
 
 import asyncio
@@ -28,8 +28,8 @@ from benchmarks.harness.server import Server
 from models.evaluation.table import tabulate
 
 READY = b"GET /readyz HTTP/1.1\r\nHost: faults\r\nConnection: close\r\n\r\n"
-LOOK = 0.05  # seconds between two looks at the readiness
-STEADY = 1.0  # seconds of readiness that count as for good
+POLL_SECONDS = 0.05  # seconds between two looks at the readiness
+STEADY_SECONDS = 1.0  # seconds of readiness that count as for good
 PATIENCE = 120.0  # seconds for it to be ready again
 KNOWN = (200, 429, 503)
 KNOBS = ["--log-format", "json"]
@@ -39,7 +39,7 @@ LATE = 5.0  # seconds after which an upload is not cut off by that limit any mor
 
 @dataclass(slots=True)
 class Effect:
-    """What a fault did that the load's clients cannot see. Instants are of the monotonic clock.
+    """What a fault did that the clients of the load cannot see. Times are of the monotonic clock.
 
     `outage`: from the kill of the API process until the next one listened. `slow`: uploads that
     outlast the limit; `cut`: after how many seconds each was answered 408.
@@ -51,13 +51,13 @@ class Effect:
 
 
 Fault = Callable[[Server, bytes], AbstractAsyncContextManager[Effect]]
-"""Injected on entry; what it still holds is let go on exit, and its effect is known then."""
+"""Injected on entry and cleaned up on exit, when its effect is complete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What one fault did. `unready`: seconds from the fault until it was ready for good. `began`:
-    the load's beginning, from which the records count, by the clock of the effect."""
+    """What one fault did. `unready`: seconds from the fault until the service stayed ready.
+    `began`: when the load and the times of its records began, on the clock of the effect."""
 
     name: str
     records: list[Record]
@@ -72,8 +72,8 @@ class Trial:
     def twice(self) -> int:
         return sum(record.answers > 1 for record in self.records)
 
-    def excused(self, record: Record) -> bool:
-        """Whether it was held by the process that was killed, or came while none listened."""
+    def may_be_lost(self, record: Record) -> bool:
+        """Whether the killed process held it, or it came while none listened."""
         if self.effect.outage is None:
             return False
         killed, listened = (instant - self.began for instant in self.effect.outage)
@@ -81,7 +81,7 @@ class Trial:
 
     @property
     def broken(self) -> list[str]:
-        lost = sum(r.answers == 0 and not self.excused(r) for r in self.records)
+        lost = sum(r.answers == 0 and not self.may_be_lost(r) for r in self.records)
         others = len(self.records) - self.count(*KNOWN, None)
         untold = sum(r.status in (429, 503) and r.retry_after is None for r in self.records)
         uncut = self.effect.slow - len(self.effect.cut)
@@ -110,15 +110,15 @@ async def stop_worker(service: Server, request: bytes) -> AsyncIterator[Effect]:
 
 @asynccontextmanager
 async def kill_server(service: Server, request: bytes) -> AsyncIterator[Effect]:
-    """And start it again on its port, as whoever watches over it does."""
+    """And start it again on its port, as a process manager does."""
     killed = time.monotonic()
     await asyncio.to_thread(service.restart)
     yield Effect(outage=(killed, service.ready_at))
 
 
 @asynccontextmanager
-async def leave(service: Server, request: bytes) -> AsyncIterator[Effect]:
-    """Forty clients that go in the middle of their upload or of their wait."""
+async def clients_leave(service: Server, request: bytes) -> AsyncIterator[Effect]:
+    """Forty clients that disconnect during their upload or while they wait."""
     for share in (0.1, 0.5, 0.9, 1.0):
         for _ in range(10):
             _, writer = await _connect(service)
@@ -131,8 +131,8 @@ async def leave(service: Server, request: bytes) -> AsyncIterator[Effect]:
 
 
 @asynccontextmanager
-async def idle(service: Server, request: bytes) -> AsyncIterator[Effect]:
-    """A thousand connections that say nothing."""
+async def idle_connections(service: Server, request: bytes) -> AsyncIterator[Effect]:
+    """A thousand connections that send nothing."""
     opened = [await _connect(service) for _ in range(1000)]
     yield Effect()
     for _, writer in opened:
@@ -140,8 +140,8 @@ async def idle(service: Server, request: bytes) -> AsyncIterator[Effect]:
 
 
 @asynccontextmanager
-async def dawdle(service: Server, request: bytes) -> AsyncIterator[Effect]:
-    """A hundred uploads of a few bytes a second, after a head that comes at once."""
+async def slow_uploads(service: Server, request: bytes) -> AsyncIterator[Effect]:
+    """A hundred uploads of 16 bytes a second, after a complete head."""
     effect = Effect(slow=100)
     body = request.index(b"\r\n\r\n") + 4
 
@@ -177,14 +177,14 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
     "worker killed": (kill_worker, []),
     "worker stopped (SIGSTOP)": (stop_worker, []),
     "API process killed, started again": (kill_server, []),
-    "40 clients leave in the middle": (leave, []),
-    "1,000 idle connections": (idle, []),
+    "40 clients leave in the middle": (clients_leave, []),
+    "1,000 idle connections": (idle_connections, []),
     "100 uploads of 16 bytes a second": (
-        dawdle,
+        slow_uploads,
         ["--upload-timeout-ms", f"{UPLOAD_SECONDS * 1000:.0f}"],
     ),
 }
-"""Each with what its server is told besides, if that needs a server of its own."""
+"""Each with the knobs of its server, if it needs a server of its own."""
 
 
 async def inject(service: Server, request: bytes, rate: float, seconds: float, name: str) -> Trial:
@@ -194,20 +194,22 @@ async def inject(service: Server, request: bytes, rate: float, seconds: float, n
     await asyncio.sleep(0)  # it begins
     began = time.monotonic()
     await asyncio.sleep(seconds / 4)
-    watching = asyncio.create_task(watch(service, driving))
+    watching = asyncio.create_task(time_unready(service, driving))
     async with fault(service, request) as effect:
         records, unready = await asyncio.gather(driving, watching)
     return Trial(name, records, unready, effect, began)
 
 
-async def watch(service: Server, driving: asyncio.Task[list[Record]]) -> float:
-    """Seconds from now until the service is ready for good, looked at while the load lasts."""
+async def time_unready(service: Server, driving: asyncio.Task[list[Record]]) -> float:
+    """Seconds from now until the service stays ready, polled while the load lasts."""
     began = last = time.monotonic()
-    while last - began < PATIENCE and not (driving.done() and time.monotonic() > last + STEADY):
+    while last - began < PATIENCE and not (
+        driving.done() and time.monotonic() > last + STEADY_SECONDS
+    ):
         (look,) = await drive(service.url, [0.0], [READY])
         if look.status != 200:
             last = time.monotonic()
-        await asyncio.sleep(LOOK)
+        await asyncio.sleep(POLL_SECONDS)
     return last - began
 
 
@@ -215,7 +217,7 @@ async def _connect(service: Server) -> tuple[asyncio.StreamReader, asyncio.Strea
     return await asyncio.open_connection("127.0.0.1", service.port)
 
 
-def tell(trials: list[Trial]) -> str:
+def render(trials: list[Trial]) -> str:
     rows = []
     for trial in trials:
         answered = [r.latency for r in trial.records if r.status == 200]
@@ -243,7 +245,7 @@ def tell(trials: list[Trial]) -> str:
 
 
 def run(seconds: float) -> tuple[list[Trial], float]:
-    """Every trial, and the capacity whose half they were under."""
+    """Every trial, and the capacity; the load of each is half of it."""
     request = post_json(photograph())
     trials = []
     with Server(*KNOBS) as service:
@@ -268,7 +270,7 @@ def main() -> int:
     broken = [what for trial in trials for what in trial.broken]
     verdict = "Broken: " + "; ".join(broken) + "." if broken else "Every promise above held."
     text = (
-        f"{tell(trials)}\n\n{verdict} Load: {capacity / 2:.2f} requests a second, half of the "
+        f"{render(trials)}\n\n{verdict} Load: {capacity / 2:.2f} requests a second, half of the "
         f"capacity, for {options.seconds:g} s each. {machine()} "
         f"Written by `{command_line('benchmarks.faults')}`."
     )

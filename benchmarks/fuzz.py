@@ -1,11 +1,11 @@
-"""Damaged image files by the ten thousand, and files made to be expensive.
+"""Fuzz the image decoder with damaged files, and a running service with expensive ones.
 
 python -m benchmarks.fuzz --seconds 60            # for each format; writes docs/reliability.md
 
-First, damaged files go to the decoder in this process: each is decoded or refused with a typed
-error. One that brings anything else is left in `runs/fuzz/FORMAT`, also when the decoder takes the
-whole process down. Then the files of `bombs`, whole, cut short and damaged, go to a running
-service, and `bombing.py` watches what they cost.
+First, damaged files go to the decoder in this process: each must be decoded or refused with a typed
+error. A file that causes anything else is left in `runs/fuzz/FORMAT`, even if the decoder crashes
+the process. Then the files of `bombs`, whole, cut short and damaged, go to a running service, and
+`bombing.py` watches what they cost.
 """
 
 import io

@@ -4,11 +4,11 @@ python -m benchmarks.load --seconds 60          # 0.5x, 1x, 2x, 10x of the measu
 python -m benchmarks.load --soak 30             # minutes at 0.8x: the slope of the memory
 python -m benchmarks.load ... -- --workers 2    # knobs of the server after the dashes
 
-Open loop, on a server of its own. Every request has one answer; the accepted ones' 99th percentile
-stays below queue / throughput + one batch; who is refused is told when to come back; of those who
-wait as long as Retry-After says, and come when nobody else does, 95% are let in; over a soak no
-process is lost and memory does not grow. The exit status is 1 where one of these is broken or could
-not be seen.
+Open loop, on a server of its own. It checks what docs/reliability.md promises: every request gets
+one answer; the p99 of accepted requests stays below queue / throughput + one batch; every 429 has a
+Retry-After; 95% of the clients that wait for it, until the load is over, are accepted; during a
+soak no process dies and memory does not grow. The exit status is 1 if a promise is broken or could
+not be checked.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from benchmarks.harness.server import Server
 
 LOADS = (0.5, 1.0, 2.0, 10.0)
 SOAK_LOAD = 0.8
-WARM_UP = 0.2  # share of a soak that is not looked at
-FLAT = 10.0  # MiB an hour that count as flat; a short soak still sees the warm-up, and fails
-RETRIED = 0.95  # share of the refused that must be let in at their first retry
+WARM_UP = 0.2  # share of a soak whose memory is not counted
+FLAT = 10.0  # MiB an hour that count as no growth; a short soak sees the warm-up, and fails
+RETRIED = 0.95  # share of first retries that must be accepted
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One load, and those of its refused clients who came back when it was over."""
+    """One load, and the retries of refused clients after it was over."""
 
     factor: float
     records: list[Record]
@@ -44,13 +44,13 @@ class Phase:
         return sum(record.status in statuses for record in self.records)
 
     @property
-    def single(self) -> bool:
+    def answered_once(self) -> bool:
         """Whether every request had exactly one answer."""
         return all(record.answers == 1 for record in [*self.records, *self.retries])
 
     @property
     def untold(self) -> int:
-        """Those that were refused and not told when to come back."""
+        """How many 429 had no Retry-After."""
         asked = [*self.records, *self.retries]
         return sum(record.status == 429 and record.retry_after is None for record in asked)
 
@@ -65,7 +65,7 @@ class Phase:
         return self.count(200) / max(r.ended for r in self.records)
 
     @property
-    def let_in(self) -> float | None:
+    def retries_accepted(self) -> float | None:
         """Share of the retries that were accepted."""
         if not self.retries:
             return None
@@ -75,7 +75,7 @@ class Phase:
 async def load(
     service: Server, request: bytes, rate: float, factor: float, seconds: float
 ) -> Phase:
-    """Offer `factor` times the rate, then let the refused come back when they were told to."""
+    """Offer `factor` times the rate, then retry what was refused as its Retry-After says."""
     records = await drive(service.url, steady(rate * factor, seconds), [request])
     over = max(record.ended for record in records)
     returns = [
@@ -101,12 +101,12 @@ async def soak(
     return Phase(SOAK_LOAD, await driving, []), samples
 
 
-def tell_soak(phase: Phase, minutes: float, same: bool) -> tuple[list[str], list[str]]:
-    """What a soak's clients met, and the promises that were broken. `same`: the processes at its
-    end are those of its beginning."""
+def report_soak(phase: Phase, minutes: float, same: bool) -> tuple[list[str], list[str]]:
+    """The line on answers, and the promises that were broken. `same`: the processes at the end are
+    those at the beginning."""
     others = len(phase.records) - phase.count(200, 429)
     found = {
-        "a request had no answer, or two": not phase.single,
+        "a request had no answer, or two": not phase.answered_once,
         f"{others} requests met neither 200 nor 429": others,
         f"{phase.untold} were refused and not told when to come back": phase.untold,
         "the API process or a worker was lost": not same,
@@ -119,8 +119,8 @@ def tell_soak(phase: Phase, minutes: float, same: bool) -> tuple[list[str], list
     return [line], [what for what, holds in found.items() if holds]
 
 
-def tell_slope(name: str, hours: np.ndarray, mib: np.ndarray) -> tuple[str, list[str]]:
-    """The memory's slope with the straight line's standard error, and whether it is too steep."""
+def report_slope(name: str, hours: np.ndarray, mib: np.ndarray) -> tuple[str, list[str]]:
+    """The slope of memory over time with its standard error, and the promise it breaks."""
     line, spread = np.polyfit(hours, mib, 1, cov=True)
     steep, error = line[0], spread[0, 0] ** 0.5
     told = f"{steep:+.1f} ± {error:.1f} MiB an hour (at the end {mib[-1]:.0f} MiB)"
@@ -128,16 +128,17 @@ def tell_slope(name: str, hours: np.ndarray, mib: np.ndarray) -> tuple[str, list
     return f"- {name}: {told}", [f"the memory of the {name} grows"] if grows else []
 
 
-def tell_load(
+def report_load(
     phases: list[Phase], capacity: float, queue: int, batch: int
 ) -> tuple[list[str], list[str]]:
-    """The table's lines, and the promises that were broken.
+    """The lines of the table, and the promises that were broken.
 
-    Where the queue overflows, the pace is what was measured there: client and server share the
-    machine, and refusing takes time too. Below that the pace is the clients', not the server's.
+    If requests were refused, the bound on p99 uses the throughput of that load: client and server
+    share the machine, and refusing takes time too. Otherwise throughput is what the clients sent,
+    and the bound uses the capacity.
 
-    Refusals of which nobody's turn came after the load prove nothing of Retry-After. Where the load
-    is not above the capacity they may be few and early, and another load's returns suffice.
+    A load whose refused clients were all due before it ended proves nothing about Retry-After. At
+    or below capacity such refusals may be few and early; then the retries of another load suffice.
     """
     lines = [
         "| load | sent | 200 | 429 | other | no answer or two | answers/s "
@@ -152,14 +153,14 @@ def tell_load(
         bound = (queue + batch) / pace
         odd = sum(record.answers != 1 for record in [*phase.records, *phase.retries])
         others = len(phase.records) - phase.count(200, 429)
-        share = "" if phase.let_in is None else f"{phase.let_in:.0%}"
+        share = "" if phase.retries_accepted is None else f"{phase.retries_accepted:.0%}"
         lines.append(
             f"| {phase.factor:g}x | {len(phase.records)} | {phase.count(200)} | {phase.count(429)} "
             f"| {others} | {odd} | {phase.throughput:.2f} | {p50:.2f} | {p99:.2f} | {bound:.2f} "
             f"| {len(phase.retries)} | {share} |"
         )
         name = f"at {phase.factor:g}x"
-        if not phase.single:
+        if not phase.answered_once:
             broken.append(f"{name}: {odd} requests had no answer, or two")
         if others:
             broken.append(f"{name}: {others} requests met neither 200 nor 429")
@@ -169,8 +170,8 @@ def tell_load(
             broken.append(f"{name}: {phase.untold} were refused and not told when to come back")
         if phase.count(429) and not phase.retries and (phase.factor > 1 or not returned):
             broken.append(f"{name}: none of the refused came back, so Retry-After is not proven")
-        if phase.let_in is not None and phase.let_in < RETRIED:
-            broken.append(f"{name}: {phase.let_in:.0%} of the retries were let in")
+        if phase.retries_accepted is not None and phase.retries_accepted < RETRIED:
+            broken.append(f"{name}: {phase.retries_accepted:.0%} of the retries were let in")
     return lines, broken
 
 
@@ -197,9 +198,9 @@ def run(service: Server, options: argparse.Namespace) -> int:
         before = service.pids()
         phase, samples = asyncio.run(soak(service, request, capacity, options.soak * 60))
         hours, api, workers = np.array(samples).T
-        lines, broken = tell_soak(phase, options.soak, service.pids() == before)
+        lines, broken = report_soak(phase, options.soak, service.pids() == before)
         for name, mib in (("API process", api), ("worker", workers)):
-            line, grows = tell_slope(name, hours, mib)
+            line, grows = report_slope(name, hours, mib)
             lines.append(line)
             broken += grows
     else:
@@ -207,7 +208,7 @@ def run(service: Server, options: argparse.Namespace) -> int:
             asyncio.run(load(service, request, capacity, factor, options.seconds))
             for factor in options.loads
         ]
-        lines, broken = tell_load(phases, capacity, queue, batch)
+        lines, broken = report_load(phases, capacity, queue, batch)
         lines += [
             "",
             f"The limit of p99 is (queue of {queue} + one batch of {batch}) / throughput. "

@@ -1,11 +1,11 @@
-"""What an attacker who only asks has to spend, and whom the throttle meets by mistake.
+"""What a black-box attacker has to spend, and what the throttle refuses of ordinary traffic.
 
     python -m benchmarks.queries --data tiny_imagenet_val.parquet --json OUT.json
 
-starts the service once a setting and lets the Square attack ask it over HTTP, a key a picture,
-until the first label is wrong; then sends ordinary traffic through the same fingerprints. The
-table goes into SECURITY.md. `--attacks OUT.json` sends the ordinary traffic alone, and shows the
-attacks of that earlier run again.
+starts the service for every setting and runs the Square attack on it over HTTP, with one key for
+each picture, until the first label is wrong. Then it runs ordinary traffic through the same
+fingerprints. The tables go into SECURITY.md. With `--attacks OUT.json` only the ordinary traffic is
+run, and the attacks of that earlier run are shown again.
 """
 
 import argparse
@@ -44,8 +44,8 @@ about the answers and not about the defense, and are tried on the first one alon
 
 
 @dataclass(slots=True)
-class Siege:
-    """One picture under attack: what was asked, and what came of it."""
+class Target:
+    """One picture under attack, with its queries and their outcome."""
 
     pixels: Tensor
     label: int
@@ -83,67 +83,67 @@ def attack(
     epsilon: float,
     method: str,
     *knobs: str,
-) -> list[Siege]:
+) -> list[Target]:
     """The Square attack on every picture that the service first gets right; with an `epsilon` of 0
     the same picture again and again."""
     source = np.random.default_rng(options.seed)
-    sieges = []
+    targets = []
     for number, (image, name) in enumerate(examples):
         others = [other for other in names if other != name]
         drawn = [str(other) for other in source.choice(others, LABELS - 1, replace=False)]
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
-        sieges.append(Siege(pixels, 0, [name, *drawn], f"key-{number}"))
-    keys = {"TAPT_API_KEYS": ",".join(entry(siege.key) for siege in sieges)}
+        targets.append(Target(pixels, 0, [name, *drawn], f"key-{number}"))
+    keys = {"TAPT_API_KEYS": ",".join(entry(target.key) for target in targets)}
     with (
         Server(*knobs, env=keys) as server,
         httpx.Client(base_url=server.url, timeout=300) as http,
         ThreadPoolExecutor(CLIENTS) as pool,
     ):
-        list(pool.map(lambda siege: siege.ask(http, method, siege.pixels), sieges))
-        held = [siege for siege in sieges if not siege.broken][: options.limit]
-        if not held:
+        list(pool.map(lambda target: target.ask(http, method, target.pixels), targets))
+        correct = [target for target in targets if not target.broken][: options.limit]
+        if not correct:
             raise SystemExit("no picture is right at first")
 
         def model(pixels: Tensor) -> Tensor:
-            """As the attacker sees it: log scores, those of the last answer once it is over."""
+            """Log scores as the attacker sees them; of the last answer once a target is over."""
 
             def row(place: int) -> tuple[float, ...]:
-                siege = held[place]
-                if not siege.over:
-                    siege.ask(http, method, pixels[place])
-                return siege.last
+                target = correct[place]
+                if not target.over:
+                    target.ask(http, method, pixels[place])
+                return target.last
 
-            scores = torch.tensor(list(pool.map(row, range(len(held)))))
+            scores = torch.tensor(list(pool.map(row, range(len(correct)))))
             return scores.clamp(min=1e-9).log()
 
         budget = Budget(epsilon / 255, queries=options.queries)
-        rows = torch.stack([siege.pixels for siege in held])
-        seeds = [np.random.default_rng([options.seed, i]) for i in range(len(held))]
-        search(model, rows, torch.zeros(len(held), dtype=torch.long), budget, seeds)
-    return held
+        rows = torch.stack([target.pixels for target in correct])
+        seeds = [np.random.default_rng([options.seed, i]) for i in range(len(correct))]
+        search(model, rows, torch.zeros(len(correct), dtype=torch.long), budget, seeds)
+    return correct
 
 
-def summarize(held: Sequence[Siege], limit: int) -> dict[str, Any]:
-    """Of the sieges of one setting. A query that a 429 refused is none."""
-    broken = [siege.queries for siege in held if siege.broken]
-    found = wilson(len(broken), len(held))
+def summarize(correct: Sequence[Target], limit: int) -> dict[str, Any]:
+    """Of the targets of one setting. A query that a 429 refused is none."""
+    broken = [target.queries for target in correct if target.broken]
+    found = wilson(len(broken), len(correct))
     return {
-        "n": len(held),
+        "n": len(correct),
         "broken": len(broken),
         "interval": [found.low, found.high],
         "median_queries": statistics.median(broken) if broken else None,
-        "stopped": sum(siege.wait is not None for siege in held),
+        "stopped": sum(target.wait is not None for target in correct),
         "queries_an_hour": limit or None,
     }
 
 
-def hours(queries: int, throttle: int) -> int:
-    """That so many pictures alike take of a key which gets `throttle` in any hour: the first of
-    them at once, the next each an hour after."""
+def throttled_hours(queries: int, throttle: int) -> int:
+    """Hours that so many similar pictures take with a key that may send `throttle` of them an hour:
+    the first batch at once, each further batch an hour later."""
     return max(0, math.ceil(queries / throttle) - 1)
 
 
-def tell(figures: dict[str, Any]) -> str:
+def render(figures: dict[str, Any]) -> str:
     """What SECURITY.md shows."""
     rows = []
     for one in figures["attacks"]:
@@ -153,7 +153,7 @@ def tell(figures: dict[str, Any]) -> str:
         rows.append((f"`{one['method']}`", one["setting"], share, median, str(one["stopped"])))
     heads = ("defense", "answers", "broken (95%)", "median queries", "stopped by 429")
     asked = figures["options"]
-    waits = hours(asked["queries"], asked["throttle"])
+    waits = throttled_hours(asked["queries"], asked["throttle"])
     parts = [
         tabulate(heads, rows),
         f"Square over HTTP, {asked['epsilon']:g}/255, at most {asked['queries']} queries per "
@@ -211,16 +211,18 @@ def main() -> None:
     drawn = dataset.examples(3 * options.limit, seed=options.seed)
     examples = [(one.pixels, dataset.names[one.label]) for one in drawn]
 
-    def fight(method: str, setting: str, epsilon: float, knobs: Sequence[str]) -> dict[str, Any]:
-        held = attack(examples, dataset.names, options, epsilon, method, *knobs)
+    def run_attack(
+        method: str, setting: str, epsilon: float, knobs: Sequence[str]
+    ) -> dict[str, Any]:
+        correct = attack(examples, dataset.names, options, epsilon, method, *knobs)
         limit = options.throttle if "throttled" in setting else 0
-        row = {"method": method, "setting": setting} | summarize(held, limit)
+        row = {"method": method, "setting": setting} | summarize(correct, limit)
         print(json.dumps(row), flush=True)
         return row
 
     if options.attacks:
         kept = json.loads(options.attacks.read_text())
-        fought = {name: kept[name] for name in ("attacks", "options", "attacked_by")}
+        results = {name: kept[name] for name in ("attacks", "options", "attacked_by")}
         if (
             kept["options"]["queries"] != options.queries
             or kept["options"]["data"] != options.data.name
@@ -228,9 +230,9 @@ def main() -> None:
             raise SystemExit("the attacks are of other pictures or another number of queries")
     else:
         asked = vars(options) | {"data": options.data.name, "ordinary": ordinary.name}
-        fought = {
+        results = {
             "attacks": [
-                fight(method, setting, options.epsilon, knobs)
+                run_attack(method, setting, options.epsilon, knobs)
                 for number, method in enumerate(options.methods.split(","))
                 for setting, knobs in settings.items()
                 if not number or setting in DIGITS
@@ -240,11 +242,12 @@ def main() -> None:
             },
             "attacked_by": command,
         }
-    fought["attacks"] += [
-        fight(method, "not attacked", 0.0, ()) for method in filter(None, options.again.split(","))
+    results["attacks"] += [
+        run_attack(method, "not attacked", 0.0, ())
+        for method in filter(None, options.again.split(","))
     ]
     figures = {
-        **fought,
+        **results,
         "ordinary": {
             name: send(stream(photos, source), options.throttle) for name, stream in STREAMS.items()
         },
@@ -255,7 +258,7 @@ def main() -> None:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
-    write_section("queries", tell(figures), PAGE)
+    write_section("queries", render(figures), PAGE)
 
 
 def _command(options: argparse.Namespace, ordinary: Path) -> str:

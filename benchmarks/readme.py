@@ -46,7 +46,7 @@ def ask(image: Path) -> str:
     return f"```\n{typed}\n```\n\n```json\n{_indent(json.loads(answer))}\n```"
 
 
-def tell(figures: dict[str, Any]) -> str:
+def accuracy_table(figures: dict[str, Any]) -> str:
     """Accuracy by defense and threat, and everything that a figure must name."""
     rows = figures["rows"]
     columns = list(dict.fromkeys((row["threat"], row["epsilon"]) for row in rows))
@@ -80,7 +80,7 @@ def tell(figures: dict[str, Any]) -> str:
     return f"{table}\n\n{caption}\n\n{made}"
 
 
-def compare(figures: dict[str, Any]) -> str:
+def differences_table(figures: dict[str, Any]) -> str:
     """How far each row lies from undefended CLIP under the attack made on itself and from the plain
     mean over views, where these were measured, and what of its clean accuracy it keeps."""
     clean = {row["defense"]: row["accuracy"] for row in figures["rows"] if row["threat"] == "clean"}
@@ -100,7 +100,7 @@ def compare(figures: dict[str, Any]) -> str:
     return tabulate(heads, lines) if lines else ""
 
 
-def pair(figures: dict[str, Any], others: dict[str, Any]) -> str:
+def paired_table(figures: dict[str, Any], others: dict[str, Any]) -> str:
     """How far the rows of another run with other settings lie from these, on the same pictures.
 
     Raises SystemExit if the runs are of different pictures.
@@ -121,7 +121,7 @@ def pair(figures: dict[str, Any], others: dict[str, Any]) -> str:
     return tabulate(heads, lines)
 
 
-def detect(figures: dict[str, Any]) -> str:
+def detection_table(figures: dict[str, Any]) -> str:
     """How well the suspicion score tells attacked pictures from clean ones, where it was noted."""
     lines = []
     for row in figures["rows"]:
@@ -154,7 +154,7 @@ def headline(figures: dict[str, Any]) -> str:
     )
 
 
-def hurry(adaptation: dict[str, Any], service: dict[str, Any]) -> str:
+def speed_table(adaptation: dict[str, Any], service: dict[str, Any]) -> str:
     """Time of one adaptation beside the published computation, and the speed of the server."""
     lines = []
     for row in adaptation["rows"]:
@@ -189,7 +189,7 @@ def hurry(adaptation: dict[str, Any], service: dict[str, Any]) -> str:
     return "\n\n".join([tabulate(heads, lines), text, f"{served} {made}"])
 
 
-def keep(table: Path, name: str) -> str:
+def copy_figures(table: Path, name: str) -> str:
     """Copy figures and plot to docs/figures under this name; the plot in Markdown."""
     for kind in (".json", ".svg"):
         (FIGURES / f"{name}{kind}").write_bytes(table.with_suffix(kind).read_bytes())
@@ -243,18 +243,20 @@ def main() -> None:
         write_section("answer", ask(options.image), README)
     if options.speed:
         runs = (options.speed / name for name in ("vit-b-32-fp32.json", "service.json"))
-        write_section("speed", hurry(*(json.loads(run.read_text()) for run in runs)), PERFORMANCE)
+        write_section(
+            "speed", speed_table(*(json.loads(run.read_text()) for run in runs)), PERFORMANCE
+        )
     if options.table:
         figures = json.loads(options.table.read_text())
         if options.into:
-            parts = [tell(figures), compare(figures)]
+            parts = [accuracy_table(figures), differences_table(figures)]
             if options.beside:
-                parts += [pair(figures, json.loads(options.beside.read_text()))]
+                parts += [paired_table(figures, json.loads(options.beside.read_text()))]
             if options.into in WHOLE:
-                parts += [detect(figures), keep(options.table, options.into)]
+                parts += [detection_table(figures), copy_figures(options.table, options.into)]
             write_section(options.into, "\n\n".join(filter(None, parts)), ROBUSTNESS)
         else:
-            write_section("table", tell(figures), README)
+            write_section("table", accuracy_table(figures), README)
             write_section("headline", headline(figures), README)
 
 

@@ -3,10 +3,10 @@
 python -m benchmarks.service --seconds 20 --json OUT
 python -m benchmarks.service ... -- --workers 2     # knobs of the server after the dashes
 
-Arrival times are fixed and wait for no answer. Single: one request at a time. Saturation: twice
-what the bare engine does, the surplus refused. Half load: half of what saturation gave, for a
-thousand requests at least, since the p99 of a few is the worst of them. Writes JSON and, beside it,
-a table in Markdown.
+Arrival times are fixed beforehand. Single: one request at a time. Saturation: twice the rate of the
+bare engine; the surplus is refused. Half load: half of the throughput at saturation, for at least a
+thousand requests, because the p99 of a few is their maximum. Writes JSON and, beside it, a table in
+Markdown.
 """
 
 import argparse

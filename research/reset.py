@@ -101,7 +101,7 @@ def main() -> None:
     clean, clean_forgot = (judge(g, names, subjects, None) for g in (learned, forgot))
     own = robust(learned, learned, clean)
     other, matched = (robust(forgot, target, clean_forgot) for target in (learned, forgot))
-    text = tell(
+    text = render_table(
         {
             "learned prompts": (clean, own, own),
             "random deep prompts": (clean_forgot, other, matched),
@@ -122,7 +122,7 @@ def main() -> None:
     print(text)
 
 
-def tell(rows: dict[str, Sequence[list[bool]]]) -> str:
+def render_table(rows: dict[str, Sequence[list[bool]]]) -> str:
     """The table in Markdown, shares of pictures with intervals."""
 
     def share(right: list[bool]) -> str:

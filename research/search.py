@@ -121,7 +121,7 @@ def describe_run(figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tell(known: dict[str, Any]) -> str:
+def render_table(known: dict[str, Any]) -> str:
     """The table of everything recorded, in Markdown, with paired differences from the baseline."""
     found = {name: {row["threat"]: row for row in rows} for name, rows in known["rows"].items()}
     threats = list(dict.fromkeys(threat for rows in found.values() for threat in rows))
@@ -200,7 +200,7 @@ def main() -> None:
     order = [c.name for c in configurations()]
     known["rows"] = {name: known["rows"][name] for name in order if name in known["rows"]}
     path.write_text(json.dumps(known, indent=1) + "\n")
-    write_section("search", tell(known), DOCS / "robustness.md")
+    write_section("search", render_table(known), DOCS / "robustness.md")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import safetensors.torch
 from models.evaluation.table import tabulate
 from research.embedded.captions import read_nouns
 from research.embedded.losses import center
-from research.embedded.meaning import Kernel, Meaning, foretell
+from research.embedded.meaning import Kernel, Meaning, predict_held_out
 from research.embedded.wordnet import WordNet
 
 PARTS = {
@@ -22,7 +22,7 @@ PARTS = {
 }
 
 
-def table_of_foretelling(data: Path, directory: Path) -> str:
+def held_out_table(data: Path, directory: Path) -> str:
     """Mean cosine to the true feature, and how often the true name is among the ten nearest."""
     wordnet = WordNet.read(directory)
     known = [Meaning(name, wordnet.sense(name)) for name in read_nouns(data).published]
@@ -30,9 +30,9 @@ def table_of_foretelling(data: Path, directory: Path) -> str:
     features = center(stored["features"])
     rows = []
     for name, weights in PARTS.items():
-        likeness = foretell(Kernel(wordnet, weights=weights), known, features) @ features.T
+        likeness = predict_held_out(Kernel(wordnet, weights=weights), known, features) @ features.T
         own = likeness.diagonal()
-        # A name's own rank among all, ties against it: foretold to be nothing is not near.
+        # A name's own rank among all, ties against it: predicted to be nothing is not near.
         near = ((likeness >= own[:, None]).sum(1) <= 10).float().mean()
         rows.append((name, f"{float(own.mean()):.3f}", f"{100 * float(near):.1f}"))
     table = tabulate(("predicted from", "cosine", "among the ten nearest, %"), rows)

@@ -69,10 +69,10 @@ class Kernel:
         glosses = _cosine([*map(self._gloss, left)], [*map(self._gloss, right)])
         names = _cosine([*map(_name, left)], [*map(_name, right)])
         taxonomy, gloss, name = self.weights
-        kinship = self.kinship(left, right) ** self.power
-        return taxonomy * kinship + gloss * glosses + name * names
+        lin_similarity = self.lin_similarity(left, right) ** self.power
+        return taxonomy * lin_similarity + gloss * glosses + name * names
 
-    def kinship(self, left: Sequence[Meaning], right: Sequence[Meaning]) -> Tensor:
+    def lin_similarity(self, left: Sequence[Meaning], right: Sequence[Meaning]) -> Tensor:
         """Lin's similarity (1998) in the taxonomy, [left, right] in [0, 1]; 0 without a synset."""
         content = self.wordnet.information
         above, beside = _members(self.wordnet, left), _members(self.wordnet, right)
@@ -109,7 +109,9 @@ def spread(
     return F.normalize(torch.cat([kernel(chunk, known) @ weights for chunk in chunks]), dim=-1)
 
 
-def foretell(kernel: Kernel, known: Sequence[Meaning], features: Tensor, parts: int = 10) -> Tensor:
+def predict_held_out(
+    kernel: Kernel, known: Sequence[Meaning], features: Tensor, parts: int = 10
+) -> Tensor:
     """Features [known, width] of every name from the names of the other parts alone.
 
     Names of one synset stay in one part, or a synonym would give the answer away.
@@ -117,20 +119,20 @@ def foretell(kernel: Kernel, known: Sequence[Meaning], features: Tensor, parts: 
     groups = sorted({meaning.offset or meaning.name for meaning in known})
     part = {group: place % parts for place, group in enumerate(groups)}
     parts_of = torch.tensor([part[meaning.offset or meaning.name] for meaning in known])
-    foretold = torch.empty_like(features)
+    predicted = torch.empty_like(features)
     for held in range(parts):
         asked, told = ((parts_of == held).nonzero()[:, 0], (parts_of != held).nonzero()[:, 0])
-        foretold[asked] = spread(
+        predicted[asked] = spread(
             kernel, [known[i] for i in told], features[told], [known[i] for i in asked]
         )
-    return foretold
+    return predicted
 
 
 def _members(wordnet: WordNet, meanings: Sequence[Meaning]) -> dict[str, Tensor]:
     """For each ancestor the places of the meanings below it."""
     places: dict[str, list[int]] = {}
     for place, meaning in enumerate(meanings):
-        for ancestor in wordnet.lineages[meaning.offset] if meaning.offset else ():
+        for ancestor in wordnet.ancestors[meaning.offset] if meaning.offset else ():
             places.setdefault(ancestor, []).append(place)
     return {ancestor: torch.tensor(found) for ancestor, found in places.items()}
 

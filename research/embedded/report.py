@@ -22,7 +22,7 @@ from models.data import open_dataset
 from models.evaluation.machine import cpu_name
 from models.evaluation.scores import wilson
 from models.evaluation.table import percent, tabulate
-from research.embedded.lexicon import table_of_foretelling
+from research.embedded.lexicon import held_out_table
 from research.embedded.zeroshot import image_features, rank, stack
 
 BEGIN, END = "<!-- figures: written by research.embedded.report -->", "<!-- end of figures -->"
@@ -171,7 +171,7 @@ def describe(
             "`photographs.parquet` (center crop, 64 pixels). One photograph per class is a sanity "
             "check, not a measurement.",
             table_of_rankings(model, tokenizer, data / "photographs.parquet", size),
-            table_of_foretelling(data, wordnet),
+            held_out_table(data, wordnet),
             "Made by `python -m research.embedded.report --data DIR`.",
         )
     )

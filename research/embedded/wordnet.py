@@ -54,7 +54,7 @@ class WordNet:
         return cls(synsets, senses, {_spaced(many): _spaced(one) for many, one in plurals.items()})
 
     @cached_property
-    def lineages(self) -> dict[str, frozenset[str]]:
+    def ancestors(self) -> dict[str, frozenset[str]]:
         """Each synset's ancestors and itself."""
         known: dict[str, frozenset[str]] = {}
 
@@ -71,7 +71,7 @@ class WordNet:
     @cached_property
     def information(self) -> dict[str, float]:
         """Intrinsic information content (Seco et al. 2004): from 0 at the root to 1 at a leaf."""
-        below = Counter(above for lineage in self.lineages.values() for above in lineage)
+        below = Counter(above for line in self.ancestors.values() for above in line)
         whole = math.log(max(2, len(self.synsets)))
         return {offset: 1 - math.log(below[offset]) / whole for offset in self.synsets}
 
@@ -91,7 +91,7 @@ class WordNet:
         """
         groups = {o for o, synset in self.synsets.items() if TAXONOMY in synset.names}
         for offset, synset in self.synsets.items():
-            if synset.instance or synset.kind not in THINGS or self.lineages[offset] & groups:
+            if synset.instance or synset.kind not in THINGS or self.ancestors[offset] & groups:
                 continue
             common = [name for name in synset.names if name == name.lower()]
             for name in common or synset.names:

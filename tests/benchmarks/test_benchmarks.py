@@ -179,8 +179,8 @@ def figures_of(defense: str, right: str, pictures: list[str]) -> dict[str, Any]:
 def test_runs_are_compared_on_the_same_pictures_and_on_no_others() -> None:
     names = [str(number) for number in range(100)]
     base = figures_of("ensemble", "1" * 40 + "0" * 60, names)
-    table = readme.pair(base, figures_of("tapt", "1" * 50 + "0" * 50, names))
+    table = readme.paired_table(base, figures_of("tapt", "1" * 50 + "0" * 50, names))
     assert "| `tapt` | clean | +10.0 (" in table
     assert "points above `ensemble`, 4 views" in table
     with pytest.raises(SystemExit):
-        readme.pair(base, figures_of("tapt", "1" * 100, names[::-1]))
+        readme.paired_table(base, figures_of("tapt", "1" * 100, names[::-1]))

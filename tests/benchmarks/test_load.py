@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.faults import Effect, Trial, dawdle
+from benchmarks.faults import Effect, Trial, slow_uploads
 from benchmarks.harness.load import Record, drive, poisson, steady
 from benchmarks.harness.requests import post
-from benchmarks.load import Phase, tell_load, tell_soak
+from benchmarks.load import Phase, report_load, report_soak
 from tests.conftest import Server
 
 
@@ -79,20 +79,20 @@ UNPROVEN = "none of the refused came back, so Retry-After is not proven"
 def test_a_load_is_broken_where_the_refused_are_untold_or_never_return(
     phases: list[Phase], broken: list[str]
 ) -> None:
-    assert tell_load(phases, capacity=1.0, queue=64, batch=16)[1] == broken
+    assert report_load(phases, capacity=1.0, queue=64, batch=16)[1] == broken
 
 
 def test_a_soak_counts_every_status_and_is_broken_by_other_ones_and_by_lost_processes() -> None:
-    (line,), broken = tell_soak(phase([200, 200, 429], 9.0), 30, same=True)
+    (line,), broken = report_soak(phase([200, 200, 429], 9.0), 30, same=True)
     assert "3 requests at 2x for 30 minutes: 2 answered 200, 1 429, 0 other" in line
     assert broken == []
-    assert tell_soak(phase([200, 503], 9.0), 30, same=True)[1] == [
+    assert report_soak(phase([200, 503], 9.0), 30, same=True)[1] == [
         "1 requests met neither 200 nor 429"
     ]
-    assert tell_soak(phase([429], None), 30, same=True)[1] == [
+    assert report_soak(phase([429], None), 30, same=True)[1] == [
         "1 were refused and not told when to come back"
     ]
-    assert tell_soak(phase([200], None), 30, same=False)[1] == [
+    assert report_soak(phase([200], None), 30, same=False)[1] == [
         "the API process or a worker was lost"
     ]
 
@@ -150,7 +150,7 @@ def test_slow_uploads_are_seen_to_be_cut_off(
     request = post("/v1/classify", b"x" * 5000)
 
     async def scenario(server: Server) -> Effect:
-        async with dawdle(server, request) as effect:  # type: ignore[arg-type]
+        async with slow_uploads(server, request) as effect:  # type: ignore[arg-type]
             pass
         return effect
 

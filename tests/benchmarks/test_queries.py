@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.queries import hours
+from benchmarks.queries import throttled_hours
 from service.errors import RateLimited
 from service.intake.similarity import CODES, WINDOW, Fingerprint, Similarity
 from service.settings import Settings
@@ -22,4 +22,4 @@ def test_whoever_waits_as_told_takes_the_hours_that_are_told(queries: int, throt
         except RateLimited as refusal:
             now += refusal.retry_after or 0.0
             similarity.check("a", alike)
-    assert now / WINDOW == pytest.approx(hours(queries, throttle))
+    assert now / WINDOW == pytest.approx(throttled_hours(queries, throttle))

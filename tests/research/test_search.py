@@ -3,7 +3,7 @@
 import pytest
 
 from models.evaluation.command import parser
-from research.search import BASELINE, DOCS, MOST, configurations, tell
+from research.search import BASELINE, DOCS, MOST, configurations, render_table
 
 
 def test_configurations_are_bounded_distinct_and_understood() -> None:
@@ -23,7 +23,7 @@ def test_the_table_names_its_threats_pairs_with_the_baseline_and_leaves_gaps_ope
     clean = {**row, "pictures": "1" * 50 + "0" * 50}
     hurt = {**clean, "threat": "transfer", "accuracy": 0.25, "pictures": "1" * 25 + "0" * 75}
     better = {**clean, "pictures": "1" * 60 + "0" * 40}
-    text = tell({"run": RUN, "rows": {BASELINE: [clean, hurt], "b": [better]}})
+    text = render_table({"run": RUN, "rows": {BASELINE: [clean, hurt], "b": [better]}})
     assert "| configuration | clean | transfer 2/255 | clean, beyond the first |" in text
     assert f"| {BASELINE} | 50.0 (40.0 to 60.0) | 25.0 (40.0 to 60.0) | +0.0 (" in text
     (line,) = (line for line in text.splitlines() if line.startswith("| b |"))

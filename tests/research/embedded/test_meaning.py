@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from research.embedded.captions import Nouns
 from research.embedded.losses import Targets
-from research.embedded.meaning import Kernel, Meaning, foretell, spread
+from research.embedded.meaning import Kernel, Meaning, predict_held_out, spread
 from research.embedded.wordnet import WordNet
 
 DATA = """\
@@ -56,7 +56,7 @@ def test_the_database_reads(wordnet: WordNet) -> None:
     tench = wordnet.synsets["00000004"]
     assert tench.names == ("tench", "Tinca tinca")
     assert tench.gloss == "a fish of lakes"
-    assert wordnet.lineages["00000004"] == {"00000001", "00000002", "00000003", "00000004"}
+    assert wordnet.ancestors["00000004"] == {"00000001", "00000002", "00000003", "00000004"}
     assert wordnet.information["00000004"] == 1
     assert wordnet.information["00000001"] == 0
 
@@ -88,7 +88,7 @@ def test_things_are_neither_latin_nor_single_nor_groups(wordnet: WordNet) -> Non
 def test_kinship_is_lins(wordnet: WordNet) -> None:
     tench, carp, barn = (Meaning(name, wordnet.sense(name)) for name in ("tench", "carp", "barn"))
     kernel, fish = Kernel(wordnet), wordnet.information["00000003"]
-    found = kernel.kinship([tench], [tench, carp, barn, Meaning("zeppelin", None)])[0]
+    found = kernel.lin_similarity([tench], [tench, carp, barn, Meaning("zeppelin", None)])[0]
     # Leaves have the content 1: twice the common ancestor's over two.
     assert torch.allclose(found, torch.tensor([1.0, fish, 0.0, 0.0]))
 
@@ -110,9 +110,9 @@ def test_foretelling_does_not_look(wordnet: WordNet) -> None:
     known = [Meaning(name, wordnet.sense(name)) for name in ("carp", "fish", "barn", "church")]
     features = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     kernel = Kernel(wordnet)
-    foretold = foretell(kernel, known, features, parts=4)
+    predicted = predict_held_out(kernel, known, features, parts=4)
     others = spread(kernel, known[1:], features[1:], known[:1])
-    assert torch.allclose(foretold[0], others[0], atol=1e-6)
+    assert torch.allclose(predicted[0], others[0], atol=1e-6)
 
 
 def test_classes_and_other_names_take_their_features_from_kin(wordnet: WordNet) -> None:
