@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Build and run the images without a Docker engine: the same Dockerfiles, built by Debian's buildah as
-# root, on a base made by debootstrap. Nothing is pulled from a registry.
+# Build and run the images without a Docker engine: the same Dockerfiles, built by Debian's buildah
+# as root, on a base made by debootstrap. Nothing is pulled from a registry.
 #
 #     docker/local.sh build cpu|cuda|gateway          # makes localhost/tapt-serve:TARGET
 #     docker/local.sh run IMAGE SCRIPT [FROM:TO...]   # start it; pipe SCRIPT to its Python
 #     docker/local.sh size IMAGE
 #
-# WHEELS=DIR is a directory of wheels to use in addition to the index. PIP_INDEX_URL, TORCH_INDEX and
-# DEBIAN_MIRROR replace the default addresses. STORE is the directory of the images.
+# WHEELS=DIR is a directory of wheels to use in addition to the index. PIP_INDEX_URL, TORCH_INDEX
+# and DEBIAN_MIRROR replace the default addresses. STORE is the directory of the images.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -53,9 +53,9 @@ build() {
         "${options[@]}" .
 }
 
-# Run the container hardened: its own user, a read-only root, its own /tmp, only a loopback network, no
-# capabilities, FROM mounted read-only at TO. EXTRA contains more variables. The exit status is that of
-# the script, of the health check, or of the service if it does not stop cleanly on SIGTERM.
+# Run the container hardened: its own user, a read-only root, its own /tmp, only a loopback network,
+# no capabilities, FROM mounted read-only at TO. EXTRA contains more variables. The exit status is
+# that of the script, of the health check, or of the service if it does not stop cleanly on SIGTERM.
 run() {
     local image=$1 script=$2 container root status=0
     container=$(tool from --pull-never --signature-policy docker/policy.json "$image")
