@@ -147,10 +147,10 @@ def headline(figures: dict[str, Any]) -> str:
     }
     (epsilon,) = {row["epsilon"] for row in figures["rows"] if row["threat"] == "adaptive"}
     return (
-        f"Measured with the embedded model: if the attacker knows the defense ({epsilon:g}/255), "
-        f"{right['tapt', 'adaptive']} of 100 images keep the right label; without an attack "
-        f"{right['tapt', 'clean']} of 100 are right. For undefended CLIP these figures are "
-        f"{right['plain', 'adaptive']} and {right['plain', 'clean']}."
+        "Measured with the embedded model: under an attacker who knows the defense and may change "
+        f"each pixel by {epsilon:g}/255, {right['tapt', 'adaptive']} of 100 images keep the right "
+        f"label, of {right['tapt', 'clean']} that are right without an attack. Undefended CLIP "
+        f"keeps {right['plain', 'adaptive']} of {right['plain', 'clean']}."
     )
 
 

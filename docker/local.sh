@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The images where there is no Docker engine: the same Dockerfiles, built by Debian's buildah as
-# root, on a base that debootstrap makes here. Nothing is pulled from a registry.
+# Build and run the images without a Docker engine: the same Dockerfiles, built by Debian's buildah
+# as root, on a base made by debootstrap. Nothing is pulled from a registry.
 #
-#     docker/local.sh build cpu|cuda|gateway          # an image localhost/tapt-serve:TARGET
+#     docker/local.sh build cpu|cuda|gateway          # makes localhost/tapt-serve:TARGET
 #     docker/local.sh run IMAGE SCRIPT [FROM:TO...]   # start it; pipe SCRIPT to its Python
 #     docker/local.sh size IMAGE
 #
-# WHEELS=DIR is a directory of wheels to use beside the index; PIP_INDEX_URL, TORCH_INDEX and
-# DEBIAN_MIRROR replace the usual addresses; STORE is where the images lie.
+# WHEELS=DIR is a directory of wheels to use in addition to the index. PIP_INDEX_URL, TORCH_INDEX
+# and DEBIAN_MIRROR replace the default addresses. STORE is the directory of the images.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,7 +15,7 @@ STORE=${STORE:-$PWD/.cache/images}
 RELEASE=${RELEASE:-bookworm}
 DEBIAN_MIRROR=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
 BASE=localhost/debian:$RELEASE
-AUTHORITIES=/etc/ssl/certs/ca-certificates.crt # this machine's, which may know a proxy's
+AUTHORITIES=/etc/ssl/certs/ca-certificates.crt # of this machine; may include a proxy's
 
 tool() {
     local command=$1
@@ -28,7 +28,7 @@ make_base() {
     container=$(tool from scratch)
     root=$(tool mount "$container")
     debootstrap --variant=minbase --include=ca-certificates "$RELEASE" "$root" "$DEBIAN_MIRROR" >&2
-    # What the slim images of Debian leave out as well.
+    # Debian's slim images leave these out, too.
     rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/* \
         "$root"/usr/share/{doc,man,info,locale,groff,lintian}/*
     tool config --cmd bash "$container"
@@ -53,10 +53,9 @@ build() {
         "${options[@]}" .
 }
 
-# The container as a hardened engine would run it: its own user, a read-only root, a /tmp of its
-# own, no network but its own loopback, no capabilities, FROM mounted read-only at TO. EXTRA holds
-# further variables. Ends with the script's status, that of the health check, or that of the service
-# when it does not leave cleanly at SIGTERM.
+# Run the container hardened: its own user, a read-only root, its own /tmp, only a loopback network,
+# no capabilities, FROM mounted read-only at TO. EXTRA contains more variables. The exit status is
+# that of the script, of the health check, or of the service if it does not stop cleanly on SIGTERM.
 run() {
     local image=$1 script=$2 container root status=0
     container=$(tool from --pull-never --signature-policy docker/policy.json "$image")

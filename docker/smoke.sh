@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Build an image, run it as it should be run, classify with it, tell its size.
+# Build an image, run it hardened, classify an image with it, and print its size.
 #
 #     docker/smoke.sh [cpu|cuda]
 #
-# By docker or podman, whichever has an engine that answers; else by docker/local.sh, as root.
+# Uses docker or podman if one responds, otherwise docker/local.sh as root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,12 +1,12 @@
-// What undefended CLIP says of an image, and what the service says.
-// usage: node classify.mjs IMAGE LABEL LABEL...
+// Classify an image with undefended CLIP and with the defense, and print both results.
+// Usage: node classify.mjs IMAGE LABEL LABEL...
 
 import { readFile } from "node:fs/promises";
 
 const URL = process.env.CLASSIFY_URL ?? "http://127.0.0.1:8000";
 const ATTEMPTS = 5;
 
-// The answer of POST /v1/classify; a busy server is waited for.
+// Send POST /v1/classify and return the answer. Retries while the server is busy.
 async function classify(image, labels, defense = {}) {
   const form = new FormData();
   form.append("image", new Blob([image]));

@@ -1,6 +1,6 @@
-"""What undefended CLIP says of an image, and what the service says.
+"""Classify an image with undefended CLIP and with the defense, and print both results.
 
-usage: classify.py IMAGE LABEL LABEL...
+Usage: classify.py IMAGE LABEL LABEL...
 """
 
 import base64
@@ -18,7 +18,7 @@ ATTEMPTS = 5
 
 
 def classify(image: Path, labels: list[str], **defense: Any) -> dict[str, Any]:
-    """The answer of `POST /v1/classify`; a busy server is waited for."""
+    """Send `POST /v1/classify` and return the answer. Retries while the server is busy."""
     body = {
         "image": base64.b64encode(image.read_bytes()).decode(),
         "candidate_labels": labels,

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Print the service's answer about an image as JSON.
-# usage: classify.sh IMAGE LABEL LABEL...
+# Classify an image and print the answer as JSON.
+# Usage: classify.sh IMAGE LABEL LABEL...
 set -eu
 
 image=$1
@@ -10,7 +10,7 @@ for label; do
     set -- "$@" --form-string "labels=$label"
 done
 
-# A busy server says when to come back (Retry-After), and --retry listens.
+# --retry waits as long as a busy server asks for (Retry-After).
 exec curl --silent --show-error --fail-with-body --retry 5 \
     ${CLASSIFY_KEY:+--header "Authorization: Bearer $CLASSIFY_KEY"} \
     --form "image=@\"$image\"" "$@" \

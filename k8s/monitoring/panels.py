@@ -45,7 +45,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Service": (
         Panel(
             "Ready workers",
-            "Workers whose model is loaded; requests are refused while there is none.",
+            "Workers with a loaded model. Requests are refused if there is none.",
             "none",
             (Query(HERE.over("sum", "tapt_worker_up"), "ready"),),
             "number",
@@ -53,15 +53,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Throughput",
-            "Classifications answered a second, by status.",
+            "Classifications per second, by status.",
             "reqps",
             (Query(HERE.rate("tapt_requests_total", "code", where=CLASSIFICATIONS), "{{code}}"),),
             width=7,
         ),
         Panel(
             "Errors",
-            "Share of classifications that the service failed: 5xx, and 429 for want of room. What "
-            "holds a key to its own limits is not counted.",
+            "Share of failed classifications: 5xx, and 429 for lack of capacity. Requests refused "
+            "by a key's own limits are not counted.",
             "percentunit",
             (Query(failed_share(HERE), "failed"),),
             width=6,
@@ -78,7 +78,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Adaptation": (
         Panel(
             "Time in the adaptation",
-            "How many requests spent how long in the adaptation.",
+            "Distribution of the time that requests spend in the adaptation.",
             "s",
             (Query(HERE.increase("tapt_adaptation_seconds_bucket", "le"), "{{le}}"),),
             "heatmap",
@@ -86,7 +86,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Time in the adaptation by method",
-            "Quantiles; a batch is adapted together, so this grows with the load.",
+            "Quantiles. Requests of a batch adapt together, so this grows with the load.",
             "s",
             quantiles("tapt_adaptation_seconds", "method"),
             width=12,
@@ -95,22 +95,22 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Queue and batches": (
         Panel(
             "Queue",
-            "Requests whose batch has not begun, by replica.",
+            "Requests waiting for their batch, by replica.",
             "none",
             (Query(HERE.over("sum", "tapt_queue_depth", "instance"), "{{instance}}"),),
             width=6,
         ),
         Panel(
             "Time in the queue",
-            "From the slot to the batch.",
+            "From admission to the start of the batch.",
             "s",
             quantiles("tapt_queue_seconds"),
             width=6,
         ),
         Panel(
             "Batch",
-            "Mean requests and mean steps; a mean near 1 under load means that requests of "
-            "different methods or views keep each other out.",
+            "Mean requests and mean steps. About one request under load means that requests with "
+            "different methods or views cannot share a batch.",
             "none",
             (
                 Query(HERE.mean("tapt_batch_size"), "requests a batch"),
@@ -120,7 +120,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Views",
-            "Mean views of all requests in a batch: what the device gets to do at once.",
+            "Mean number of views in a batch, over all its requests.",
             "none",
             (Query(HERE.mean("tapt_batch_views"), "views a batch"),),
             width=6,
@@ -129,8 +129,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Evidence": (
         Panel(
             "Entropy",
-            "Mean entropy of the prediction in nats; adapting should lower it. It depends on "
-            "the number of labels, so compare it with itself.",
+            "Mean entropy of the prediction in nats. Adapting should lower it. It depends on the "
+            "number of labels, so compare it only with itself.",
             "none",
             (
                 Query(HERE.mean("tapt_entropy_before"), "before"),
@@ -148,8 +148,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Suspected attacks",
-            "Share of answers whose suspicion passed the bundle's threshold; the bundle names "
-            "its false positive rate.",
+            "Share of answers whose suspicion exceeds the bundle's threshold. The bundle names its "
+            "false positive rate.",
             "percentunit",
             (
                 Query(
@@ -174,7 +174,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Refusals and cuts": (
         Panel(
             "Rejected",
-            "Requests refused before any work, by reason.",
+            "Requests refused before processing, by reason.",
             "reqps",
             (Query(HERE.rate("tapt_rejected_total", "reason"), "{{reason}}"),),
             width=8,
@@ -198,13 +198,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Device": (
         Panel(
             "Worker restarts",
-            "Worker processes started again, over the window.",
+            "Restarts of worker processes within the window.",
             "none",
             (Query(HERE.increase("tapt_worker_restarts_total", "instance"), "{{instance}}"),),
         ),
         Panel(
             "Device memory",
-            "In use on each worker's device; on a CPU the worker's resident memory.",
+            "Memory in use on each worker's device. On a CPU, the worker's resident memory.",
             "bytes",
             (
                 Query(
@@ -215,7 +215,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Text cache",
-            "Share of label sets whose text features were there already.",
+            "Share of label sets with cached text features.",
             "percentunit",
             (
                 Query(

@@ -1,7 +1,8 @@
-"""Recording rules and alerts, the same for Prometheus' own files and for its operator.
+"""Recording rules and alerts, for Prometheus' own files and for its operator.
 
-The objectives: 99.5% of the classifications are answered (neither 5xx nor, for want of room, 429),
-and 99% of them within `TARGET_SECONDS`, which must be a bucket of `tapt_request_seconds`.
+The objectives: 99.5% of the classifications succeed (end neither with 5xx nor with a 429 for lack
+of capacity), and 99% take at most `TARGET_SECONDS`, which must be a bucket of
+`tapt_request_seconds`.
 """
 
 from typing import Any
@@ -10,25 +11,25 @@ from k8s.monitoring.queries import Scope
 
 TARGET_SECONDS = 3.0
 AVAILABILITY = 0.995
-FALSE_POSITIVES = 0.05  # of the suspicion's threshold, as `tapt-serve calibrate` sets it by default
+FALSE_POSITIVES = 0.05  # of the suspicion threshold; the default of `tapt-serve calibrate`
 RUNBOOK = "docs/runbook.md"
 
 CLASSIFICATIONS = 'route=~"/v1/classify|/"'
 FAILED = f'{CLASSIFICATIONS},code=~"5.."'
-FULL = 'reason=~"queue_full|uploads|fetches"'  # what of the 429s is the service's doing
-REFUSED = 'reason=~"queue_full|uploads|fetches|not_ready|draining"'  # no client's own doing
+FULL = 'reason=~"queue_full|uploads|fetches"'  # the 429s for lack of capacity
+REFUSED = 'reason=~"queue_full|uploads|fetches|not_ready|draining"'  # no key's own limits
 
 PODS = ("namespace", "pod")
 
 
 def within(window: str) -> Scope:
-    """One series a deployment; where there are no namespaces, one at all."""
+    """One series per deployment (namespace), or one in total without namespaces."""
     return Scope(window, by=("namespace",))
 
 
 def failed_share(scope: Scope) -> str:
-    """Of the classifications that no key's own limit refused, those that the service failed: a
-    key that floods neither spends the budget nor hides what fails for the others."""
+    """The share of failed classifications. Those refused by a key's own limits are left out, so
+    that a flooding key neither spends the budget nor hides failures of other keys."""
     none = f"0 * {scope.rate('tapt_requests_total', where=CLASSIFICATIONS)}"
 
     def count(metric: str, where: str) -> str:
@@ -60,8 +61,7 @@ def recordings() -> dict[str, str]:
         )
     for window in ("30m", "1d"):
         rules[f"tapt:entropy_before:mean{window}"] = within(window).mean("tapt_entropy_before")
-    # What replicas are added by. Without traffic a quantile is NaN, which says nothing to an
-    # autoscaler; 0 says that nobody waits.
+    # For the autoscaler. Without traffic a quantile is NaN, which it cannot use; report 0 instead.
     pods = Scope("2m", by=PODS)
     rules["tapt:pod_adaptation_seconds:p90_2m"] = (
         f"({pods.quantile(0.9, 'tapt_adaptation_seconds')} >= 0)"
@@ -94,8 +94,8 @@ def alerts() -> list[dict[str, Any]]:
             f"{within('').over('sum', 'tapt_worker_up')} == 0 or absent(tapt_worker_up)",
             "1m",
             "critical",
-            "No worker is ready, every classification is refused.",
-            "All workers are loading, recovering or given up, or nothing is scraped.",
+            "No worker is ready. Every classification is refused.",
+            "All workers are loading, recovering or stopped for good, or no replica is scraped.",
         ),
         alert(
             "TaptErrorBudgetBurns",
@@ -104,24 +104,24 @@ def alerts() -> list[dict[str, Any]]:
             "2m",
             "critical",
             "Classifications fail fast enough to spend a month's error budget in two days.",
-            "{{ $value | humanizePercentage }} of the classifications end with 5xx or, for want of "
-            "room, with 429.",
+            "{{ $value | humanizePercentage }} of the classifications end with 5xx, or with 429 "
+            "for lack of capacity.",
         ),
         alert(
             "TaptSlow",
             f"tapt:request_seconds:p99_5m > {TARGET_SECONDS:g}",
             "10m",
             "warning",
-            f"The p99 of the time to answer is over its target of {TARGET_SECONDS:g} s.",
-            "It stands at {{ $value | humanizeDuration }}.",
+            f"The p99 of the response time is over its target of {TARGET_SECONDS:g} s.",
+            "It is {{ $value | humanizeDuration }}.",
         ),
         alert(
             "TaptRejecting",
             "tapt:requests:refused_share5m > 0.05",
             "5m",
             "warning",
-            "More than 5% of the classifications are refused at the door.",
-            "{{ $value | humanizePercentage }} are refused: the queue is full, or nothing is "
+            "More than 5% of the classifications are refused.",
+            "{{ $value | humanizePercentage }} are refused: the queue is full, or no worker is "
             "ready.",
         ),
         alert(
@@ -130,7 +130,7 @@ def alerts() -> list[dict[str, Any]]:
             "0m",
             "warning",
             "Workers were lost more than twice in 15 minutes.",
-            "Each loss costs a model load, and its batch a second try.",
+            "After each loss the model is loaded again and the batch is retried.",
         ),
         alert(
             "TaptSuspectedAttackSurge",
@@ -138,9 +138,9 @@ def alerts() -> list[dict[str, Any]]:
             " and tapt:answers:suspected_share15m > 2 * tapt:answers:suspected_share1d",
             "5m",
             "warning",
-            "Far more answers than usual look attacked.",
-            f"{{{{ $value | humanizePercentage }}}} of the answers passed a threshold whose "
-            f"false positive rate is {FALSE_POSITIVES:.0%}.",
+            "Far more images than usual look adversarial.",
+            f"{{{{ $value | humanizePercentage }}}} of the answers exceed a threshold with a "
+            f"false positive rate of {FALSE_POSITIVES:.0%}.",
         ),
         alert(
             "TaptEntropyDrift",
@@ -148,13 +148,14 @@ def alerts() -> list[dict[str, Any]]:
             " > 0.5 * tapt:entropy_before:mean1d",
             "30m",
             "warning",
-            "The images or labels that arrive are not those of the last day.",
-            "The mean entropy before adapting is {{ $value | humanize }} nats from its daily mean.",
+            "The images or labels differ from those of the last day.",
+            "The mean entropy before adapting differs by {{ $value | humanize }} nats from its "
+            "daily mean.",
         ),
     ]
 
 
 def groups() -> list[dict[str, Any]]:
-    """As Prometheus and the operator's PrometheusRule take them."""
+    """The rule groups, as in Prometheus' files and in a PrometheusRule."""
     recorded = [{"record": name, "expr": expr} for name, expr in recordings().items()]
     return [{"name": "tapt-recordings", "rules": recorded}, {"name": "tapt", "rules": alerts()}]

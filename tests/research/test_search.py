@@ -24,7 +24,7 @@ def test_the_table_names_its_threats_pairs_with_the_baseline_and_leaves_gaps_ope
     hurt = {**clean, "threat": "transfer", "accuracy": 0.25, "pictures": "1" * 25 + "0" * 75}
     better = {**clean, "pictures": "1" * 60 + "0" * 40}
     text = render_table({"run": RUN, "rows": {BASELINE: [clean, hurt], "b": [better]}})
-    assert "| configuration | clean | transfer 2/255 | clean, beyond the first |" in text
+    assert "| configuration | clean | transfer 2/255 | clean, against the first row |" in text
     assert f"| {BASELINE} | 50.0 (40.0 to 60.0) | 25.0 (40.0 to 60.0) | +0.0 (" in text
     (line,) = (line for line in text.splitlines() if line.startswith("| b |"))
     assert "|  | +10.0 (" in line
