@@ -148,11 +148,15 @@ def test_the_hugging_face_example_gets_an_answer(
 def test_published_tables_are_what_the_command_writes(name: str) -> None:
     figures = json.loads((ROOT / f"docs/figures/{name}.json").read_text())
     page = (ROOT / "docs/robustness.md").read_text()
-    for part in (readme.tell(figures), readme.compare(figures), readme.detect(figures)):
+    for part in (
+        readme.accuracy_table(figures),
+        readme.differences_table(figures),
+        readme.detection_table(figures),
+    ):
         assert part in page
     if name == "adaptive":
         front = (ROOT / "README.md").read_text()
-        assert readme.tell(figures) in front
+        assert readme.accuracy_table(figures) in front
         assert readme.headline(figures) in front
 
 
