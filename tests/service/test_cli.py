@@ -214,7 +214,7 @@ class Doomed(FakeWorker):
     def be_ready(self):
         self.give_up("The model cannot be loaded.")
 
-worker = {"slow": lambda: FakeWorker(seconds=lambda batch: 3.0), "doomed": Doomed}[sys.argv[2]]()
+worker = {"slow": lambda: FakeWorker(seconds=lambda batch: 5.0), "doomed": Doomed}[sys.argv[2]]()
 sys.exit(serve(Settings(port=0, log_format="json"), worker))
 """
 

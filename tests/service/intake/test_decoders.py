@@ -51,12 +51,11 @@ class Pool:
         self.metrics = Metrics()
         self.decoders = Decoders(Settings(**knobs), self.metrics)
         self.decode = self.decoders.decode
+        self._others = decoder_pids()  # of servers that other tests share
 
     def pids(self) -> set[int]:
         """Those of the processes that are warm or starting."""
-        threads = Path("/proc/self/task").glob("*/children")
-        pids = {int(pid) for thread in threads for pid in thread.read_text().split()}
-        return {pid for pid in pids if b"service.intake.decoder" in command(pid)}
+        return decoder_pids() - self._others
 
     def count(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(f"tapt_{name}", labels) or 0.0
@@ -68,6 +67,13 @@ class Pool:
         async with asyncio.timeout(30):
             while not true():
                 await asyncio.sleep(0.01)
+
+
+def decoder_pids() -> set[int]:
+    """Decoder processes that this process has started."""
+    threads = Path("/proc/self/task").glob("*/children")
+    pids = {int(pid) for thread in threads for pid in thread.read_text().split()}
+    return {pid for pid in pids if b"service.intake.decoder" in command(pid)}
 
 
 def command(pid: int) -> bytes:

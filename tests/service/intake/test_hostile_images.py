@@ -207,7 +207,7 @@ logs.configure("text")
 damaged = files(sys.argv[1], 0)
 for _ in range(300):
     try:
-        decode.decode(next(damaged), 10**6)
+        decode(next(damaged), 10**6)
     except ServiceError:
         pass
 print("done")

@@ -206,7 +206,7 @@ def test_ordinary_traffic_is_not_refused_but_where_nothing_changes() -> None:
     refused = {
         name: send(stream(photos, source), limit=50)["refused"] for name, stream in STREAMS.items()
     }
-    assert refused.pop("video, nothing moves") > 0.5
-    assert set(refused) == set(STREAMS) - {"video, nothing moves"}
+    assert refused.pop("video, static scene") > 0.5
+    assert set(refused) == set(STREAMS) - {"video, static scene"}
     assert max(refused.values()) < 0.5
     assert refused["different photographs"] == refused["retries of the same file"] == 0
