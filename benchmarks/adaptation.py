@@ -169,42 +169,27 @@ def _chunk(options: argparse.Namespace, labels: int) -> int:
 
 def describe(rows: list[dict[str, Any]]) -> str:
     """The comparison as a table."""
-    heads = (
-        "labels",
-        "batch",
-        "published s",
-        "ours s",
-        "ratio",
-        "CPU time ratio",
-        "images/s",
-        "published GB",
-        "ours GB",
-        "published of ceiling",
-        "ours of ceiling",
-        "scores differ by",
-    )
     lines = []
     for row in rows:
         theirs, ours = row["published"], row["ours"]
         note = f" (chunks of {row['chunk']})" if row["chunk"] else ""
         spread = f"{min(row['ratios']):.1f} to {max(row['ratios']):.1f}"
-        lines.append(
-            (
-                str(row["labels"]),
-                str(row["batch"]),
-                f"{theirs['seconds'] - theirs['extra_seconds']:.2f}{note}",
-                f"{ours['seconds']:.2f}",
-                f"{row['ratio']:.1f} ({spread})",
-                f"{row['cpu_ratio']:.1f}",
-                f"{ours['images_per_second']:.2f}",
-                f"{theirs['peak_bytes'] / 1e9:.1f}",
-                f"{ours['peak_bytes'] / 1e9:.1f}",
-                f"{theirs['of_ceiling']:.0%}",
-                f"{ours['of_ceiling']:.0%}",
-                f"{row['largest_score_difference']:.0e}",
-            )
-        )
-    return tabulate(heads, lines)
+        cells = {
+            "labels": str(row["labels"]),
+            "batch": str(row["batch"]),
+            "published s": f"{theirs['seconds'] - theirs['extra_seconds']:.2f}{note}",
+            "ours s": f"{ours['seconds']:.2f}",
+            "ratio": f"{row['ratio']:.1f} ({spread})",
+            "CPU time ratio": f"{row['cpu_ratio']:.1f}",
+            "images/s": f"{ours['images_per_second']:.2f}",
+            "published GB": f"{theirs['peak_bytes'] / 1e9:.1f}",
+            "ours GB": f"{ours['peak_bytes'] / 1e9:.1f}",
+            "published of ceiling": f"{theirs['of_ceiling']:.0%}",
+            "ours of ceiling": f"{ours['of_ceiling']:.0%}",
+            "scores differ by": f"{row['largest_score_difference']:.0e}",
+        }
+        lines.append(cells)
+    return tabulate(tuple(lines[0]), [tuple(cells.values()) for cells in lines])
 
 
 def describe_stages(rows: list[dict[str, Any]]) -> str:

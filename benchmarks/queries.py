@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.machine import machine
-from benchmarks.harness.report import ROOT, make_parser, write_section
+from benchmarks.harness.report import ROOT, command_line, make_parser, write_section
 from benchmarks.harness.requests import classification, encode
 from benchmarks.harness.server import Server
 from benchmarks.ordinary import FRAMES, STREAMS, Pixels, clock, send
@@ -206,7 +206,7 @@ def main() -> None:
         "all digits, throttled": throttled,
         "label only, throttled": ("--expose", "label", *throttled),
     }
-    command = _command(options, ordinary)
+    command = command_line("benchmarks.queries")
     dataset = open_dataset(options.data)
     drawn = dataset.examples(3 * options.limit, seed=options.seed)
     examples = [(one.pixels, dataset.names[one.label]) for one in drawn]
@@ -259,23 +259,6 @@ def main() -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     write_section("queries", render(figures), PAGE)
-
-
-def _command(options: argparse.Namespace, ordinary: Path) -> str:
-    named = {
-        "data": options.data.name,
-        "ordinary": ordinary.name,
-        "limit": options.limit,
-        "queries": options.queries,
-        "again": options.again,
-    }
-    if options.attacks:
-        named["attacks"] = options.attacks.name
-    else:
-        named |= {"epsilon": f"{options.epsilon:g}", "methods": options.methods}
-    named |= {"throttle": options.throttle, "seed": options.seed}
-    flags = " ".join(f"--{name} {value}" for name, value in named.items() if value != "")
-    return f"python -m benchmarks.queries {flags}"
 
 
 if __name__ == "__main__":

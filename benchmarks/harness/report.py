@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 RELIABILITY = DOCS / "reliability.md"
+INPUTS = ("--data", "--ordinary", "--attacks")
 
 
 def write_section(name: str, text: str, page: Path = RELIABILITY) -> None:
@@ -25,10 +26,10 @@ def write_section(name: str, text: str, page: Path = RELIABILITY) -> None:
 
 
 def command_line(module: str, arguments: Sequence[str] | None = None) -> str:
-    """The command as a page shows it: without `--dry` and without the folder of `--data`."""
+    """The command as a page shows it: without `--dry` and without the folders of its input."""
     given = sys.argv[1:] if arguments is None else arguments
     parts = [
-        Path(part).name if flag == "--data" else part
+        Path(part).name if flag in INPUTS else part
         for flag, part in zip(["", *given], given, strict=False)
         if part != "--dry"
     ]
