@@ -12,6 +12,7 @@ import torch
 from models.attacks.demo import redraw, run_demo_attack
 from models.classifier import EncodedQuery, ImageQuery, Prediction, PreparedBatch
 from models.clip import Interrupted
+from models.tapt import Exit
 from service.errors import ModelError
 from service.messages import Answer, Failure, ProgressEvent, Task, Truncation, ViewReport
 from service.settings import Settings
@@ -160,10 +161,12 @@ class Runner:
         pacer = Pacer(tasks, group.steps, cancelled, self.device)
         waiting = dict(enumerate(tasks))
 
-        def leaving(steps: int, rows: list[int]) -> set[int]:
-            gone = pacer(steps, rows)
+        def leaving(steps: int, rows: list[int]) -> Exit:
+            leave = pacer(steps, rows)
             self.progress = pacer.last_step
-            return gone
+            for row in leave.dropped:
+                settle(waiting.pop(row).id, CLIENT_GONE)
+            return leave
 
         def stop() -> bool:
             self.progress = time.monotonic()
@@ -173,13 +176,11 @@ class Runner:
         try:
             with self.classifier.checkpoint.clip.interruptible(stop):
                 for prediction in self.classifier.classify(group, views, leaving):
-                    reason = pacer.truncated.get(prediction.row)
-                    seconds = time.perf_counter() - start
-                    task = waiting[prediction.row]
-                    if reason == "cancelled":
-                        settle(task.id, CLIENT_GONE)
-                    else:
-                        settle(task.id, self._answer(task, prediction, reason, seconds))
+                    task, seconds = waiting[prediction.row], time.perf_counter() - start
+                    truncated: Truncation | None = None
+                    if prediction.row in pacer.late:
+                        truncated = "deadline"
+                    settle(task.id, self._answer(task, prediction, truncated, seconds))
                     del waiting[prediction.row]
         except Interrupted:
             for task in waiting.values():
