@@ -55,11 +55,26 @@ class ImageQuery:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedQuery:
+    """A query with its labels encoded.
+
+    Attributes:
+        plain: the labels as undefended CLIP reads them.
+        prompted: the labels with the prompts that the defense starts from; the same object as
+            `plain` where these change nothing before a step.
+    """
+
+    query: ImageQuery
+    plain: EncodedLabels
+    prompted: EncodedLabels
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedBatch:
     """Queries that can run together, with their labels encoded.
 
     Attributes:
-        indices: the queries' places in what `prepare` was given.
+        indices: the queries' places in what `group` was given.
         steps: steps that each query takes; 0 where there is nothing to adapt.
         plain: the labels as undefended CLIP reads them.
         prompted: the labels with the prompts that the defense starts from; the same object as
@@ -162,47 +177,57 @@ class DefendedClassifier:
     def prepare(self, queries: Sequence[ImageQuery], method: str) -> list[PreparedBatch]:
         """Encode the queries' labels, once each, and group the queries that can run together.
 
-        Prompts of one batch have one shape. Where they are the template's leading words, the shape
-        depends on the template.
+        Raises:
+            ValueError: the method needs a bundle and there is none.
+        """
+        return self.group([self.encode(query, method) for query in queries], method)
+
+    def encode(self, query: ImageQuery, method: str) -> EncodedQuery:
+        """Encode a query's labels as a method reads them.
 
         Raises:
             ValueError: the method needs a bundle and there is none.
         """
         if method not in self.methods:
             raise ValueError(f"{method} needs a defense bundle")
-        spec = DEFENSES[method]
-        encoded = [self.encoder.encode(q.labels, q.template, spec.prompts) for q in queries]
+        prompts = DEFENSES[method].prompts
+        plain = prompted = self.encoder.encode(query.labels, query.template, prompts)
+        if self.encoder.resolve(prompts) == "learned":  # words change nothing before a step
+            plain = self.encoder.encode(query.labels, query.template, "none")
+        return EncodedQuery(query, plain, prompted)
+
+    def group(self, encoded: Sequence[EncodedQuery], method: str) -> list[PreparedBatch]:
+        """Group queries, encoded for one method, that can run together.
+
+        Prompts of one batch have one shape. Where they are the template's leading words, the shape
+        depends on the template.
+        """
         groups: dict[torch.Size | None, list[int]] = {}
-        for index, labels in enumerate(encoded):
-            text = labels.prompts.text
+        for index, one in enumerate(encoded):
+            text = one.prompted.prompts.text
             groups.setdefault(None if text is None else text.shape, []).append(index)
         return [
-            self._prepare_group(
-                spec, indices, [queries[i] for i in indices], [encoded[i] for i in indices]
-            )
+            self._join(DEFENSES[method], indices, [encoded[index] for index in indices])
             for indices in groups.values()
         ]
 
-    def _prepare_group(
-        self,
-        spec: DefenseSpec,
-        indices: list[int],
-        queries: list[ImageQuery],
-        encoded: list[EncodedLabels],
+    def _join(
+        self, spec: DefenseSpec, indices: list[int], encoded: list[EncodedQuery]
     ) -> PreparedBatch:
-        plain = prompted = LabelFeatures(*join_encoded(encoded))
-        if self.encoder.resolve(spec.prompts) == "learned":  # words change nothing before a step
-            unprompted = [self.encoder.encode(q.labels, q.template, "none") for q in queries]
-            plain = LabelFeatures(*join_encoded(unprompted))
-        adapts = [self._adapts(spec, labels.prompts) for labels in encoded]
+        plain = prompted = LabelFeatures(*join_encoded([one.prompted for one in encoded]))
+        if any(one.plain is not one.prompted for one in encoded):
+            plain = LabelFeatures(*join_encoded([one.plain for one in encoded]))
         return PreparedBatch(
             spec=spec,
             indices=indices,
-            queries=queries,
-            steps=[q.steps if moves else 0 for q, moves in zip(queries, adapts, strict=True)],
+            queries=[one.query for one in encoded],
+            steps=[
+                one.query.steps if self._adapts(spec, one.prompted.prompts) else 0
+                for one in encoded
+            ],
             plain=plain,
             prompted=prompted,
-            prompts=_stack([labels.prompts for labels in encoded]),
+            prompts=_stack([one.prompted.prompts for one in encoded]),
         )
 
     @torch.no_grad()

@@ -2,10 +2,12 @@
 
 `PromptedCLIP` computes the blocks of a `transformers` `CLIPModel` from their weights, because the
 layers' signatures and outputs change between releases and do not support deep prompts. It returns
-every feature explicitly and keeps no state between calls.
+every feature explicitly and keeps no state between calls. Work is done in chunks, and
+`PromptedCLIP.interruptible` can stop it between them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,10 @@ from models.labels import MASKED, LabelBatch
 # Tokens in one chunk of views without a gradient, or of label rows. Bounds the memory; on a CPU, a
 # chunk's activations also fit its caches.
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+class Interrupted(Exception):
+    """The computation was stopped between two chunks; see `PromptedCLIP.interruptible`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,26 @@ class PromptedCLIP:
             torch.backends.cuda.enable_cudnn_sdp(False)
             # TF32 convolutions would round float32 to ten bits.
             torch.backends.cudnn.allow_tf32 = False
+        self._stop: Callable[[], bool] | None = None
+
+    @contextmanager
+    def interruptible(self, stop: Callable[[], bool]) -> Iterator[None]:
+        """Call `stop` before every chunk that is computed in this context.
+
+        Contexts may be nested; the innermost counts. Results do not change.
+
+        Raises:
+            Interrupted: in the computation, as soon as `stop` returns true.
+        """
+        outer, self._stop = self._stop, stop
+        try:
+            yield
+        finally:
+            self._stop = outer
+
+    def _interrupt(self) -> None:
+        if self._stop is not None and self._stop():
+            raise Interrupted
 
     @property
     def logit_scale(self) -> Tensor:
@@ -110,6 +136,7 @@ class PromptedCLIP:
     ) -> tuple[Tensor, list[Tensor]]:
         """Projected features [N, D] in fp32 of pixels [N, 3, S, S] with prompts [N, ...], and the
         inputs of the first `collect` blocks."""
+        self._interrupt()
         vision = self.model.vision_model
         normal = ((pixels - self._mean) / self._std).to(self.dtype)
         patches = vision.embeddings.patch_embedding(normal).flatten(2).transpose(1, 2)
@@ -171,6 +198,7 @@ class PromptedCLIP:
         share their first tokens, slots included. Under the causal mask these do not depend on what
         follows, so they are computed once per request.
         """
+        self._interrupt()
         text, lead = self.model.text_model, labels.lead
         ids, ends = labels.ids[rows, lead:], labels.ends[rows] - lead
         shares = labels.split(rows)

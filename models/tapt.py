@@ -9,6 +9,7 @@ batch.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -30,15 +31,30 @@ MOVING: Mapping[Adapts, frozenset[str]] = {
     "text": frozenset({"text"}),
 }
 
-Leaving = Callable[[int, list[int]], set[int]]
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """Requests that leave the loop at a step boundary, as batch indices.
+
+    Attributes:
+        done: they are read out.
+        dropped: nobody waits for them, so nothing more is computed for them.
+    """
+
+    done: AbstractSet[int]
+    dropped: AbstractSet[int] = frozenset()
+
+
+Leaving = Callable[[int, list[int]], Exit]
 """(steps taken, requests still in) -> the requests that leave now. Requests are batch indices."""
 
 
 def leaves_after(steps: int | Sequence[int]) -> Leaving:
     """Let each request leave after a number of steps: one for all, or one each."""
 
-    def leaving(taken: int, rows: list[int]) -> set[int]:
-        return {row for row in rows if taken >= (steps if isinstance(steps, int) else steps[row])}
+    def leaving(taken: int, rows: list[int]) -> Exit:
+        limits = [steps] * len(rows) if isinstance(steps, int) else [steps[row] for row in rows]
+        return Exit({row for row, limit in zip(rows, limits, strict=True) if taken >= limit})
 
     return leaving
 
@@ -265,10 +281,13 @@ def adapt(
     rows, steps, moments = list(range(len(views))), 0, adamw.begin(prompts.tensors)
     stopping = EarlyStopping(objective.early_stop)
     while rows:
-        gone = leaving(steps, rows) | stopping.rows
-        if out := [place for place, row in enumerate(rows) if row in gone]:
+        leave = leaving(steps, rows)
+        done = (leave.done | stopping.rows) - leave.dropped
+        if out := [place for place, row in enumerate(rows) if row in done]:
             yield Departure([rows[place] for place in out], prompts.select(out), steps)
-            stay = [place for place, row in enumerate(rows) if row not in gone]
+        gone = done | leave.dropped
+        stay = [place for place, row in enumerate(rows) if row not in gone]
+        if len(stay) < len(rows):
             rows, views, prompts = [rows[i] for i in stay], views[stay], prompts.select(stay)
             text, labels = labels.take(text, stay), labels.select(stay)
             moments = {k: (first[stay], second[stay]) for k, (first, second) in moments.items()}

@@ -116,7 +116,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Drop these tasks at the next step boundary."""
+    """Drop these tasks; the worker stops as soon as nothing else needs what it computes."""
 
     ids: frozenset[str]
 

@@ -16,7 +16,7 @@ from models.clip import PromptedCLIP
 from models.defenses.catalog import DefenseSpec
 from models.labels import LabelBatch
 from models.prompts import DefensePrompts
-from models.tapt import Adapt, Leaving, Objective, adapt
+from models.tapt import Adapt, Exit, Leaving, Objective, adapt
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,12 @@ class DefenseInput:
     def select(self, rows: list[int]) -> "DefenseInput":
         """Some of the requests, renumbered from 0."""
 
-        def leaving(steps: int, places: list[int]) -> set[int]:
-            gone = self.adaptation.leaving(steps, [rows[place] for place in places])
-            return {place for place in places if rows[place] in gone}
+        def leaving(steps: int, places: list[int]) -> Exit:
+            leave = self.adaptation.leaving(steps, [rows[place] for place in places])
+            return Exit(
+                {place for place in places if rows[place] in leave.done},
+                {place for place in places if rows[place] in leave.dropped},
+            )
 
         return DefenseInput(
             views=self.views[rows],

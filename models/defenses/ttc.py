@@ -115,10 +115,11 @@ def counterattack(
         yield MovedPixels(others, noise[others], 0)
     steps, trail = 0, [noise]
     while rows:
-        if out := sorted(leaving(steps, rows) & set(rows)):
+        leave = leaving(steps, rows)
+        if out := [row for row in rows if row in leave.done]:
             path = torch.stack([delta[out] for delta in trail])
             yield MovedPixels(out, _settle(path, recipe.beta), steps)
-            rows = [row for row in rows if row not in out]
+        rows = [row for row in rows if row not in leave.done | leave.dropped]
         if rows:
             delta = trail[-1].clone()
             delta[rows] = _step(clip, pixels[rows], trail[-1][rows], projected[rows, 0], recipe)

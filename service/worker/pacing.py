@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from models.device import catch_up
-from service.messages import Task, Truncation
+from models.tapt import Exit
+from service.messages import Task
 
 Cancelled = Callable[[str], bool]
 """Whether the client of the task with this id is gone."""
@@ -19,7 +20,7 @@ class Pacer:
 
     Attributes:
         last_step: `time.monotonic()` of the last step boundary.
-        truncated: why a request left before its steps were done, by row.
+        late: rows that left near their deadline, before their steps were done.
 
     Args:
         steps: the steps that each task takes.
@@ -36,22 +37,17 @@ class Pacer:
         self._cancelled, self._device = cancelled, device
         self._readout: float | None = None
         self.last_step = time.monotonic()
-        self.truncated: dict[int, Truncation] = {}
+        self.late: set[int] = set()
 
-    def __call__(self, steps: int, rows: list[int]) -> set[int]:
+    def __call__(self, steps: int, rows: list[int]) -> Exit:
         catch_up(self._device)  # otherwise the clock would see only the launch of the work
         now = time.monotonic()
         step, self.last_step = now - self.last_step, now
         # The first look at all views takes about as long as the readout, and at least as a step.
         self._readout = step if self._readout is None else self._readout
-        gone = set()
-        for row in rows:
-            task = self._tasks[row]
-            if self._cancelled(task.id):
-                self.truncated[row] = "cancelled"
-            elif steps < self._steps[row]:
-                if now + step + self._readout <= task.deadline:
-                    continue
-                self.truncated[row] = "deadline"
-            gone.add(row)
-        return gone
+        dropped = {row for row in rows if self._cancelled(self._tasks[row].id)}
+        ready = now + step + self._readout  # if another step is taken
+        adapting = {row for row in rows if steps < self._steps[row]} - dropped
+        late = {row for row in adapting if ready > self._tasks[row].deadline}
+        self.late |= late
+        return Exit(set(rows) - dropped - (adapting - late), dropped)

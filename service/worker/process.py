@@ -47,7 +47,7 @@ class Runner(Protocol):
     """Runs the batches in the worker.
 
     The constructor takes (settings, index), loads the model and warms it up, or raises ModelError.
-    `progress` is the instant of the last step boundary.
+    `progress` is the instant of the last progress of a batch.
     """
 
     ready: Ready

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from models.attacks.demo import redraw, run_demo_attack
-from models.classifier import ImageQuery, Prediction, PreparedBatch
+from models.classifier import EncodedQuery, ImageQuery, Prediction, PreparedBatch
+from models.clip import Interrupted
+from models.tapt import Exit
 from service.errors import ModelError
 from service.messages import Answer, Failure, ProgressEvent, Task, Truncation, ViewReport
 from service.settings import Settings
@@ -19,6 +21,8 @@ from service.worker.loading import describe, load, memory_bytes
 from service.worker.pacing import Cancelled, Pacer
 
 WARM_LABELS = 10
+CLIENT_GONE = Failure("client_gone", "The client left.")
+LATE = Failure("deadline", "The deadline passed while the labels were encoded.")
 
 Settle = Callable[[str, Answer | Failure | ProgressEvent], None]
 
@@ -30,7 +34,7 @@ class Runner:
 
     Attributes:
         ready: the model's facts.
-        progress: `time.monotonic()` of the last progress of a batch.
+        progress: `time.monotonic()` of the last step boundary or start of a chunk.
 
     Raises:
         ModelError: the model cannot be loaded or fails its warm-up.
@@ -117,9 +121,34 @@ class Runner:
             for task in batch:
                 settle(task.id, Failure("unprocessable", message))
             return
-        for group in self.classifier.prepare([_query(task) for task in batch], method):
-            tasks = [batch[index] for index in group.indices]
-            self._run_group(tasks, group, views, settle, cancelled)
+        labelled = [(task, self._encode(task, settle, cancelled)) for task in batch]
+        tasks, encoded = [], []
+        for task, query in labelled:
+            if query is not None and cancelled(task.id):
+                settle(task.id, CLIENT_GONE)
+            elif query is not None:
+                tasks.append(task)
+                encoded.append(query)
+        for group in self.classifier.group(encoded, method):
+            members = [tasks[index] for index in group.indices]
+            self._run_group(members, group, views, settle, cancelled)
+
+    def _encode(self, task: Task, settle: Settle, cancelled: Cancelled) -> EncodedQuery | None:
+        """The task with its labels encoded. None, and the task is settled, if its client left or
+        its deadline passed before they were."""
+
+        def stop() -> bool:
+            self.progress = time.monotonic()
+            return self.progress > task.deadline or cancelled(task.id)
+
+        if not cancelled(task.id):
+            try:
+                with self.classifier.checkpoint.clip.interruptible(stop):
+                    return self.classifier.encode(_query(task), task.method)
+            except Interrupted:
+                pass
+        settle(task.id, CLIENT_GONE if cancelled(task.id) else LATE)
+        return None
 
     def _run_group(
         self,
@@ -130,20 +159,32 @@ class Runner:
         cancelled: Cancelled,
     ) -> None:
         pacer = Pacer(tasks, group.steps, cancelled, self.device)
+        waiting = dict(enumerate(tasks))
 
-        def leaving(steps: int, rows: list[int]) -> set[int]:
-            gone = pacer(steps, rows)
+        def leaving(steps: int, rows: list[int]) -> Exit:
+            leave = pacer(steps, rows)
             self.progress = pacer.last_step
-            return gone
+            for row in leave.dropped:
+                settle(waiting.pop(row).id, CLIENT_GONE)
+            return leave
+
+        def stop() -> bool:
+            self.progress = time.monotonic()
+            return all(cancelled(task.id) for task in waiting.values())
 
         start = time.perf_counter()
-        for prediction in self.classifier.classify(group, views, leaving):
-            task, reason = tasks[prediction.row], pacer.truncated.get(prediction.row)
-            if reason == "cancelled":
-                settle(task.id, Failure("client_gone", "The client left."))
-            else:
-                seconds = time.perf_counter() - start
-                settle(task.id, self._answer(task, prediction, reason, seconds))
+        try:
+            with self.classifier.checkpoint.clip.interruptible(stop):
+                for prediction in self.classifier.classify(group, views, leaving):
+                    task, seconds = waiting[prediction.row], time.perf_counter() - start
+                    truncated: Truncation | None = None
+                    if prediction.row in pacer.late:
+                        truncated = "deadline"
+                    settle(task.id, self._answer(task, prediction, truncated, seconds))
+                    del waiting[prediction.row]
+        except Interrupted:
+            for task in waiting.values():
+                settle(task.id, CLIENT_GONE)
 
     def _answer(
         self, task: Task, prediction: Prediction, truncated: Truncation | None, seconds: float
@@ -199,7 +240,11 @@ class Runner:
             target=attack.target,
             adaptive=attack.adaptive,
         )
-        run_demo(task, images, ask, settle, cancelled)
+        try:
+            with self.classifier.checkpoint.clip.interruptible(lambda: cancelled(task.id)):
+                run_demo(task, images, ask, settle, cancelled)
+        except Interrupted:
+            settle(task.id, CLIENT_GONE)
 
     def _warm_up(self, settings: Settings) -> None:
         """Run the full adaptation twice at a typical size, so that the first request is fast."""

@@ -1,6 +1,8 @@
 """PromptedCLIP against transformers' own CLIPModel."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from models.blocks import run_block
 from models.checkpoint import load_checkpoint
 from models.classifier import DefendedClassifier, ImageQuery
-from models.clip import _spread
+from models.clip import Interrupted, PromptedCLIP, _spread
 from models.errors import LoadError
 from models.label_encoder import LabelEncoder
-from models.labels import tokenize
+from models.labels import LabelBatch, tokenize
 from tests import tiny
 
 SHAPES = [
@@ -64,6 +67,53 @@ def test_in_bfloat16_the_logits_keep_their_scale(tmp_path: Path) -> None:
     clip = load_checkpoint(str(directory), tiny.CPU, torch.bfloat16).clip
     assert clip.dtype == torch.bfloat16
     assert float(clip.logit_scale) == pytest.approx(100, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda clip, labels, prompts: clip.encode_labels(labels, prompts),
+        lambda clip, *_: clip.encode_images(torch.full((2, 4, 3, 32, 32), 0.5)).features,
+        torch.enable_grad()(
+            lambda clip, labels, prompts: clip.text_gradient(labels, prompts, torch.ones(8, 48))
+        ),
+    ],
+    ids=["labels", "views", "text gradient"],
+)
+@torch.no_grad()
+def test_work_stops_between_chunks_and_leaves_nothing_behind(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compute: Callable[[PromptedCLIP, LabelBatch, torch.Tensor], torch.Tensor],
+) -> None:
+    checkpoint = tiny.load(tiny.save_checkpoint(tmp_path))
+    clip, bundle = checkpoint.clip, tiny.make_bundle(checkpoint)
+    clip.chunk_tokens = 8
+    batch = LabelEncoder(checkpoint, bundle, "{}").encode(tiny.LABELS, "{}", "learned").batch
+    prompts = bundle.prompts.text
+    assert prompts is not None
+    events = []
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        events.append("block")
+        return run_block(*arguments, **options)
+
+    def stop() -> bool:
+        events.append("stop?")
+        return events.count("stop?") == 3
+
+    monkeypatch.setattr("models.clip.run_block", count)
+    undisturbed = compute(clip, batch, prompts)
+    assert "stop?" not in events
+    events.clear()
+    with pytest.raises(Interrupted), clip.interruptible(stop):
+        compute(clip, batch, prompts)
+    assert events.count("stop?") == 3
+    assert "block" in events
+    assert events[-1] == "stop?"  # no chunk is computed after it said so
+    events.clear()
+    assert torch.equal(compute(clip, batch, prompts), undisturbed)
+    assert "stop?" not in events
 
 
 def test_what_requests_share_reaches_each_of_their_rows() -> None:

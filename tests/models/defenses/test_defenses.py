@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from models.classifier import DefendedClassifier, ImageQuery, Prediction
+from models.clip import ImageFeatures
 from models.defenses import gate, rtpt, thrift, ttc
 from models.defenses.catalog import DEFENSES
-from models.tapt import Objective, entropies, gradients, leaves_after
+from models.tapt import Exit, Objective, entropies, gradients, leaves_after
 from tests import tiny
 from tests.tiny import make_queries
 
@@ -127,17 +129,38 @@ def test_the_cancelled_leave_and_the_others_do_not_notice(
     queries = make_queries(6)
     asked: list[int] = []
 
-    def leaving(taken: int, rows: list[int]) -> set[int]:
+    def leaving(taken: int, rows: list[int]) -> Exit:
         asked.append(taken)
-        return set(rows) if taken == 2 else {2, 3} & set(rows)
+        return Exit(set(rows)) if taken == 2 else Exit({3} & set(rows), {2} & set(rows))
 
     (batch,) = classifier.prepare(queries, method)
     cut = {p.row: p for p in classifier.classify(batch, VIEWS, leaving)}
     assert asked == [0, 1, 2]
-    assert (cut[2].steps, cut[3].steps) == (0, 0)
+    assert cut.keys() == {0, 1, 3, 4, 5}
+    assert cut[3].steps == 0
     full = classify(classifier, queries, method, [2] * 6)
     for row in (0, 1, 4, 5):
         assert largest_gap([cut[row].probabilities], [full[row].probabilities]) < 1e-5
+
+
+def test_the_dropped_are_not_read_out(
+    classifier: DefendedClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, sizes = classifier.checkpoint.clip, []
+    encode = clip.encode_images
+
+    def record(pixels: torch.Tensor, *others: Any) -> ImageFeatures:
+        sizes.append(len(pixels))
+        return encode(pixels, *others)
+
+    def leaving(taken: int, rows: list[int]) -> Exit:
+        return [Exit(set()), Exit(set(), {0, 2}), Exit({1})][taken]
+
+    monkeypatch.setattr(clip, "encode_images", record)
+    (batch,) = classifier.prepare(make_queries(3), "tapt")
+    (left,) = classifier.classify(batch, VIEWS, leaving)
+    assert (left.row, left.steps) == (1, 2)
+    assert sizes == [3, 3, 3, 1, 1]  # plain CLIP, first look, two steps, readout
 
 
 def test_the_mean_of_entropies_is_another_loss_than_the_entropy_of_the_mean(

@@ -1,20 +1,23 @@
 """Inside the worker, on a tiny CLIP: every request settles once, and alone where it fails."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from models.blocks import run_block
 from models.clip import PromptedCLIP
 from models.defenses import tapt
 from models.defenses.defense import DefenseInput
 from service.errors import ModelError
 from service.messages import Answer, Failure, Task
 from service.settings import Settings
-from service.worker.runner import Runner
+from service.worker.runner import CLIENT_GONE, LATE, Runner
 from tests import tiny
 
 
@@ -78,6 +81,7 @@ def test_steps_that_differ_are_each_given(runner: Runner) -> None:
 
 
 def test_a_near_deadline_stops_at_a_step_boundary(runner: Runner) -> None:
+    run(runner, [make_work(0)])  # its labels are known then
     late = make_work(0, steps=8, deadline=time.monotonic())
     settled, _ = run(runner, [late, make_work(1, steps=2)])
     answer, other = settled["work-0"], settled["work-1"]
@@ -99,17 +103,96 @@ def test_a_cancelled_request_leaves_and_the_others_do_not_notice(runner: Runner)
         assert one.scores == pytest.approx(other.scores, abs=1e-5)
 
 
-def test_a_client_that_leaves_in_the_middle_stops_its_loop(runner: Runner) -> None:
-    work, seen = make_work(0, steps=3), []
+@pytest.fixture
+def watch_blocks(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[], None]], None]:
+    """Make chunks small and call a function before each transformer block."""
+    monkeypatch.setattr(runner.classifier.checkpoint.clip, "chunk_tokens", 8)
 
-    def cancelled(id: str) -> bool:
-        seen.append(id)
-        return len(seen) > 1  # it leaves after the first step
+    def watch(seen: Callable[[], None]) -> None:
+        def run_seen(*arguments: Any, **options: Any) -> Any:
+            seen()
+            return run_block(*arguments, **options)
 
+        monkeypatch.setattr("models.clip.run_block", run_seen)
+
+    return watch
+
+
+@pytest.mark.parametrize("method", ["plain", "apt-ensemble", "tapt", "rtpt", "ttc", "thrift"])
+def test_nothing_is_computed_for_a_client_that_left(
+    runner: Runner, watch_blocks: Callable[[Callable[[], None]], None], method: str
+) -> None:
+    """It leaves before the first label, at every chunk, and at every step boundary."""
+    events: list[str] = []
+    watch_blocks(lambda: events.append("block"))
+    leaves_at = 0
+    while True:
+        leaves_at += 1
+        labels = tuple(f"{label} {method} {leaves_at}" for label in tiny.LABELS[:4])  # in no cache
+        work, settled = make_work(0, method=method, steps=2, labels=labels), {}
+        events.clear()
+
+        def cancelled(_: str, leaves_at: int = leaves_at) -> bool:
+            events.append("left?")
+            return events.count("left?") >= leaves_at
+
+        runner.run([work], settled.__setitem__, cancelled)
+        if events.count("left?") < leaves_at:
+            break
+        asked = [place for place, event in enumerate(events) if event == "left?"]
+        assert "block" not in events[asked[leaves_at - 1] :]
+        assert settled == {"work-0": CLIENT_GONE}
+    assert isinstance(settled["work-0"], Answer)
+    computed = "".join("?" if event == "left?" else "-" for event in events).split("?")
+    assert max(map(len, computed)) == 2 * 3  # a chunk of labels: its shared tokens and its rows
+
+
+def test_leaving_during_label_encoding_changes_nothing_for_the_next(
+    runner: Runner, watch_blocks: Callable[[Callable[[], None]], None]
+) -> None:
+    blocks: list[int] = []
+    watch_blocks(lambda: blocks.append(1))
+    leaver = make_work(0, labels=tuple(f"{label} left" for label in tiny.LABELS))
+    neighbor = make_work(1, labels=("cat there", "dog there"), steps=2)
+    alone, _ = run(runner, [neighbor])
     settled: dict[str, object] = {}
-    runner.run([work], settled.__setitem__, cancelled)
-    assert len(seen) == 2
-    assert settled == {"work-0": Failure("client_gone", "The client left.")}
+    count = len(blocks) + 10
+    runner.run(
+        [leaver, neighbor],
+        settled.__setitem__,
+        lambda id: id == leaver.id and len(blocks) >= count,
+    )
+    assert settled[leaver.id] == CLIENT_GONE
+    answer, expected = settled[neighbor.id], alone[neighbor.id]
+    assert isinstance(answer, Answer)
+    assert isinstance(expected, Answer)
+    assert answer.scores == expected.scores
+    assert answer.entropy_after == expected.entropy_after
+
+
+def test_a_deadline_that_passes_during_label_encoding_fails_alone(
+    runner: Runner, watch_blocks: Callable[[Callable[[], None]], None]
+) -> None:
+    watch_blocks(lambda: time.sleep(0.005))
+    labels = tuple(f"{label} late" for label in tiny.LABELS)
+    late = make_work(0, labels=labels, deadline=time.monotonic() + 0.05)
+    settled, _ = run(runner, [late, make_work(1)])
+    assert settled["work-0"] == LATE
+    assert isinstance(settled["work-1"], Answer)
+    again, _ = run(runner, [replace(late, deadline=time.monotonic() + 60)])
+    assert isinstance(again["work-0"], Answer)
+
+
+def test_a_long_encoding_of_labels_counts_as_progress(
+    runner: Runner, watch_blocks: Callable[[Callable[[], None]], None]
+) -> None:
+    instants = []
+    watch_blocks(lambda: instants.append(runner.progress))
+    labels = tuple(f"{label} long" for label in tiny.LABELS)
+    run(runner, [make_work(0, method="plain", labels=labels, views=1)])
+    assert len(set(instants)) > 4
 
 
 def test_a_poisoned_request_fails_alone(runner: Runner) -> None:
