@@ -23,7 +23,8 @@ from service.messages import (
 from service.telemetry.metrics import Metrics
 from service.worker.supervisor import Backend, Event, Lost
 
-SMOOTHING = 0.2  # weight of the last batch in the mean seconds per request
+SMOOTHING = 0.2  # weight of the last batch in the means
+PRIOR = 0.25  # seconds per unit of price before the first batch has finished
 
 
 class Listener(Protocol):
@@ -48,10 +49,11 @@ class Listener(Protocol):
 @dataclass(slots=True, eq=False)
 class _Batch:
     """`items` have no result yet and are still wanted; `size` is how many they were when the batch
-    began."""
+    began, `price` the sum of their prices."""
 
     items: dict[str, Item]
     size: int = 0
+    price: float = 0.0
     began: float = 0.0
 
 
@@ -79,7 +81,7 @@ class WorkerPool:
     """All workers; each runs one batch at a time and may hold the next.
 
     `model` is the last Ready, `fatal` why the model cannot be served, `seconds_per_request` a
-    running mean of a batch's time divided by its size.
+    running mean of a batch's time divided by its size, `seconds_per_price` by its price.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class WorkerPool:
         self.model: Ready | None = None
         self.fatal: str | None = None
         self.seconds_per_request = 1.0
+        self.seconds_per_price = PRIOR
         self._metrics = metrics
         self._listener = listener
         self._clock = clock
@@ -152,6 +155,7 @@ class WorkerPool:
     def _begin(self, worker: _Worker) -> None:
         batch, items = worker.batches[0], worker.running
         batch.size, batch.began = len(items), self._clock()
+        batch.price = sum(item.price for item in items)
         if items:
             self._metrics.observe_batch([item.task for item in items])
             self._listener.on_begin(items)
@@ -198,6 +202,11 @@ class WorkerPool:
                 return item
         return None
 
+    def _measure(self, batch: _Batch, seconds: float) -> None:
+        per_request, per_price = seconds / batch.size, seconds / batch.price
+        self.seconds_per_request += SMOOTHING * (per_request - self.seconds_per_request)
+        self.seconds_per_price += SMOOTHING * (per_price - self.seconds_per_price)
+
     def _set_ready(self, worker: _Worker, ready: bool) -> None:
         worker.ready = ready
         self._metrics.worker_up.labels(worker.name).set(ready)
@@ -220,8 +229,7 @@ class WorkerPool:
             case Finished(counts=counts) if worker.batches:
                 batch = worker.batches.popleft()
                 if batch.size:
-                    seconds = (self._clock() - batch.began) / batch.size
-                    self.seconds_per_request += SMOOTHING * (seconds - self.seconds_per_request)
+                    self._measure(batch, self._clock() - batch.began)
                 for item in batch.items.values():
                     self._listener.on_result(item, Failure("internal", "The worker gave none."))
                 if worker.batches:

@@ -400,7 +400,7 @@ def test_who_waits_as_told_is_let_in_at_once(seconds: float, clients: int, sprea
     @virtual
     async def scenario() -> None:
         worker = FakeWorker(seconds=lambda batch: seconds * len(batch))
-        async with open_engine(worker) as harness:
+        async with open_engine(worker, request_timeout_ms=600_000) as harness:
             await asyncio.gather(*(harness.ask(timeout=600) for _ in range(64)))
             for _ in range(20):  # the mean forgets its first guess
                 await harness.ask()

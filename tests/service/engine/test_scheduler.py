@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from service.engine.scheduler import Item, Scheduler, count_tokens
+from service.engine.price import count_tokens
+from service.engine.scheduler import Item, Scheduler
 from service.messages import Ready, Task
 
 
