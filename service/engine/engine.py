@@ -148,9 +148,9 @@ class Engine:
     def claim(self, permit: Permit, task: Task) -> float:
         """Price a task, relative to a typical request, and check that its turn comes in time.
 
-        Ahead of it are its caller's requests that are not much more expensive, and as much work of
-        each other caller. If that takes longer than `request_timeout_ms`, raises QueueFull. A
-        request with nothing ahead of it is always admitted.
+        Ahead of it are its caller's requests, but for much more expensive ones, and as much work of
+        each other caller. Raises QueueFull if that takes longer than `request_timeout_ms`; with
+        nothing ahead, a request is always admitted.
         """
         assert self._pool.model is not None  # or there were no permit
         cost = price(task, self._pool.model, self._settings)
@@ -174,8 +174,7 @@ class Engine:
 
     def _unfinished(self) -> set[Permit]:
         """The permits of requests that wait or run."""
-        requests = self._requests.values()
-        return {*self._permits.held, *(each.permit for each in requests if not each.settled)}
+        return {*self._permits.held, *(r.permit for r in self._requests.values() if not r.settled)}
 
     def _seconds(self, work: float) -> float:
         """The expected time for requests whose prices sum to `work`."""
@@ -218,9 +217,8 @@ class Engine:
         tokens = count_tokens(task, model, self._settings.hypothesis_template)
         if task.attack or not permit.priced:
             self.claim(permit, task)
-        key: Hashable = queued.id
-        if task.attack is None:
-            key = (task.method, task.views, price_class(permit.price))
+        shared = task.method, task.views, price_class(permit.price)
+        key: Hashable = shared if task.attack is None else queued.id
         request = self._requests[queued.id] = _Request(permit)
         enqueued = self._clock()
         item = Item(queued, key, tokens, enqueued, caller=permit.caller, price=permit.price)

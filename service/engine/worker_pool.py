@@ -24,7 +24,6 @@ from service.telemetry.metrics import Metrics
 from service.worker.supervisor import Backend, Event, Lost
 
 SMOOTHING = 0.2  # weight of the last batch in the means
-PRIOR = 0.25  # seconds per unit of price before the first batch has finished
 
 
 class Listener(Protocol):
@@ -81,7 +80,7 @@ class WorkerPool:
     """All workers; each runs one batch at a time and may hold the next.
 
     `model` is the last Ready, `fatal` why the model cannot be served, `seconds_per_request` a
-    running mean of a batch's time divided by its size, `seconds_per_price` by its price.
+    running mean of a batch's time divided by its size.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class WorkerPool:
         self.model: Ready | None = None
         self.fatal: str | None = None
         self.seconds_per_request = 1.0
-        self.seconds_per_price = PRIOR
+        self._mean_seconds, self._mean_price = 0.0, 1.0
         self._metrics = metrics
         self._listener = listener
         self._clock = clock
@@ -130,6 +129,11 @@ class WorkerPool:
         """The model, once a worker has loaded it, and the number of workers."""
         workers = {"configured": len(self._workers), "ready": self.ready}
         return {**(self.model.info if self.model else {}), "workers": workers}
+
+    @property
+    def seconds_per_price(self) -> float:
+        """Time per unit of price, by the running means over batches."""
+        return self._mean_seconds / self._mean_price
 
     def start(self) -> None:
         for worker in self._workers:
@@ -203,9 +207,10 @@ class WorkerPool:
         return None
 
     def _measure(self, batch: _Batch, seconds: float) -> None:
-        per_request, per_price = seconds / batch.size, seconds / batch.price
-        self.seconds_per_request += SMOOTHING * (per_request - self.seconds_per_request)
-        self.seconds_per_price += SMOOTHING * (per_price - self.seconds_per_price)
+        self.seconds_per_request += SMOOTHING * (seconds / batch.size - self.seconds_per_request)
+        # Means of both, not of the ratio: small batches are mostly overhead.
+        self._mean_seconds += SMOOTHING * (seconds - self._mean_seconds)
+        self._mean_price += SMOOTHING * (batch.price - self._mean_price)
 
     def _set_ready(self, worker: _Worker, ready: bool) -> None:
         worker.ready = ready
@@ -216,6 +221,8 @@ class WorkerPool:
             case Heartbeat(memory_bytes=memory):
                 self._metrics.device_memory_bytes.labels(worker.name).set(memory)
             case Ready():
+                if self.model is None:
+                    self._mean_seconds = event.typical_seconds
                 self.model = event
                 self._metrics.set_build(event.info)
                 self._set_ready(worker, True)
