@@ -126,12 +126,16 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The model is loaded and warmed up. `info` is its part of `/info` (JSON types only)."""
+    """The model is loaded and warmed up. `info` is its part of `/info` (JSON types only).
+
+    `typical_seconds` is how long the warm-up took for one request with the server's defaults.
+    """
 
     info: dict[str, Any]
     max_batch_tokens: int
     image_tokens: int
     context_length: int
+    typical_seconds: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)

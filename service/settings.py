@@ -124,9 +124,11 @@ class Settings(BaseSettings):
     key_concurrency: int = Field(0, ge=0)
     """Maximum number of concurrent requests per key; more get a 429; 0 disables."""
     key_rate: float = Field(0.0, ge=0)
-    """Average number of requests per second and key; more get a 429; 0 disables."""
+    """Average number of typical requests per second and key; more get a 429; 0 disables. A typical
+    request has this server's defaults and 10 labels; a more expensive one counts as several, by its
+    views, steps and labels."""
     key_burst: int = Field(20, ge=1)
-    """Requests that a key may send in a burst above `key_rate`."""
+    """Typical requests that a key may send in a burst above `key_rate`."""
     key_similar_per_hour: int = Field(0, ge=0, le=1000)
     """Similar but unequal images that a key may send in an hour; 0 disables."""
     view_secret: str = Field("", pattern="^(.{16,})?$", repr=False)

@@ -1,6 +1,6 @@
 """From an admitted request to its answer.
 
-A request reserves a permit before its image is decoded, and is then submitted. It settles exactly
+A request reserves a permit, claims its price, is decoded and then submitted. It settles exactly
 once: with an answer or an error, at its deadline, when it is cancelled, or at shutdown. Everything
 here runs on the event loop; the workers are other processes.
 """
@@ -10,14 +10,15 @@ import contextlib
 import itertools
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from service.engine.permits import Permit, Permits
+from service.engine.price import count_tokens, price, price_class
 from service.engine.retry_after import RetryAfter
-from service.engine.scheduler import Item, Scheduler, count_tokens
+from service.engine.scheduler import Item, Scheduler
 from service.engine.worker_pool import WorkerPool
 from service.errors import DeadlineExceeded, NotReady, QueueFull, ServiceError, make_error
 from service.messages import Answer, Failure, ProgressEvent, Task
@@ -119,10 +120,10 @@ class Engine:
         self._fail_all("The server is shutting down.")
         await self._pool.stop()
 
-    def reserve(self, size_bytes: int) -> Permit:
-        """Take a permit for a file of `size_bytes`, before it is decoded.
+    def reserve(self, size_bytes: int, caller: str = "") -> Permit:
+        """Take a permit for a file of `size_bytes`, before anything of it is parsed.
 
-        The caller must release it. Raises QueueFull or NotReady, with `retry_after`.
+        It must be released. Raises QueueFull or NotReady, with `retry_after`.
         """
         refusal: ServiceError
         if self._draining:
@@ -131,15 +132,58 @@ class Engine:
         elif not self.ready:
             reason = "not_ready"
             refusal = NotReady("The server is not ready.", retry_after=_jitter(RECOVERY))
-        elif permit := self._permits.take(size_bytes, self._clock(), self._limit()):
+        elif permit := self._permits.take(size_bytes, self._clock(), self._limit(), caller):
             if 2 * len(self._permits) <= self._settings.max_queue_size:
-                self._retry_after.clear()
+                self._retry_after.clear(caller)
             return permit
         else:
-            reason = "queue_full"
-            refusal = QueueFull("The queue is full.", retry_after=self._assign_retry())
+            interval = self._pool.seconds_per_request / self._pool.ready
+            # Retry-After has whole seconds, so at most as many may share one as the queue holds.
+            interval = max(interval, 1 / self._settings.max_queue_size)
+            wait = self._seconds(sum(permit.price for permit in self._unfinished()))
+            raise self._queue_full(caller, wait, interval)
         self._metrics.rejected.labels(reason).inc()
         raise refusal
+
+    def claim(self, permit: Permit, task: Task) -> float:
+        """Price a task, relative to a typical request, and check that its turn comes in time.
+
+        Ahead of it are its caller's requests, but for much more expensive ones, and as much work of
+        each other caller. Raises QueueFull if that takes longer than `request_timeout_ms`; with
+        nothing ahead, a request is always admitted.
+        """
+        assert self._pool.model is not None  # or there were no permit
+        cost = price(task, self._pool.model, self._settings)
+        others = self._unfinished() - {permit}
+        callers = len({other.caller for other in others} | {permit.caller})
+        ahead = sum(
+            other.price
+            for other in others
+            if other.caller == permit.caller and price_class(other.price) <= price_class(cost)
+        )
+        limit = self._settings.request_timeout_ms / 1000
+        seconds = self._seconds((ahead + cost) * callers)
+        group = permit.caller, price_class(cost)
+        if ahead and seconds > limit:
+            raise self._queue_full(group, seconds - limit, self._seconds(cost * callers))
+        if 2 * seconds <= limit:
+            self._retry_after.clear(group)
+        permit.price, permit.priced = cost, True
+        self._on_permits_changed()
+        return cost
+
+    def _unfinished(self) -> set[Permit]:
+        """The permits of requests that wait or run."""
+        return {*self._permits.held, *(r.permit for r in self._requests.values() if not r.settled)}
+
+    def _seconds(self, work: float) -> float:
+        """The expected time for requests whose prices sum to `work`."""
+        return work * self._pool.seconds_per_price / max(1, self._pool.ready)
+
+    def _queue_full(self, group: Hashable, wait: float, interval: float) -> QueueFull:
+        self._metrics.rejected.labels("queue_full").inc()
+        seconds = self._retry_after.assign(group, self._clock(), wait, interval)
+        return QueueFull("The queue is full.", retry_after=max(1.0, seconds))
 
     def _limit(self) -> int:
         """How many requests may wait now.
@@ -151,18 +195,11 @@ class Engine:
         next_batches = self._pool.ready * self._settings.max_batch_size
         return max(size - self._pool.running, min(size, next_batches))
 
-    def _assign_retry(self) -> float:
-        """Seconds after which a request that is refused now should find room."""
-        interval = self._pool.seconds_per_request / self._pool.ready
-        wait = (len(self._permits) + self._pool.running) * interval
-        # Retry-After has whole seconds, so at most as many may share one as the queue holds.
-        interval = max(interval, 1 / self._settings.max_queue_size)
-        return max(1.0, self._retry_after.assign(self._clock(), wait, interval))
-
     async def submit(self, permit: Permit, task: Task) -> Answer:
         """Answer one task. Cancelling the caller withdraws it.
 
-        Raises DeadlineExceeded, NotReady, or the error that the worker reported.
+        Raises DeadlineExceeded, NotReady, or the error that the worker reported; and QueueFull if
+        the price was not claimed before.
         """
         async with aclosing(self.stream(permit, task)) as events:
             (answer,) = [event async for event in events if isinstance(event, Answer)]
@@ -178,10 +215,14 @@ class Engine:
         # Clients choose request ids, so two may be equal.
         queued = replace(task, id=f"{task.id}/{next(self._serial)}")
         tokens = count_tokens(task, model, self._settings.hypothesis_template)
-        key = (task.method, task.views) if task.attack is None else queued.id
+        if task.attack or not permit.priced:
+            self.claim(permit, task)
+        shared = task.method, task.views, price_class(permit.price)
+        key: Hashable = shared if task.attack is None else queued.id
         request = self._requests[queued.id] = _Request(permit)
         enqueued = self._clock()
-        self._scheduler.add(Item(queued, key, tokens, enqueued))
+        item = Item(queued, key, tokens, enqueued, caller=permit.caller, price=permit.price)
+        self._scheduler.add(item)
         try:
             self._pump()
             while True:
@@ -288,6 +329,8 @@ class Engine:
 
     def _on_permits_changed(self) -> None:
         self._metrics.queue_depth.set(len(self._permits))
+        expected = self._seconds(sum(permit.price for permit in self._permits.held))
+        self._metrics.queue_seconds_expected.set(expected)
         if self._draining and not self._permits and not self._requests:
             self._drained.set()
 

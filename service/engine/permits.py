@@ -7,15 +7,21 @@ BYTES_PER_PERMIT = 4 * 2**20
 
 
 class Permit:
-    """A place in the queue, held from before decoding until the request's batch begins.
+    """A place of `caller` in the queue, held from before decoding until the batch begins.
 
     `since` is the instant at which it was taken, `waited` the seconds from submission to the
-    beginning of the batch, known from then on.
+    beginning of the batch, known from then on. `price` is that of a typical request until the
+    request is `priced`.
     """
 
-    def __init__(self, size_bytes: int, since: float, release: Callable[["Permit"], None]) -> None:
+    def __init__(
+        self, size_bytes: int, since: float, release: Callable[["Permit"], None], caller: str = ""
+    ) -> None:
         self.size_bytes = size_bytes
         self.since = since
+        self.caller = caller
+        self.price = 1.0
+        self.priced = False
         self.waited = 0.0
         self._release = release
 
@@ -27,8 +33,12 @@ class Permit:
 class Permits:
     """The permits of a queue of `size` requests.
 
-    All permits together hold at most `BYTES_PER_PERMIT` for each of `size`, or `largest` bytes if
-    that is more, so that an empty queue admits any request. `changed` is called after each change.
+    All permits of one caller hold at most `BYTES_PER_PERMIT` for each of `size`, or `largest` bytes
+    if that is more, so that an empty queue admits any request. `changed` is called after each
+    change.
+
+    A full queue still admits a caller that holds less than its share: the bound divided by the
+    number of callers. So the queue exceeds its bounds by at most such shares.
     """
 
     def __init__(self, size: int, largest: int, changed: Callable[[], None]) -> None:
@@ -43,11 +53,22 @@ class Permits:
     def bytes(self) -> int:
         return sum(permit.size_bytes for permit in self._held)
 
-    def take(self, size_bytes: int, now: float, limit: int) -> Permit | None:
-        """A permit, or None if `limit` are held now or too few bytes are left."""
-        if len(self._held) >= limit or self.bytes + size_bytes > self._max_bytes:
-            return None
-        permit = Permit(size_bytes, now, self._release)
+    @property
+    def held(self) -> frozenset[Permit]:
+        return frozenset(self._held)
+
+    def take(self, size_bytes: int, now: float, limit: int, caller: str = "") -> Permit | None:
+        """A permit, or None if there is no room among `limit` places or in bytes."""
+        own = [permit for permit in self._held if permit.caller == caller]
+        callers = len({permit.caller for permit in self._held} | {caller})
+        own_bytes = sum(permit.size_bytes for permit in own)
+        for total, mine, size, bound in (
+            (len(self._held), len(own), 1, limit),
+            (self.bytes, own_bytes, size_bytes, self._max_bytes),
+        ):
+            if total + size > bound and (mine + size) * callers > bound:
+                return None
+        permit = Permit(size_bytes, now, self._release, caller)
         self._held.add(permit)
         self._changed()
         return permit

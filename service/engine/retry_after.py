@@ -2,8 +2,12 @@
 
 With one shared Retry-After, all refused clients would return at once and most would be refused
 again. So each is told a time of its own, after those that were told before it. This is no
-reservation: a client that comes earlier is admitted if there is room.
+reservation: a client that comes earlier is admitted if there is room. Clients are spread within
+groups (callers, and classes of price), so that one caller's refusals delay no other's.
 """
+
+import math
+from collections.abc import Hashable
 
 MAX_SECONDS = 900.0
 """Longest time that a client is told. If more are refused than it holds, they share it."""
@@ -17,18 +21,19 @@ class RetryAfter:
     """Spreads the times at which refused clients return."""
 
     def __init__(self) -> None:
-        self._last = float("-inf")
+        self._last: dict[Hashable, float] = {}
 
-    def assign(self, now: float, wait: float, interval: float) -> float:
+    def assign(self, group: Hashable, now: float, wait: float, interval: float) -> float:
         """Seconds from `now` after which to return.
 
         At the earliest when the queue has drained, in `wait` seconds, and at least SPACING
-        times `interval` seconds after the client before.
+        times `interval` seconds after the client of its group before.
         """
-        seconds = min(max(wait, self._last + SPACING * interval - now), MAX_SECONDS)
-        self._last = now + seconds
+        last = self._last.get(group, -math.inf)
+        seconds = min(max(wait, last + SPACING * interval - now), MAX_SECONDS)
+        self._last[group] = now + seconds
         return seconds
 
-    def clear(self) -> None:
-        """Forget the assigned times. The queue has room again, so they no longer matter."""
-        self._last = float("-inf")
+    def clear(self, group: Hashable) -> None:
+        """Forget a group's times. The queue has room for it again, so they no longer matter."""
+        self._last.pop(group, None)

@@ -1,21 +1,30 @@
-"""Which requests share a batch, and when it is due.
+"""Which requests share a batch, in which order, and when it is due.
 
-Pure: the caller names the instant. A batch holds items of one key, oldest first. It is bounded in
-requests and in tokens (image tokens of every view, text tokens of every label), because memory
-grows with tokens and not with requests.
+Pure: instants are arguments. A batch holds items of one key. It is bounded in requests and in
+tokens (image tokens of every view, text tokens of every label), because memory grows with tokens
+and not with requests.
+
+The order is start-time fair queueing (Goyal et al., 1996) over callers: the caller that was served
+least goes next, counted in prices. Of one caller's items, the one with the least sum of its price
+and the work served to the caller before it arrived goes first. So a cheap item overtakes an
+expensive one, which later items can delay by no more work than its own price. Equal items keep
+their order of arrival.
 """
 
+import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
-from service.messages import Ready, Task
+from service.engine.price import price_class
+from service.messages import Task
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """A queued task. Items of equal `key` may share a batch, of which this one takes `tokens`.
 
-    `enqueued` is an instant in seconds; `attempts` counts the workers already lost with it.
+    `enqueued` is an instant in seconds; `attempts` counts the workers already lost with it. `price`
+    is what `caller` is charged when the item leaves the queue.
     """
 
     task: Task
@@ -23,6 +32,8 @@ class Item:
     tokens: int
     enqueued: float
     attempts: int = 0
+    caller: str = ""
+    price: float = 1.0
 
 
 class Scheduler:
@@ -34,39 +45,55 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_queue_delay = max_queue_delay
         self._items: dict[str, Item] = {}
+        self._ranks: dict[str, float] = {}  # of items, within their caller
+        self._served: dict[str, float] = {}  # work served to each caller
+        self._virtual = 0.0  # work served to the caller whose turn it was last
 
     def add(self, item: Item) -> None:
+        caller = item.caller
+        served = self._served.get(caller, 0.0)
+        if all(other.caller != caller for other in self._items.values()):
+            # A caller gains nothing by having been idle.
+            served = self._served[caller] = max(served, self._virtual)
         self._items[item.task.id] = item
+        self._ranks[item.task.id] = served + item.price
 
     def put_back(self, items: Iterable[Item]) -> None:
         """Queue items again, before all others, that were taken and not run."""
-        self._items = {item.task.id: item for item in items} | self._items
+        again = {item.task.id: item for item in items}
+        for item in again.values():
+            self._served[item.caller] -= item.price
+        self._ranks |= dict.fromkeys(again, -math.inf)
+        self._items = again | self._items
 
     def remove(self, id: str) -> None:
         """Remove an item if it is in the queue."""
         self._items.pop(id, None)
+        self._ranks.pop(id, None)
 
     def expire(self, now: float) -> list[Item]:
         """Take out the items whose deadline has passed."""
         late = [item for item in self._items.values() if item.task.deadline <= now]
         for item in late:
-            del self._items[item.task.id]
+            self.remove(item.task.id)
         return late
 
     def next_batch(self, now: float) -> list[Item] | None:
-        """Take out the due batch with the oldest item; None if none is due."""
+        """Take out the due batch whose turn comes first; None if none is due."""
         for batch, full in self._batches():
             if self._due(batch, full) <= now:
                 return self._take(batch)
         return None
 
     def full_batch(self) -> list[Item] | None:
-        """Take out the batch with the oldest item of all if it is full, else None.
+        """Take out the batch whose turn comes first if it is full and cheap, else None.
 
-        If a fuller batch could overtake it, frequent keys would starve rare ones.
+        If a fuller batch could overtake it, frequent keys would starve rare ones. An expensive one
+        stays in the queue, where those that arrive later can overtake it.
         """
         for batch, full in self._batches():
-            return self._take(batch) if full else None
+            cheap = all(price_class(item.price) == 0 for item in batch)
+            return self._take(batch) if full and cheap else None
         return None
 
     def wake_at(self, worker_free: bool = True) -> float | None:
@@ -80,19 +107,33 @@ class Scheduler:
         return min(instants, default=None)
 
     def _take(self, batch: list[Item]) -> list[Item]:
+        self._virtual = max(self._virtual, min(self._served[item.caller] for item in batch))
         for item in batch:
-            del self._items[item.task.id]
+            self.remove(item.task.id)
+            self._served[item.caller] += item.price
         return batch
 
     def _due(self, batch: list[Item], full: bool) -> float:
-        return batch[0].enqueued + (0.0 if full else self.max_queue_delay)
+        oldest = min(item.enqueued for item in batch)
+        return oldest + (0.0 if full else self.max_queue_delay)
 
     def _batches(self) -> list[tuple[list[Item], bool]]:
-        """The first batch of each key and whether it is full, ordered by their oldest items."""
+        """The first batch of each key and whether it is full, ordered by their first items."""
         groups: dict[Hashable, list[Item]] = {}
-        for item in self._items.values():
+        for item in self._order():
             groups.setdefault(item.key, []).append(item)
         return [self._cut(group) for group in groups.values()]
+
+    def _order(self) -> list[Item]:
+        """The items in the order of their turns."""
+        ids = sorted(self._items, key=self._ranks.__getitem__)
+        served, starts = dict(self._served), dict.fromkeys(ids, -math.inf)
+        for id in ids:
+            item = self._items[id]
+            if self._ranks[id] != -math.inf:  # what was put back goes first
+                starts[id] = served[item.caller]
+            served[item.caller] += item.price
+        return [self._items[id] for id in sorted(ids, key=starts.__getitem__)]
 
     def _cut(self, group: list[Item]) -> tuple[list[Item], bool]:
         """The longest start of a group within both bounds, never empty, and whether it is full."""
@@ -108,15 +149,3 @@ class Scheduler:
             or tokens >= self.max_batch_tokens
         )
         return batch, full
-
-
-def count_tokens(task: Task, model: Ready, default_template: str) -> int:
-    """Estimate the tokens that a task takes in a batch: of all views and all labels.
-
-    The API process has no tokenizer. A prompt counts as one token per three UTF-8 bytes, plus four
-    for its ends and prompt slots. All prompts are padded to the longest.
-    """
-    template = task.template or default_template
-    longest = max(len(template.replace("{}", label).encode()) for label in task.labels)
-    text = min(model.context_length, 4 + longest // 3)
-    return task.views * model.image_tokens + len(task.labels) * text

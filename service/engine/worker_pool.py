@@ -23,7 +23,7 @@ from service.messages import (
 from service.telemetry.metrics import Metrics
 from service.worker.supervisor import Backend, Event, Lost
 
-SMOOTHING = 0.2  # weight of the last batch in the mean seconds per request
+SMOOTHING = 0.2  # weight of the last batch in the means
 
 
 class Listener(Protocol):
@@ -48,10 +48,11 @@ class Listener(Protocol):
 @dataclass(slots=True, eq=False)
 class _Batch:
     """`items` have no result yet and are still wanted; `size` is how many they were when the batch
-    began."""
+    began, `price` the sum of their prices."""
 
     items: dict[str, Item]
     size: int = 0
+    price: float = 0.0
     began: float = 0.0
 
 
@@ -92,6 +93,7 @@ class WorkerPool:
         self.model: Ready | None = None
         self.fatal: str | None = None
         self.seconds_per_request = 1.0
+        self._mean_seconds, self._mean_price = 0.0, 1.0
         self._metrics = metrics
         self._listener = listener
         self._clock = clock
@@ -128,6 +130,11 @@ class WorkerPool:
         workers = {"configured": len(self._workers), "ready": self.ready}
         return {**(self.model.info if self.model else {}), "workers": workers}
 
+    @property
+    def seconds_per_price(self) -> float:
+        """Time per unit of price, by the running means over batches."""
+        return self._mean_seconds / self._mean_price
+
     def start(self) -> None:
         for worker in self._workers:
             self._set_ready(worker, False)
@@ -152,6 +159,7 @@ class WorkerPool:
     def _begin(self, worker: _Worker) -> None:
         batch, items = worker.batches[0], worker.running
         batch.size, batch.began = len(items), self._clock()
+        batch.price = sum(item.price for item in items)
         if items:
             self._metrics.observe_batch([item.task for item in items])
             self._listener.on_begin(items)
@@ -198,6 +206,12 @@ class WorkerPool:
                 return item
         return None
 
+    def _measure(self, batch: _Batch, seconds: float) -> None:
+        self.seconds_per_request += SMOOTHING * (seconds / batch.size - self.seconds_per_request)
+        # Means of both, not of the ratio: small batches are mostly overhead.
+        self._mean_seconds += SMOOTHING * (seconds - self._mean_seconds)
+        self._mean_price += SMOOTHING * (batch.price - self._mean_price)
+
     def _set_ready(self, worker: _Worker, ready: bool) -> None:
         worker.ready = ready
         self._metrics.worker_up.labels(worker.name).set(ready)
@@ -207,6 +221,8 @@ class WorkerPool:
             case Heartbeat(memory_bytes=memory):
                 self._metrics.device_memory_bytes.labels(worker.name).set(memory)
             case Ready():
+                if self.model is None:
+                    self._mean_seconds = event.typical_seconds
                 self.model = event
                 self._metrics.set_build(event.info)
                 self._set_ready(worker, True)
@@ -220,8 +236,7 @@ class WorkerPool:
             case Finished(counts=counts) if worker.batches:
                 batch = worker.batches.popleft()
                 if batch.size:
-                    seconds = (self._clock() - batch.began) / batch.size
-                    self.seconds_per_request += SMOOTHING * (seconds - self.seconds_per_request)
+                    self._measure(batch, self._clock() - batch.began)
                 for item in batch.items.values():
                     self._listener.on_result(item, Failure("internal", "The worker gave none."))
                 if worker.batches:

@@ -2,14 +2,15 @@
 
 `Intake.admit` checks in a fixed order. The key's limits and the declared length come before the
 body is read. The body is read before a permit for the queue is taken, so a slow upload holds none.
-The permit is taken before anything is parsed or decoded.
+The permit is taken before anything is parsed. The price is claimed and charged before the image is
+decoded.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ class Intake:
             body = await self._receive(request)
             async with _cancel_on_disconnect(request):
                 content_type = request.headers.get("content-type", "")
-                permit = self._engine.reserve(len(body))
+                permit = self._engine.reserve(len(body), state.caller.id)
                 ticket = Ticket(
                     state.request_id,
                     state.caller.id,
@@ -109,8 +110,8 @@ class Intake:
     ) -> Task:
         """Check the options, fetch and decode the image, and make the task.
 
-        Raises the errors of `check_options`, `ImageFetcher.fetch`, `Decoders.decode` and
-        `Similarity.check`.
+        Raises the errors of `check_options`, `ImageFetcher.fetch`, `Engine.claim`,
+        `Decoders.decode` and `Similarity.check`.
         """
         ticket.body = b""  # frees the memory while the request waits
         check_options(options, self._settings)
@@ -118,24 +119,24 @@ class Intake:
             # Like an upload, an image that is still arriving holds no permit.
             ticket.permit.release()
             source = await self.image_urls.fetch(source)
-            ticket.permit = self._engine.reserve(len(source))
+            ticket.permit = self._engine.reserve(len(source), ticket.caller)
+        # The price is known, and may be refused, before anything is decoded.
+        undecoded = np.zeros((0, 0, 3), np.uint8)
+        task = resolve_options(
+            ticket.request_id, undecoded, options, self._settings, seed=0, since=ticket.permit.since
+        )
+        self._limits.charge(ticket.caller, self._engine.claim(ticket.permit, task))
         image = await self._decode(ticket, source)
         await self._check_similarity(ticket, image, source)
-        task = resolve_options(
-            ticket.request_id,
-            image,
-            options,
-            self._settings,
-            seed=self._view_seeds.of(image),
-            since=ticket.permit.since,
-        )
         ticket.log |= {
             "labels": len(task.labels),
             "defense": task.method,
             "steps": task.steps,
             "views": task.views,
         }
-        return task
+        named = options.defense is not None and options.defense.seed is not None
+        seed = task.seed if named else self._view_seeds.of(image)
+        return replace(task, image=image, seed=seed)
 
     async def _receive(self, request: Request) -> bytes:
         limit = self._settings.max_body_bytes

@@ -39,7 +39,8 @@ class Limits:
     def admit(self, caller: str) -> Iterator[None]:
         """Count a request of this caller while the block runs.
 
-        Raises RateLimited; a refused request spends no token.
+        Raises RateLimited; a refused request spends no token. An admitted one spends one, and the
+        rest of its price by `charge`, once that is known.
         """
         now = self._clock()
         account = self._accounts.setdefault(caller, _Account(self._burst, now))
@@ -54,6 +55,14 @@ class Limits:
             yield
         finally:
             account.running -= 1
+
+    def charge(self, caller: str, price: float) -> None:
+        """Charge an admitted request what its price exceeds one token by.
+
+        The bucket may be overdrawn: this request goes on, and the next is admitted when the bucket
+        holds a token again.
+        """
+        self._accounts[caller].tokens -= max(0.0, price - 1)
 
     def _spend_token(self, account: _Account, now: float) -> None:
         earned = (now - account.since) * self._rate

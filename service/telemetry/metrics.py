@@ -56,6 +56,10 @@ class Metrics:
             "queue_seconds", "Time from permit to the beginning of the batch.", SECONDS
         )
         self.queue_depth = gauge("queue_depth", "Requests whose batch has not begun.")
+        self.queue_seconds_expected = gauge(
+            "queue_seconds_expected",
+            "Expected time to answer the requests whose batch has not begun, by price and pace.",
+        )
         self.decode_seconds = histogram(
             "decode_seconds", "Time to decode an image, waiting for a decoder included.", SECONDS
         )

@@ -5,6 +5,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -45,13 +46,13 @@ class Runner:
         try:
             self.classifier = load(settings, index)
             self.device = self.classifier.checkpoint.clip.device
-            self._warm_up(settings)
+            seconds = self._warm_up(settings)
         except ModelError:
             raise
         except Exception as error:  # libraries raise anything for a malformed file
             what = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ModelError(f"{settings.model} cannot be loaded: {what}") from error
-        self.ready = describe(self.classifier, settings)
+        self.ready = replace(describe(self.classifier, settings), typical_seconds=seconds)
 
     def memory_bytes(self) -> int:
         """Memory in use on the device; on a CPU, the resident memory of this process."""
@@ -246,8 +247,12 @@ class Runner:
         except Interrupted:
             settle(task.id, CLIENT_GONE)
 
-    def _warm_up(self, settings: Settings) -> None:
-        """Run the full adaptation twice at a typical size, so that the first request is fast."""
+    def _warm_up(self, settings: Settings) -> float:
+        """Run the full adaptation twice at a typical size, so that the first request is fast.
+
+        Returns:
+            Seconds that the second run took.
+        """
         checkpoint = self.classifier.checkpoint
         side = checkpoint.clip.image_size
         task = Task(
@@ -264,9 +269,11 @@ class Runner:
         )
         results: list[Answer | Failure | ProgressEvent] = []
         for _ in range(2):
+            start = time.perf_counter()
             self.run([task], lambda _, result: results.append(result), lambda _: False)
         if any(isinstance(result, Failure) for result in results):
             raise ModelError(f"{checkpoint.name} failed its warm-up; the log says why")
+        return time.perf_counter() - start
 
 
 def _query(task: Task) -> ImageQuery:

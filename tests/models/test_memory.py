@@ -11,7 +11,7 @@ import torch
 from models import memory
 from models.checkpoint import load_checkpoint
 from models.memory import footprint, free_bytes
-from service.engine.scheduler import count_tokens
+from service.engine.price import count_tokens
 from service.messages import Answer, Task
 from service.settings import Settings
 from service.worker.runner import Runner

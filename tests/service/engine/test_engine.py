@@ -66,8 +66,8 @@ def now() -> float:
 
 
 @contextlib.contextmanager
-def reserved(engine: Engine, size_bytes: int) -> Iterator[Permit]:
-    permit = engine.reserve(size_bytes)
+def reserved(engine: Engine, size_bytes: int, caller: str = "") -> Iterator[Permit]:
+    permit = engine.reserve(size_bytes, caller)
     try:
         yield permit
     finally:
@@ -83,13 +83,21 @@ class Harness:
         self.engine = Engine(Settings(**knobs), self.metrics, workers, clock=now)
 
     async def ask(
-        self, id: str = "x", label: str = "cat", views: int = 4, timeout: float = 60.0
+        self,
+        id: str = "x",
+        label: str = "cat",
+        views: int = 4,
+        timeout: float = 60.0,
+        caller: str = "",
+        heavy: bool = False,
     ) -> Answer:
-        with reserved(self.engine, 1000) as permit:
+        with reserved(self.engine, 1000, caller) as permit:
             image = np.zeros((1, 1, 3), np.uint8)
-            labels = (label, "other")
+            labels, steps = (label, "other"), 1
+            if heavy:
+                labels, steps, views = ("word " * 50,) * 1000, 8, 64
             deadline = now() + timeout
-            work = Task(id, image, labels, "a {}", "tapt", 1, views, "all", 0, deadline)
+            work = Task(id, image, labels, "a {}", "tapt", steps, views, "all", 0, deadline)
             return await self.engine.submit(permit, work)
 
     def asking(self, *args: Any, **kwargs: Any) -> asyncio.Task[Answer]:
@@ -400,7 +408,7 @@ def test_who_waits_as_told_is_let_in_at_once(seconds: float, clients: int, sprea
     @virtual
     async def scenario() -> None:
         worker = FakeWorker(seconds=lambda batch: seconds * len(batch))
-        async with open_engine(worker) as harness:
+        async with open_engine(worker, request_timeout_ms=600_000) as harness:
             await asyncio.gather(*(harness.ask(timeout=600) for _ in range(64)))
             for _ in range(20):  # the mean forgets its first guess
                 await harness.ask()
@@ -446,6 +454,93 @@ async def test_nobody_is_told_to_wait_for_ever_nor_after_the_crowd_is_gone():
             harness.engine.reserve(1)
         assert refusal.value.retry_after < 60
         await asyncio.gather(*again)
+
+
+def slow_for_many_labels(batch: list[Task]) -> float:
+    return sum(18.0 if len(task.labels) > 100 else 0.1 for task in batch)
+
+
+@pytest.mark.parametrize("light", ["heavy", "light"], ids=["one caller", "two callers"])
+@pytest.mark.parametrize("same_views", [False, True])
+def test_expensive_requests_are_429_and_a_cheap_one_waits_for_one_of_them_at_most(
+    light: str, same_views: bool
+) -> None:
+    @virtual
+    async def scenario() -> None:
+        worker = FakeWorker(seconds=slow_for_many_labels)
+        async with open_engine(worker) as harness:
+            for _ in range(20):  # the mean forgets its first guess
+                await harness.ask(heavy=True, caller="heavy")
+            began = now()
+            heavy = [harness.asking(heavy=True, caller="heavy") for _ in range(16)]
+            await asyncio.sleep(2.0)
+            assert harness.metric("queue_seconds_expected") == pytest.approx(2 * 18.0, rel=0.05)
+            cheap = [
+                harness.asking(str(i), caller=light, views=64 if same_views else 4)
+                for i in range(10)
+            ]
+            await asyncio.gather(*cheap)
+            assert now() - began == pytest.approx(18.0 + 10 * 0.1, abs=0.05)
+            outcomes = await asyncio.gather(*heavy, return_exceptions=True)
+            refused = [outcome for outcome in outcomes if isinstance(outcome, QueueFull)]
+            assert len(refused) == 13  # one runs, and two end before the deadline
+            waits = [refusal.retry_after for refusal in refused]
+            assert waits == sorted(waits)
+            assert waits[0] == pytest.approx(4 * 18.0 - 60, abs=2.0)
+            assert waits[-1] > waits[0] + 11 * 18.0
+            assert sum(isinstance(outcome, Answer) for outcome in outcomes) == 3
+
+    scenario()
+
+
+@virtual
+async def test_an_expensive_request_shares_no_batch_with_a_cheap_one():
+    worker = FakeWorker(ready=replace(READY, max_batch_tokens=10**6))
+    async with open_engine(worker) as harness:
+        asked = [harness.ask(str(i), heavy=i < 2, views=64) for i in range(5)]
+        await asyncio.gather(*asked)
+        assert sorted([len(task.labels) for task in batch] for batch in worker.batches) == [
+            [2, 2, 2],
+            [1000, 1000],
+        ]
+
+
+@virtual
+async def test_cheap_batches_do_not_make_an_expensive_request_look_slow():
+    worker = FakeWorker(seconds=lambda batch: 5.0 if len(batch[0].labels) > 100 else 0.1)
+    async with open_engine(worker) as harness:
+        for _ in range(3):
+            await harness.ask(heavy=True)
+            for _ in range(5):
+                await harness.ask()
+        await asyncio.gather(*(harness.ask(heavy=True) for _ in range(8)))  # 40 s, not minutes
+
+
+@virtual
+async def test_a_lone_request_is_admitted_whatever_it_costs():
+    worker = FakeWorker(seconds=lambda batch: 50.0)
+    async with open_engine(worker, request_timeout_ms=1000) as harness:
+        for _ in range(3):
+            await harness.ask(heavy=True)
+        with pytest.raises(QueueFull):
+            await asyncio.gather(harness.ask(heavy=True), harness.ask(heavy=True))
+
+
+@virtual
+async def test_a_queue_that_one_caller_filled_has_a_share_for_another():
+    worker = by_hand()
+    async with open_engine(worker, max_queue_size=8) as harness:
+        worker.be_ready()
+        with contextlib.ExitStack() as permits:
+            for _ in range(8):
+                permits.enter_context(reserved(harness.engine, BYTES_PER_PERMIT, "greedy"))
+            with pytest.raises(QueueFull) as refusal:
+                harness.engine.reserve(1, "greedy")
+            for _ in range(4):
+                permits.enter_context(reserved(harness.engine, BYTES_PER_PERMIT, "other"))
+            with pytest.raises(QueueFull) as others:
+                harness.engine.reserve(1, "other")
+        assert others.value.retry_after <= 2 * refusal.value.retry_after
 
 
 @virtual

@@ -1,10 +1,14 @@
 """Batches: who runs together, in which order, and when."""
 
+import itertools
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from service.engine.scheduler import Item, Scheduler, count_tokens
-from service.messages import Ready, Task
+from service.engine.scheduler import Item, Scheduler
+from service.messages import Task
 
 
 def make_task(
@@ -18,9 +22,16 @@ def make_task(
 
 
 def item(
-    id: str, enqueued: float = 0.0, key: str = "k", tokens: int = 1, deadline: float = 100.0
+    id: str,
+    enqueued: float = 0.0,
+    key: str = "k",
+    tokens: int = 1,
+    deadline: float = 100.0,
+    caller: str = "",
+    price: float = 1.0,
 ) -> Item:
-    return Item(make_task(id, deadline=deadline), key, tokens, enqueued)
+    task = make_task(id, deadline=deadline)
+    return Item(task, key, tokens, enqueued, caller=caller, price=price)
 
 
 def filled(*items: Item, size: int = 3, tokens: int = 100, delay: float = 1.0) -> Scheduler:
@@ -117,10 +128,91 @@ def test_what_is_removed_is_in_no_batch():
     assert scheduler.wake_at() is None
 
 
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [(("cat", "dog"), 4 * 50 + 2 * 5), (("cat", "x" * 1000), 4 * 50 + 2 * 77)],
+def one_by_one(scheduler: Scheduler) -> str:
+    order = ""
+    while batch := scheduler.next_batch(1e9):
+        order += ids(batch)
+    return order
+
+
+def test_callers_take_turns_by_the_work_they_were_served():
+    heavy = [item(id, caller="heavy", price=3.0) for id in "HIJ"]
+    light = [item(id, caller="light") for id in "abcdef"]
+    assert one_by_one(filled(*heavy, *light, size=1)) == "aHbcdIefJ"
+
+
+def test_a_newcomer_is_next_however_much_another_caller_queued():
+    scheduler = filled(*(item(id, caller="busy") for id in "abcdef"), size=1)
+    assert [ids(scheduler.next_batch(1.0)) for _ in range(3)] == ["a", "b", "c"]
+    scheduler.add(item("x", caller="new"))
+    scheduler.add(item("y", caller="new"))
+    # It is behind by what the turn before was, not by all that it missed while it was idle.
+    assert one_by_one(scheduler) == "xdyef"
+
+
+def test_of_one_caller_a_cheap_item_overtakes_an_expensive_one_but_not_for_ever():
+    scheduler = filled(item("H", price=5.0), size=1)
+    order = ""
+    for id in "abcdefgh":
+        scheduler.add(item(id))
+        order += ids(scheduler.next_batch(1.0))
+    assert order + one_by_one(scheduler) == "abcdHefgh"
+
+
+def test_an_expensive_batch_does_not_go_ahead_of_time():
+    scheduler = filled(*(item(id, price=9.0) for id in "abc"))
+    assert scheduler.full_batch() is None
+    assert ids(scheduler.next_batch(0.0)) == "abc"
+
+
+def test_what_was_put_back_is_charged_once():
+    scheduler = filled(item("a", caller="x"), item("b", caller="x"), item("c", caller="y"), size=1)
+    for _ in range(5):
+        scheduler.put_back(scheduler.next_batch(1.0))
+    assert one_by_one(scheduler) == "acb"
+
+
+arrivals = st.lists(
+    st.tuples(st.sampled_from("abc"), st.sampled_from([0.1, 1.0, 10.0]), st.integers(0, 2)),
+    min_size=1,
+    max_size=40,
 )
-def test_tokens_count_every_view_and_the_longest_label_up_to_the_context(labels, expected):
-    model = Ready(info={}, max_batch_tokens=1, image_tokens=50, context_length=77)
-    assert count_tokens(make_task(labels=labels), model, "") == expected
+
+
+@given(arrivals=arrivals, price=st.sampled_from([0.1, 1.0, 10.0]), first=st.integers(0, 20))
+def test_nobody_starves(arrivals, price, first):
+    """An item that is alone of its caller waits for no more work of each other caller than its own
+    price, and one item more, however many arrive before and after."""
+    scheduler = filled(size=1)
+    served = dict.fromkeys("abc", 0.0)
+    serial = itertools.count()
+    endless = itertools.chain(arrivals[first:], itertools.cycle(arrivals))
+    for caller, cost, _ in arrivals[:first]:
+        scheduler.add(item(str(next(serial)), caller=caller, price=cost))
+    scheduler.next_batch(1.0)
+    scheduler.add(item("mine", caller="me", price=price))
+    for _ in range(2000):
+        caller, cost, runs = next(endless)
+        scheduler.add(item(str(next(serial)), caller=caller, price=cost))
+        for _ in range(runs + 1):
+            (batch,) = scheduler.next_batch(1.0) or [None]
+            if batch is None:
+                break
+            if batch.task.id == "mine":
+                assert all(work <= 10.0 + 1e-6 for work in served.values())
+                return
+            served[batch.caller] += batch.price
+    raise AssertionError("starved")
+
+
+@given(others=st.lists(st.sampled_from([0.1, 1.0, 4.0]), min_size=1, max_size=20))
+def test_an_expensive_item_waits_for_no_more_later_work_than_its_price(others):
+    scheduler = filled(item("mine", price=20.0), size=1)
+    work = 0.0
+    for number, cost in enumerate(itertools.cycle(others)):
+        scheduler.add(item(str(number), price=cost))
+        (taken,) = scheduler.next_batch(1.0)
+        if taken.task.id == "mine":
+            break
+        work += taken.price
+    assert work <= 20.0 + 1e-6

@@ -641,6 +641,7 @@ TYPES = {
     "tapt_request_seconds": "histogram",
     "tapt_queue_seconds": "histogram",
     "tapt_queue_depth": "gauge",
+    "tapt_queue_seconds_expected": "gauge",
     "tapt_decode_seconds": "histogram",
     "tapt_adaptation_seconds": "histogram",
     "tapt_batch_size": "histogram",

@@ -81,6 +81,28 @@ def test_no_pattern_of_requests_beats_the_rate(pauses: list[float], burst: int) 
     assert admitted <= burst + 2 * (house.now - began) + 1e-6
 
 
+def test_an_expensive_request_costs_its_price_and_the_next_ones_wait_for_it() -> None:
+    house = House(key_rate=2, key_burst=3)
+    with house.limits.admit("a"):
+        house.limits.charge("a", 7.0)  # 1 is spent already
+    assert house.ask() == (1 + 4) / 2
+    assert house.ask("b") is None
+    house.now += 2.5
+    assert house.ask() is None
+    with house.limits.admit("b"):
+        house.limits.charge("b", 0.1)  # a cheap one still costs 1
+    assert [house.ask("b") for _ in range(3)] == [None, None, 0.5]
+
+
+def test_over_http_many_labels_cost_more_than_few(start: START, photo: bytes) -> None:
+    server = start(key_rate=0.001, key_burst=20)
+    image = base64.b64encode(photo).decode()
+    few, many = ({"image": image, "candidate_labels": [f"{i}" for i in range(n)]} for n in (2, 900))
+    assert [server.http.post("/v1/classify", json=few).status_code for _ in range(3)] == [200] * 3
+    assert server.http.post("/v1/classify", json=many).status_code == 200
+    assert server.http.post("/v1/classify", json=few).status_code == 429
+
+
 def test_keys_do_not_notice_each_other() -> None:
     house = House(key_rate=1, key_burst=1, key_concurrency=1)
     assert house.ask("a") is None

@@ -1,0 +1,87 @@
+"""The price of a task: its expected work relative to that of a typical request.
+
+Work is estimated in tokens that pass through an encoder. Queue, rate limits and fairness count
+prices; the measured seconds per unit of price turn them into time.
+"""
+
+import math
+
+import numpy as np
+
+from models.defenses.catalog import DEFENSES
+from service.messages import Ready, Task
+from service.settings import Settings
+
+TYPICAL_LABELS = 10
+STEP_COST = 3  # a forward and a backward pass, in forward passes
+CLASS_RATIO = 8
+
+
+def price(task: Task, model: Ready, settings: Settings) -> float:
+    """The task's work divided by that of a request with the server's defaults and 10 labels.
+
+    An upper estimate: a request that stops early or whose labels are cached takes less.
+    """
+    return _count_work(task, model, settings) / _count_work(_typical(settings), model, settings)
+
+
+def price_class(price: float) -> int:
+    """0 for prices below 8, 1 below 64, and so on.
+
+    Requests of one batch have one class, so none waits for a companion that costs much more.
+    """
+    return int(math.log(max(price, 1.0), CLASS_RATIO))
+
+
+def count_tokens(task: Task, model: Ready, default_template: str) -> int:
+    """Estimate the tokens that a task takes in a batch: of all views and all labels.
+
+    The API process has no tokenizer. A prompt counts as one token per three UTF-8 bytes, plus four
+    for its ends and prompt slots. All prompts are padded to the longest.
+    """
+    template = task.template or default_template
+    longest = max(len(template.replace("{}", label).encode()) for label in task.labels)
+    text = min(model.context_length, 4 + longest // 3)
+    return task.views * model.image_tokens + len(task.labels) * text
+
+
+def _count_work(task: Task, model: Ready, settings: Settings) -> float:
+    """Tokens through an encoder: the first look, each step, and the readout after the steps."""
+    spec = DEFENSES[task.method]
+    first = count_tokens(task, model, settings.hypothesis_template)
+    text = first - task.views * model.image_tokens
+    if task.steps:
+        kept = max(1, int(task.views * settings.selection_ratio))
+        read = {"single": 1, "kept": kept}.get(task.readout, task.views)
+        moving = text if _text_adapts(task, model, settings) else 0
+        step = STEP_COST * (kept * model.image_tokens + moving)
+        work = first + task.steps * step + read * model.image_tokens + moving
+    else:
+        work = first
+    if task.attack is None:
+        return work
+    # Each stage of an attack is answered, and an adaptive one differentiates through the answer.
+    return work * (1 + task.attack.steps * (1 + STEP_COST * (task.attack.adaptive and spec.adapts)))
+
+
+def _text_adapts(task: Task, model: Ready, settings: Settings) -> bool:
+    """Whether a step passes through the text encoder. Template words are text prompts."""
+    spec = DEFENSES[task.method]
+    only_text = spec.prompts == "words" or model.info.get("design") == "text"
+    return spec.adapts_prompts and (settings.adapts != "vision" or only_text)
+
+
+def _typical(settings: Settings) -> Task:
+    spec = DEFENSES[settings.method]
+    return Task(
+        id="typical",
+        image=np.zeros((1, 1, 3), np.uint8),
+        labels=("typical label",) * TYPICAL_LABELS,
+        template=None,
+        method=settings.method,
+        steps=settings.steps if spec.adapts else 0,
+        views=1 if spec.views == "one" else settings.views,
+        readout=spec.readout or settings.readout,
+        seed=0,
+        deadline=math.inf,
+    )

@@ -1,0 +1,90 @@
+"""What a request costs, relative to a typical one."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.engine.price import TYPICAL_LABELS, count_tokens, price, price_class
+from service.messages import DemoAttack, Ready, Task
+from service.settings import Settings
+
+MODEL = Ready(info={"design": "vli"}, max_batch_tokens=10_000, image_tokens=50, context_length=77)
+SETTINGS = Settings()
+TYPICAL = Task(
+    id="x",
+    image=np.zeros((1, 1, 3), np.uint8),
+    labels=("typical label",) * TYPICAL_LABELS,
+    template=None,
+    method="tapt",
+    steps=SETTINGS.steps,
+    views=SETTINGS.views,
+    readout="all",
+    seed=0,
+    deadline=math.inf,
+)
+
+
+def cost(model: Ready = MODEL, knobs: dict[str, Any] | None = None, **changes: Any) -> float:
+    return price(replace(TYPICAL, **changes), model, Settings(**(knobs or {})))
+
+
+def test_a_typical_request_costs_one_whatever_the_defaults() -> None:
+    assert cost() == 1
+    assert cost(knobs={"steps": 4, "views": 64}, steps=4, views=64) == 1
+    assert cost(knobs={"method": "plain"}, method="plain", steps=0, views=1) == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"views": 32}, {"steps": 2}, {"labels": ("a",) * 100}, {"labels": ("a" * 90,) * 10}],
+    ids=["views", "steps", "labels", "longer labels"],
+)
+def test_more_of_anything_costs_more(more: dict[str, Any]) -> None:
+    assert cost(**more) > 1
+
+
+def test_the_heaviest_request_costs_as_many_times_more_as_it_takes() -> None:
+    """64 views of 50 tokens and 1,000 labels of 77: 80,200 at first, 3 * 6 * 50 in each of 8 steps,
+    3,200 to read; a typical one 800 + 10 * 13 at first, 3 * 1 * 50 in its step, 800 to read."""
+    heavy = cost(labels=("x" * 256,) * 1000, views=64, steps=8)
+    assert heavy == pytest.approx((80_200 + 8 * 900 + 3200) / (930 + 150 + 800), rel=0.01)
+    assert cost(method="plain", views=1, steps=0, labels=("a", "b")) < 0.1
+
+
+def test_labels_count_in_each_step_only_if_the_text_adapts() -> None:
+    many: dict[str, Any] = {"labels": ("a",) * 1000}
+    frozen = cost(**many)
+    assert cost(**many, knobs={"adapts": "all"}) > 1.5 * frozen / cost(knobs={"adapts": "all"})
+    assert cost(**many, method="tpt") > 2 * frozen
+    without_bundle = replace(MODEL, info={"design": "text"})
+    assert cost(**many, steps=8) < cost(without_bundle, **many, steps=8)
+
+
+def test_the_readout_counts_the_views_it_looks_at() -> None:
+    assert cost(readout="single") < cost(readout="kept", views=32) < cost(readout="all", views=32)
+
+
+def test_an_attack_costs_its_steps_and_an_adaptive_one_more() -> None:
+    transfer, adaptive = (
+        cost(attack=DemoAttack(epsilon=4, steps=10, target=None, adaptive=adaptive))
+        for adaptive in (False, True)
+    )
+    assert 10 < transfer < adaptive
+
+
+def test_classes_are_powers_of_eight() -> None:
+    assert [price_class(p) for p in (0.01, 1, 7.9, 8.1, 63.9, 64.1)] == [0, 0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [(("cat", "dog"), 4 * 50 + 2 * 5), (("cat", "x" * 1000), 4 * 50 + 2 * 77)],
+)
+def test_tokens_count_every_view_and_the_longest_label_up_to_the_context(
+    labels: tuple[str, ...], expected: int
+) -> None:
+    task = replace(TYPICAL, labels=labels, template="a {}", views=4)
+    assert count_tokens(task, MODEL, "") == expected
