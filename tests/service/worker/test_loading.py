@@ -214,7 +214,7 @@ def test_any_failure_of_loading_is_a_sentence(
     def fail(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr(runner, "load_checkpoint", fail)
+    monkeypatch.setattr(runner, "load", fail)
     sentence = load(directory)
     assert sentence is not None
     assert type(error).__name__ in sentence

@@ -157,14 +157,16 @@ def test_leaving_during_label_encoding_changes_nothing_for_the_next(
     leaver = make_work(0, labels=tuple(f"{label} left" for label in tiny.LABELS))
     neighbor = make_work(1, labels=("cat there", "dog there"), steps=2)
     alone, _ = run(runner, [neighbor])
+    blocks.clear()
     settled: dict[str, object] = {}
-    count = len(blocks) + 10
-    runner.run(
-        [leaver, neighbor],
-        settled.__setitem__,
-        lambda id: id == leaver.id and len(blocks) >= count,
-    )
+    computed = {}
+
+    def settle(id: str, result: object) -> None:
+        settled[id], computed[id] = result, len(blocks)
+
+    runner.run([leaver, neighbor], settle, lambda id: id == leaver.id and len(blocks) >= 10)
     assert settled[leaver.id] == CLIENT_GONE
+    assert computed[leaver.id] == 12  # to the end of the second chunk, of six
     answer, expected = settled[neighbor.id], alone[neighbor.id]
     assert isinstance(answer, Answer)
     assert isinstance(expected, Answer)
