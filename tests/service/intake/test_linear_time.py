@@ -196,7 +196,7 @@ def test_headers(open_server: Server, method: str, path: str, header: str) -> No
         headers = HEADERS[header](size)
         began = time.process_time()
         answer = open_server.http.request(method, path, content=body, headers=headers)
-        assert time.process_time() - began < 0.3
+        assert time.process_time() - began < 1.0  # 0.3 with coverage
         assert answer.status_code in {200, 400, 422}, answer.text
     try:
         answer = open_server.http.request(method, path, headers=HEADERS[header](2**15))
