@@ -111,9 +111,11 @@ class Harness:
         assert (engine.queue_depth, engine._permits.bytes) == (0, 0)
         assert not engine._requests
         assert not engine._scheduler._items
+        assert not engine._scheduler._ranks
         assert engine._pool.running == 0
         assert engine._pool.wake_at() is None
         assert self.metric("queue_depth") == 0
+        assert self.metric("queue_seconds_expected") == 0
 
 
 @asynccontextmanager
@@ -522,8 +524,33 @@ async def test_a_lone_request_is_admitted_whatever_it_costs():
     async with open_engine(worker, request_timeout_ms=1000) as harness:
         for _ in range(3):
             await harness.ask(heavy=True)
+        running = harness.asking(heavy=True)
+        await asyncio.sleep(0.1)
         with pytest.raises(QueueFull):
-            await asyncio.gather(harness.ask(heavy=True), harness.ask(heavy=True))
+            await harness.ask(heavy=True)
+        assert isinstance(await harness.ask(timeout=200), Answer)  # what is cheap overtakes
+        await running
+
+
+@virtual
+async def test_work_counts_for_as_many_callers_as_take_turns():
+    worker = FakeWorker(seconds=lambda batch: 18.0)
+    async with open_engine(worker) as harness:
+        for _ in range(20):  # the mean forgets its first guess
+            await harness.ask(heavy=True)
+        asked = [harness.asking(heavy=True, caller=caller) for caller in "aaabbb"]
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+        refused = [isinstance(outcome, QueueFull) for outcome in outcomes]
+        # The turn of b's second would end after 4 * 18 s.
+        assert refused == [False] * 4 + [True] * 2
+
+
+@virtual
+async def test_the_first_pace_is_that_of_the_warm_up():
+    worker = FakeWorker(ready=replace(READY, typical_seconds=2.0))
+    async with open_engine(worker) as harness:
+        with reserved(harness.engine, 1):
+            assert harness.metric("queue_seconds_expected") == 2.0
 
 
 @virtual
@@ -801,7 +828,10 @@ moments = st.floats(0, 10).map(lambda t: round(t, 2))
 
 @given(
     requests=st.lists(
-        st.tuples(moments, st.integers(1, 3), st.floats(0.01, 8), st.none() | moments), max_size=25
+        st.tuples(
+            moments, st.integers(1, 3), st.floats(0.01, 8), st.none() | moments, st.booleans()
+        ),
+        max_size=25,
     ),
     deaths=st.lists(st.tuples(st.integers(0, 1), moments, moments), max_size=5),
     durations=st.lists(st.sampled_from([0.0, 0.3, 2.0, 1e9]), min_size=1),
@@ -809,7 +839,11 @@ moments = st.floats(0, 10).map(lambda t: round(t, 2))
     stop=st.tuples(moments, moments),
 )
 @example(  # what lies beside a worker that dies may be given to a third one
-    requests=[(0, 1, 8, 1)] * 4 + [(0.1, 1, 8, 0.5)] * 4 + [(0.2, 1, 8, None)] * 4,
+    requests=[
+        *[(0, 1, 8, 1, False)] * 4,
+        *[(0.1, 1, 8, 0.5, False)] * 4,
+        *[(0.2, 1, 8, None, False)] * 4,
+    ],
     deaths=[(0, 2, 0.1), (1, 2.5, 0.1), (0, 3, 0.1), (1, 3.5, 0.1), (0, 4, 0.1)],
     durations=[1e9],
     failing=0,
@@ -820,8 +854,8 @@ moments = st.floats(0, 10).map(lambda t: round(t, 2))
 async def test_whatever_happens_each_settles_once_and_nothing_is_left(
     requests, deaths, durations, failing, stop
 ):
-    """Requests (arrival, views, timeout, when the client leaves), workers that die and return,
-    batches that are slow or endless, failures, and a stop somewhere in the middle."""
+    """Requests (arrival, views, timeout, when the client leaves, whether heavy), workers that die
+    and return, batches that are slow or endless, failures, and a stop somewhere in the middle."""
 
     def reply(work: Task) -> Answer | Failure:
         return Failure("internal", "Odd.") if work.views == failing else answer(work)
@@ -834,11 +868,14 @@ async def test_whatever_happens_each_settles_once_and_nothing_is_left(
     await harness.engine.start()
     await asyncio.sleep(0)
 
-    async def client(id: str, at: float, views: int, timeout: float, leave: float | None) -> str:
+    async def client(
+        id: str, at: float, views: int, timeout: float, leave: float | None, heavy: bool
+    ) -> str:
         await asyncio.sleep(at)
         try:
             async with asyncio.timeout(leave):
-                await harness.ask(id, views=views, timeout=timeout)
+                caller = "ab"[len(id) % 2]
+                await harness.ask(id, views=views, timeout=timeout, caller=caller, heavy=heavy)
         except (ServiceError, TimeoutError) as error:
             return type(error).__name__
         return "answer"

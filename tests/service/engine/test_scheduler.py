@@ -166,10 +166,11 @@ def test_an_expensive_batch_does_not_go_ahead_of_time():
 
 
 def test_what_was_put_back_is_charged_once():
-    scheduler = filled(item("a", caller="x"), item("b", caller="x"), item("c", caller="y"), size=1)
+    mine, others = (item(id, caller="x") for id in "ab"), (item(id, caller="y") for id in "cde")
+    scheduler = filled(*mine, *others, size=1)
     for _ in range(5):
         scheduler.put_back(scheduler.next_batch(1.0))
-    assert one_by_one(scheduler) == "acb"
+    assert one_by_one(scheduler) == "acbde"
 
 
 arrivals = st.lists(

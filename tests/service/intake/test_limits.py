@@ -148,6 +148,35 @@ def test_over_http_a_limited_key_is_429_and_another_is_served(start: START, phot
     assert refused.headers["retry-after"] == "1"
 
 
+def test_over_http_a_queue_that_one_key_filled_has_a_share_for_another(
+    start: START, photo: bytes
+) -> None:
+    worker = FakeWorker(automatic=False)
+    server = start(worker, api_keys="alpha,beta", max_queue_size=3, max_batch_size=1)
+    server.call(worker.be_ready)
+    body = {"image": base64.b64encode(photo).decode(), "candidate_labels": ["a", "b"]}
+    engine = server.app.state.engine
+
+    def post(key: str) -> Any:
+        header = {"Authorization": f"Bearer {key}"}
+        return server.http.post("/v1/classify", json=body, headers=header)
+
+    with ThreadPoolExecutor() as clients:
+        answers = [clients.submit(post, "alpha")]
+        server.wait(lambda: worker.batches and engine.queue_depth == 0)
+        answers += [clients.submit(post, "alpha") for _ in range(2)]
+        server.wait(lambda: engine.queue_depth == 2)
+        refused = post("alpha")
+        answers.append(clients.submit(post, "beta"))
+        server.wait(lambda: engine.queue_depth == 3)
+        for count in (1, 2, 3, 4):
+            server.wait(lambda count=count: len(worker.batches) >= count)  # type: ignore[misc]
+            server.call(worker.finish)
+        assert [answer.result().status_code for answer in answers] == [200] * 4
+    assert refused.status_code == 429
+    assert refused.json()["error_type"] == "queue_full"
+
+
 def test_a_limited_key_is_refused_before_its_body_is_read(start: START, photo: bytes) -> None:
     server = start(key_rate=0.001, key_burst=1)
     body = {"image": base64.b64encode(photo).decode(), "candidate_labels": ["a", "b"]}
