@@ -4,7 +4,6 @@ import { showBars } from "./bars.js";
 import { find, make, milliseconds, percent } from "./dom.js";
 
 const STAGES = { queue: "queue", decode: "decode", adapt: "adapt", predict: "predict" };
-const WAITING = "Choose a picture and press Classify.";
 
 let plain = null;
 
@@ -28,19 +27,30 @@ export function setUpAnswer() {
   );
 }
 
-// Reserve the space of the answer, so that the layout does not jump.
+// Hide the answer: it belongs to another picture or to other labels.
+export function clearAnswer() {
+  plain = null;
+  find("answer").hidden = true;
+}
+
+// Show where the answer will stand, with its full height, so that the layout does not jump later.
 export function expectAnswer(asked, info) {
   const count = asked.candidate_labels.length;
   plain = null;
+  for (const name of ["entropy", "agreement", "suspicion", "spent"]) find(`fact-${name}`).textContent = "–";
+  find("stage-key").textContent = "–";
+  for (const part of find("stage-bar").children) part.style.setProperty("--ms", 0);
   for (const id of ["plain-bars", "defended-bars"]) showBars(find(id), [], count);
-  find("verdict").textContent = WAITING;
-  find("verdict").className = "verdict";
+  find("verdict").textContent = "Looking ...";
   const method = asked.defense?.method ?? info?.defaults.method;
   if (method) find("defended-by").textContent = method;
-  if (!info?.policies.attack_demo) return;
-  find("views-panel").hidden = false;
-  const views = Math.min(asked.defense?.views ?? info.defaults.views, info.limits.max_views);
-  showViews(Array.from({ length: info.methods?.[method]?.views === "one" ? 1 : views }, () => null));
+  if (info?.policies.attack_demo) {
+    const views = Math.min(asked.defense?.views ?? info.defaults.views, info.limits.max_views);
+    find("views-panel").hidden = false;
+    showViews(Array.from({ length: info.methods?.[method]?.views === "one" ? 1 : views }, () => null));
+  }
+  find("answer").hidden = false;
+  find("answer").scrollIntoView();
 }
 
 export function showPlain(answer) {
@@ -78,13 +88,12 @@ export function showDefended(answer) {
 export const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 
 function say(undefended, defended, { suspected }) {
-  const verdict = find("verdict");
   const same = undefended === defended;
   const words = same
     ? [make("span", { textContent: "Both say " }), make("b", { className: "safe", textContent: defended }), "."]
     : ["Undefended CLIP says ", make("b", { className: "hot", textContent: undefended }), ", the defense says ", make("b", { className: "safe", textContent: defended }), "."];
   if (suspected) words.push(" The picture looks attacked.");
-  verdict.replaceChildren(...words);
+  find("verdict").replaceChildren(...words);
 }
 
 function showViews(views) {

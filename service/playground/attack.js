@@ -2,6 +2,7 @@
 
 import { ask, lines, Refusal } from "./api.js";
 import { showBars } from "./bars.js";
+import { showCommand } from "./curl.js";
 import { best, find, make, percent } from "./dom.js";
 
 let page = null; // what page.js hands over
@@ -9,14 +10,14 @@ let stages = [];
 let asked = null;
 let control = null;
 
-// `parts`: info, choices(), picture(), labels(), encode(file), objection().
+// `parts`: info(), choices(), picture(), labels(), encode(file), objection().
 export function setUpAttack(parts) {
   page = parts;
-  const on = page.info.policies.attack_demo;
+  const on = page.info().policies.attack_demo;
   find("attack-off").hidden = on;
   find("attack-panel").hidden = !on;
   if (!on) return;
-  const side = page.info.model.image_size;
+  const side = page.info().model.image_size;
   find("attack-size").textContent = side ? `${side} × ${side} pixels` : "size";
   for (const [id, text] of [["epsilon", (value) => `${value}/255`], ["attack-steps", String], ["scrub", String]]) {
     const tell = () => (find(`${id}-out`).textContent = text(find(id).value));
@@ -26,12 +27,20 @@ export function setUpAttack(parts) {
   find("goal").addEventListener("focus", fillGoals);
   find("goal").addEventListener("pointerdown", fillGoals);
   fillGoals();
-  expect(Number(find("attack-steps").value));
   find("attack-go").addEventListener("click", attack);
   find("attack-stop").addEventListener("click", () => control?.abort());
   find("scrub").addEventListener("input", () => showStage(Number(find("scrub").value)));
-  find("copy").addEventListener("click", copy);
   find("download").addEventListener("click", (event) => stages.length || event.preventDefault());
+}
+
+// Stop the attack and hide its result: it belongs to another picture or to other labels.
+export function clearAttack() {
+  control?.abort();
+  busy(false);
+  stages = [];
+  find("attack-result").hidden = true;
+  find("attack-progress").value = 0;
+  say("");
 }
 
 function fillGoals() {
@@ -75,6 +84,7 @@ async function attack() {
     }
   } catch (error) {
     if (control !== mine) return undefined;
+    find("attack-result").hidden = stages.length === 0;
     if (error.name === "AbortError") say("Stopped.");
     else if (error instanceof Refusal) say(error.message, true);
     else say("The connection broke before the attack was over.", true);
@@ -90,7 +100,7 @@ function busy(on) {
   if (!on) control = null;
 }
 
-// Prepare the display for an attack with this many steps.
+// Show the display for an attack with this many steps.
 function expect(steps) {
   stages = [];
   for (const id of ["track-plain", "track-defended"]) {
@@ -100,15 +110,19 @@ function expect(steps) {
   Object.assign(scrub, { max: steps, value: 0, disabled: true });
   find("scrub-out").textContent = "0";
   find("attack-progress").value = 0;
-  find("copy").disabled = true;
   find("download").setAttribute("aria-disabled", "true");
   find("download").removeAttribute("href");
   for (const id of ["attack-plain-bars", "attack-defended-bars"]) showBars(find(id), [], page.labels().length);
-  find("attack-verdict").textContent = "Nothing attacked yet.";
+  find("attack-verdict").textContent = "Starting ...";
+  find("attack-result").hidden = false;
 }
 
 async function take(stage) {
   if (stage.step === 0) stages = []; // a lost worker's successor begins anew
+  if (stage.steps !== Number(find("scrub").max)) {
+    expect(stage.steps); // the server lowered the number of steps to its limit
+    set("attack-steps", stage.steps);
+  }
   stage.pixels = await pixels(stage.image);
   stages.push(stage);
   const place = stages.length - 1;
@@ -138,7 +152,7 @@ function showStage(place) {
   draw(find("hurt"), stage.pixels);
   drawNoise(clean.pixels, stage.pixels);
   // Labels stay in the order of the clean image, so that changes are easy to see.
-  const order = [...best6(clean.undefended, stages.at(-1).undefended)];
+  const order = best6(stage.undefended, defended(place), clean.undefended, stages.at(-1).undefended);
   const arrange = (scored) => order.map((label) => scored.find((one) => one.label === label));
   showBars(find("attack-plain-bars"), arrange(stage.undefended));
   showBars(find("attack-defended-bars"), arrange(defended(place)));
@@ -153,42 +167,35 @@ function showStage(place) {
   );
 }
 
-// The top labels before and after the attack, at most six.
-function best6(before, after) {
-  const first = (scored) => [...scored].sort((a, b) => b.score - a.score).map(({ label }) => label);
-  const names = [...first(before).slice(0, 3), ...first(after).slice(0, 3), ...first(before)];
-  return [...new Set(names)].slice(0, 6);
+// Six labels: both winners of a stage, then the top labels before and after the attack, in the
+// order of the clean picture's scores.
+function best6(undefended, guarded, before, after) {
+  const sorted = (scored) => [...scored].sort((a, b) => b.score - a.score).map(({ label }) => label);
+  const first = sorted(before);
+  const winners = [best(undefended).label, best(guarded).label];
+  const names = [...winners, ...first.slice(0, 3), ...sorted(after).slice(0, 3), ...first];
+  const chosen = [...new Set(names)].slice(0, 6);
+  return first.filter((label) => chosen.includes(label));
 }
 
-function finish({ answer, threat, truncated }) {
+function finish({ answer, threat, epsilon, truncated }) {
+  set("epsilon", epsilon);
   find("attack-progress").value = 1;
   find("scrub").max = stages.length - 1;
   find("scrub").disabled = false;
   const last = stages.at(-1);
   find("download").href = last.image;
   find("download").setAttribute("aria-disabled", "false");
-  find("copy").disabled = false;
-  find("curl").firstElementChild.textContent = command();
+  showCommand(asked, "attacked.png", last.image, page.info());
   const who = threat === "adaptive" ? "by an attacker who knows the defense" : "by an attacker who knows CLIP and not the defense";
   const doubt = answer.defense.suspected ? "; the service calls the picture suspicious" : "";
   say(`Done ${who}${truncated ? ", cut short by the deadline" : ""}${doubt}.`);
 }
 
-// The curl command that classifies the attacked image.
-function command() {
-  const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
-  const form = asked.candidate_labels.map((label) => `--form-string ${quote(`labels=${label}`)}`);
-  if (asked.hypothesis_template) form.push(`--form-string ${quote(`hypothesis_template=${asked.hypothesis_template}`)}`);
-  if (asked.defense) form.push(`--form-string ${quote(`defense=${JSON.stringify(asked.defense)}`)}`);
-  const key = page.info.policies.keys ? [`-H "Authorization: Bearer $CLASSIFY_KEY"`] : [];
-  const address = new URL("v1/classify", document.baseURI);
-  return [`curl -s ${address}`, ...key, "-F image=@attacked.png", ...form].join(" \\\n    ");
-}
-
-async function copy() {
-  await navigator.clipboard.writeText(command());
-  find("copy").textContent = "Copied";
-  setTimeout(() => (find("copy").textContent = "Copy the command"), 2000);
+// Set a slider to what the server ran.
+function set(id, value) {
+  find(id).value = value;
+  find(id).dispatchEvent(new Event("input"));
 }
 
 async function pixels(source) {

@@ -1,10 +1,12 @@
 // The page: what the server is, and from the form to the answer.
 
 import { ask, Refusal } from "./api.js";
-import { setUpAnswer, expectAnswer, showDefended, showPlain } from "./answer.js";
-import { setUpAttack } from "./attack.js";
+import { clearAnswer, expectAnswer, setUpAnswer, showDefended, showPlain } from "./answer.js";
+import { clearAttack, setUpAttack } from "./attack.js";
+import { setUpCommand, showCommand } from "./curl.js";
 import { find, make } from "./dom.js";
 import { labels, setUpLabels } from "./labels.js";
+import { watchHealth } from "./health.js";
 import { watch } from "./live.js";
 import { picture, setUpPicture } from "./picture.js";
 
@@ -32,14 +34,16 @@ function say(text, wrong = false) {
 // What keeps the request from being sent, in words.
 function objection() {
   const file = picture();
-  const limit = info?.limits.max_body_bytes;
+  const limit = info?.limits.max_body_bytes ?? Infinity;
   if (!file) return "Choose a picture first.";
   if (labels().length < 2) return "Give at least two labels.";
-  if (limit && 1.4 * file.size > limit) {
-    return `The picture has ${(file.size / 2 ** 20).toFixed(1)} MB; the server takes about ${(limit / 1.4 / 2 ** 20).toFixed(0)} MB.`;
-  }
-  return null;
+  const asked = choices();
+  const rest = Math.max(...[asked, undefended(asked)].map((one) => new Blob([JSON.stringify({ ...one, image: "" })]).size));
+  const size = rest + 4 * Math.ceil(file.size / 3);
+  return size > limit ? `The request would have ${size} bytes; the limit is ${limit}.` : null;
 }
+
+const undefended = (asked) => ({ ...asked, defense: { method: "plain" } });
 
 async function classify() {
   const wrong = objection();
@@ -56,10 +60,10 @@ async function classify() {
     say(text);
   };
   busy(true);
-  say("Looking ...");
+  say("");
+  expectAnswer(choices(), info);
   try {
     const asked = { ...choices(), image: await encode(picture()) };
-    expectAnswer(asked, info);
     const send = async (path, body) => {
       const answer = await ask(path, {
         method: "POST",
@@ -70,8 +74,7 @@ async function classify() {
       });
       return answer.json();
     };
-    const plain = { ...asked, defense: { method: "plain" } };
-    showPlain(await send("v1/classify", plain));
+    showPlain(await send("v1/classify", undefended(asked)));
     showDefended(await send(info?.policies.attack_demo ? "demo/classify" : "v1/classify", asked));
     say("");
   } catch (error) {
@@ -83,6 +86,7 @@ async function classify() {
 }
 
 function report(error) {
+  clearAnswer();
   if (error.name === "AbortError") say("Stopped.");
   else if (error instanceof Refusal) say(error.message, true);
   else {
@@ -108,25 +112,17 @@ export function encode(file) {
   });
 }
 
-function health(state, text) {
-  find("health").className = `health ${state}`;
-  find("health-text").textContent = text;
-}
-
+// Read what the server is, at the start and whenever it comes back. Returns the model's name.
 async function learn() {
-  health("", "connecting");
-  try {
-    await ask("readyz", { tell: (text) => health("waiting", text) });
-    info = await (await ask("info")).json();
-  } catch (error) {
-    return health("down", error.message);
-  }
+  const known = info !== null;
+  info = await (await ask("info")).json();
   const { model, defaults, limits, methods, service } = info;
-  health("up", `ready: ${model.name}`);
-  for (const [name, { description }] of Object.entries(methods ?? {})) {
-    find("method").append(make("option", { value: name, textContent: `${name}: ${description}` }));
-  }
-  find("method").options[0].textContent = `the server's default (${defaults.method})`;
+  find("method").replaceChildren(
+    make("option", { value: "", textContent: `the server's default (${defaults.method})` }),
+    ...Object.entries(methods ?? {}).map(([name, { description }]) =>
+      make("option", { value: name, textContent: `${name}: ${description}` }),
+    ),
+  );
   find("template").placeholder = info.bundle?.template ?? defaults.hypothesis_template;
   for (const name of ["steps", "views"]) {
     find(name).placeholder = defaults[name];
@@ -136,19 +132,44 @@ async function learn() {
     `tapt-serve ${service.version}; model ${model.name}` +
     (model.parameters ? `, ${(model.parameters / 1e6).toFixed(1)} million parameters, ${model.image_size} pixels, on ${model.device}` : "") +
     ". A small model's answers are a demonstration, not advice.";
-  expectAnswer(choices(), info);
-  setUpAttack({ info, choices, picture, labels, encode, objection });
-  return undefined;
+  tellCommand();
+  if (!known) setUpAttack({ info: () => info, choices, picture, labels, encode, objection });
+  return model.name;
+}
+
+// Whatever was asked changed: forget the answers to what was asked before.
+function forget(problem = "") {
+  running?.abort();
+  busy(false);
+  clearAnswer();
+  clearAttack();
+  tellCommand();
+  say(problem, problem !== "");
+}
+
+function tellCommand() {
+  showCommand(choices(), picture()?.name || "picture.png", find("preview").src, info);
+}
+
+// Lower a number to the server's limit, as the server would.
+function limit({ target }) {
+  if (target.value === "" || !target.max) return;
+  target.value = Math.max(target.min, Math.min(target.max, Math.round(target.value)));
 }
 
 setUpAnswer();
-find("options").open = matchMedia("(min-width: 50rem)").matches;
-setUpLabels(() => expectAnswer(choices(), info));
-setUpPicture(() => say(""));
+setUpCommand();
+setUpLabels(() => forget());
+setUpPicture(
+  () => forget(),
+  ({ name }) => forget(`${name} is not a picture. The server reads ${info?.images.formats.join(", ") ?? "JPEG, PNG and others"}.`),
+);
+for (const name of ["steps", "views"]) find(name).addEventListener("change", limit);
+for (const name of ["template", "method", "steps", "views"]) find(name).addEventListener("change", () => forget());
 find("form").addEventListener("submit", (event) => {
   event.preventDefault();
   classify();
 });
 find("stop").addEventListener("click", () => running?.abort());
-learn();
+watchHealth(learn);
 watch();

@@ -4,28 +4,35 @@ import { find, make } from "./dom.js";
 
 const EXAMPLES = ["goldfish", "ladybug", "school bus", "lemon", "seashore", "banana"];
 const SIDE = 320;
+// Formats that the server reads and some browsers cannot show.
+const UNSHOWN = /\.(tiff?|hei[cf]|avif)$/i;
 
 let current = null;
+let picks = 0;
 
 // The chosen file, or null.
 export const picture = () => current;
 
-// `onPick` is called with every new image.
-export function setUpPicture(onPick) {
+// `onPick` is called with every new image, `onRefuse` with every file that is none.
+export function setUpPicture(onPick, onRefuse) {
   const drop = find("drop");
   find("camera").parentElement.hidden = navigator.maxTouchPoints === 0;
 
-  const pick = (file, origin = null) => {
+  const pick = async (file, origin = null) => {
     if (!file) return;
+    const mine = (picks += 1);
+    const sound = await isPicture(file);
+    if (mine !== picks) return; // another one was picked meanwhile
     const preview = find("preview");
     if (current) URL.revokeObjectURL(preview.src);
-    current = file;
-    preview.src = URL.createObjectURL(file);
-    preview.alt = origin ? `Drawing of a ${origin}` : `Your picture ${file.name ?? ""}`;
+    current = sound ? file : null;
+    if (sound) preview.src = URL.createObjectURL(file);
+    else preview.removeAttribute("src");
+    preview.alt = origin ? `Drawing of a ${origin}` : sound ? `Your picture ${file.name}` : "No picture";
     for (const button of find("examples").querySelectorAll("button")) {
       button.setAttribute("aria-pressed", String(button.value === origin));
     }
-    onPick(file);
+    (sound ? onPick : onRefuse)(file);
   };
 
   for (const id of ["file", "camera"]) {
@@ -35,8 +42,7 @@ export function setUpPicture(onPick) {
     });
   }
   document.addEventListener("paste", (event) => {
-    const [file] = [...event.clipboardData.files].filter(({ type }) => type.startsWith("image/"));
-    pick(file);
+    pick(event.clipboardData.files[0]);
   });
   for (const name of ["dragover", "dragleave", "drop"]) {
     document.addEventListener(name, (event) => {
@@ -54,7 +60,16 @@ export function setUpPicture(onPick) {
     find("examples").append(make("li", {}, button));
   }
   const first = EXAMPLES[0];
-  rasterize(`playground/${first}.svg`).then((file) => current ?? pick(file, first));
+  rasterize(`playground/${first}.svg`).then((file) => picks || pick(file, first));
+}
+
+async function isPicture(file) {
+  try {
+    (await createImageBitmap(file)).close();
+    return true;
+  } catch {
+    return UNSHOWN.test(file.name);
+  }
 }
 
 async function rasterize(source) {

@@ -142,6 +142,9 @@ _PAGE = """<!doctype html>
 <script src="docs/start.js"></script>
 """
 _START = (
+    'const dark = matchMedia("(prefers-color-scheme: dark)"); '
+    'const follow = () => document.documentElement.classList.toggle("dark-mode", dark.matches); '
+    'dark.addEventListener("change", follow); follow(); '
     'SwaggerUIBundle({url: "openapi.json", dom_id: "#api", deepLinking: true, '
     "displayRequestDuration: true});"
 )

@@ -3,6 +3,7 @@
 Screenshots of what was seen are kept in `build/screenshots`.
 """
 
+import base64
 import io
 import json
 import re
@@ -278,8 +279,10 @@ def test_what_the_server_refuses_is_said_in_its_words(start: START, open_page: O
     for _ in range(5):
         page.locator("#chips button").first.click()
     page.set_input_files("#file", broken)
+    expect(message).to_contain_text("x.png is not a picture. The server reads JPEG, PNG,")
     page.click("#classify")
-    expect(message).to_have_text("The image is damaged or truncated.")
+    expect(message).to_have_text("Choose a picture first.")
+    page.click("#examples button >> nth=0")
     page.locator("#chips button").first.click()
     page.locator("#chips button").first.click()
     page.click("#classify")
@@ -387,3 +390,129 @@ def test_pictures_can_be_dropped_and_pasted(start: START, open_page: OPEN, photo
         page.evaluate(hand_over, [kind, list(small.getvalue())])
         expect(page.locator("#preview")).to_have_attribute("alt", f"Your picture {kind}.png")
     classify(page)
+
+
+@needs_chromium
+def test_another_picture_or_label_clears_the_answers(service: RealServer, open_page: OPEN) -> None:
+    page = ready(open_page(service.url))
+    answers = page.locator("#answer"), page.locator("#attack-result")
+    for answer in answers:
+        expect(answer).to_be_hidden()
+    expect(page.locator("#curl")).to_contain_text("-F image=@goldfish.png")
+    page.fill("#attack-steps", "2")
+    another: FilePayload = {"name": "my cat.png", "mimeType": "image/png", "buffer": b"\x89PNG"}
+    changes: list[Callable[[], None]] = [
+        lambda: page.click("#examples button >> nth=1"),
+        lambda: page.click("#presets button >> nth=1"),
+        lambda: page.set_input_files("#file", another),
+    ]
+    for change in changes:
+        classify(page)
+        attack(page)
+        expect(page.locator("#curl")).to_contain_text("-F image=@attacked.png")
+        change()
+        for answer in answers:
+            expect(answer).to_be_hidden()
+        expect(page.locator("#curl")).not_to_contain_text("attacked.png")
+    expect(page.locator("#preview")).not_to_have_attribute("src", re.compile("."))
+
+
+@needs_chromium
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_the_answer_is_on_the_screen(
+    start: START, open_page: OPEN, viewport: dict[str, int]
+) -> None:
+    page = ready(open_page(start().url, viewport=viewport))
+    assert not page.evaluate("document.querySelector('#options').open")
+    assert page.evaluate("document.body.scrollHeight") < 4 * viewport["height"]
+    classify(page)
+    for seen in ("#verdict", "#plain-bars .first", "#defended-bars .first"):
+        expect(page.locator(seen)).to_be_in_viewport(ratio=1)
+
+
+@needs_chromium
+def test_what_the_server_lowers_is_shown_as_what_ran(start: START, open_page: OPEN) -> None:
+    page = ready(open_page(start(max_views=24, enable_attack_demo=True).url))
+    page.evaluate("document.querySelector('#options').open = true")
+    page.fill("#views", "1000")
+    page.press("#views", "Tab")
+    expect(page.locator("#views")).to_have_value("24")
+
+    scores = [{"label": "goldfish", "score": 0.75}, {"label": "dog", "score": 0.25}]
+    stage = {"steps": 2, "undefended": scores, "defended": scores, "image": dot()}
+    lines = [json.dumps({"stage": stage | {"step": step}}) for step in range(3)]
+    end = {"answer": {"defense": {"suspected": False}}, "threat": "transfer", "epsilon": 4}
+    body = "\n".join([*lines, json.dumps(end), ""])
+    page.route("**/demo/attack", lambda route: route.fulfill(status=200, body=body))
+    attack(page)
+    expect(page.locator("#attack-steps-out")).to_have_text("2")
+    expect(page.locator("#epsilon-out")).to_have_text("4/255")
+    expect(page.locator("#track-plain span")).to_have_count(3)
+
+
+def dot() -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2), "red").save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+@needs_chromium
+def test_the_page_refuses_what_the_server_would(
+    start: START, open_page: OPEN, photo: bytes
+) -> None:
+    asked = {"candidate_labels": ["cat", "dog"], "defense": {"method": "plain"}}
+    asked["image"] = base64.b64encode(photo).decode()
+    limit = len(json.dumps(asked, separators=(",", ":")))
+    for less, sent in ((0, True), (1, False)):
+        server = start(max_body_bytes=limit - less)
+        page = ready(open_page(server.url))
+        for _ in range(8):
+            page.locator("#chips button").first.click()
+        page.fill("#label", "cat,dog")
+        page.set_input_files("#file", {"name": "a.jpg", "mimeType": "", "buffer": photo})
+        expect(page.locator("#preview")).to_have_attribute("alt", "Your picture a.jpg")
+        if sent:
+            classify(page)
+        else:
+            page.click("#classify")
+            expect(page.locator("#message")).to_have_text(
+                f"The request would have {limit} bytes; the limit is {limit - 1}."
+            )
+    text: FilePayload = {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"}
+    page.set_input_files("#file", text)
+    expect(page.locator("#message")).to_contain_text("notes.txt is not a picture.")
+
+
+@needs_chromium
+def test_a_long_label_that_wins_is_shown_in_full(start: START, open_page: OPEN) -> None:
+    page = ready(open_page(start().url, viewport=PHONE))
+    for _ in range(8):
+        page.locator("#chips button").first.click()
+    page.fill("#label", f"{'very ' * 12}long label,{'x' * 60}")
+    classify(page)
+    winner = page.locator("#defended-bars .first .name")
+    expect(winner).to_contain_text("long label")
+    assert winner.evaluate("(e) => e.scrollWidth <= e.clientWidth")
+    assert_fits(page)
+
+
+@needs_chromium
+def test_the_header_tells_that_the_server_is_gone_and_back(start: START, open_page: OPEN) -> None:
+    page = ready(open_page(start().url))
+    page.route("**/readyz", lambda route: route.abort())
+    expect(page.locator("#health")).to_have_class(re.compile("down"), timeout=PATIENCE)
+    page.unroute("**/readyz")
+    ready(page)
+    assert page.locator("#method option").count() == page.locator("#method option").evaluate_all(
+        "(all) => new Set(all.map((one) => one.value)).size"
+    )
+
+
+@needs_chromium
+def test_the_api_reference_follows_dark_mode(start: START, open_page: OPEN) -> None:
+    server = start()
+    page = open_page(server.url, color_scheme="dark")
+    page.goto(f"{server.url}/docs")
+    expect(page.locator("html")).to_have_class("dark-mode")
+    page.emulate_media(color_scheme="light")
+    expect(page.locator("html")).not_to_have_class("dark-mode")
