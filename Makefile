@@ -7,7 +7,7 @@ DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded bundle harden picture robustness static search image image-local smoke lock audit sbom clean benchmark benchmark-gpu heavy load faults soak fuzz mutants
+.PHONY: serve test setup check format parity embedded bundle harden picture robustness static search image image-local smoke release lock audit sbom clean benchmark benchmark-gpu heavy load faults soak fuzz mutants
 
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
@@ -126,6 +126,11 @@ image-local:
 smoke:
 	docker/smoke.sh $(TARGET)
 
+# The wheel and the images of a tagged version, see docs/release.md: make release REGISTRY=...
+REGISTRY ?= ghcr.io/tapt-serve
+release: setup
+	docker/release.sh $(REGISTRY)
+
 # What the images install, with hashes, after any change of the constraints: what both have, and
 # for CUDA torch with its libraries as PyPI has them; --no-config, because pyproject.toml leaves
 # those out. docker/requirements-cpu.txt is kept by hand, and says how.
@@ -214,4 +219,4 @@ fuzz: setup
 	$(BIN)/python -m benchmarks.fuzz --seconds $(SECONDS)
 
 clean:
-	rm -rf .venv build mutants *.egg-info .coverage*
+	rm -rf .venv build dist mutants *.egg-info .coverage*

@@ -31,7 +31,7 @@ def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
         if backend is None
         else [backend]
     )
-    metrics = Metrics()
+    metrics = Metrics(settings.latency_objective_ms / 1000)
     engine = Engine(settings, metrics, backends)
     intake = Intake(settings, metrics, engine)
     keys = Keys(settings, metrics)

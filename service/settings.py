@@ -95,6 +95,8 @@ class Settings(BaseSettings):
     may always wait."""
     request_timeout_ms: int = Field(60_000, ge=1)
     """Time from admission to the queue until the answer (ms)."""
+    latency_objective_ms: int = Field(3000, ge=1)
+    """Answers that take longer count as slow (ms); an alert fires at more than 1% of them."""
     upload_timeout_ms: int = Field(30_000, ge=1)
     """Time for a request body to arrive (ms)."""
     max_body_bytes: int = Field(16 * 2**20, ge=1024)

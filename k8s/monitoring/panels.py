@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from k8s.monitoring.queries import Scope
-from k8s.monitoring.rules import CLASSIFICATIONS, TARGET_SECONDS, failed_share
+from k8s.monitoring.rules import CLASSIFICATIONS, failed_share
 
 HERE = Scope("$__rate_interval", 'namespace=~"$namespace"')
 
@@ -68,10 +68,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Time to answer",
-            f"From the first byte to the last, refusals included; the target is a p99 below "
-            f"{TARGET_SECONDS:g} s.",
+            "From the first byte to the last, refusals included. The objective is for the p99.",
             "s",
-            quantiles("tapt_request_seconds"),
+            (
+                *quantiles("tapt_request_seconds"),
+                Query(HERE.over("max", "tapt_latency_objective_seconds"), "objective"),
+            ),
             width=7,
         ),
     ),
@@ -90,6 +92,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "s",
             quantiles("tapt_adaptation_seconds", "method"),
             width=12,
+        ),
+        Panel(
+            "Time to answer by method",
+            "Quantiles, with queue and decoding. Requests refused early have no method.",
+            "s",
+            quantiles("tapt_request_seconds", "method"),
+            width=24,
         ),
     ),
     "Queue and batches": (

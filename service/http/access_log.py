@@ -74,7 +74,7 @@ class AccessLog:
         route = _route(scope)
         self._metrics.requests.labels(route, str(status)).inc()
         if route in CLASSIFICATIONS:
-            self._metrics.request_seconds.observe(seconds)
+            self._metrics.observe_request(notes.get("defense", ""), seconds)
             if notes.get("error") in REFUSALS:
                 self._metrics.rejected.labels(notes["error"]).inc()
         level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.metrics import MetricWrapperBase
 
 from service.messages import Answer, Task
@@ -37,7 +37,9 @@ class Metrics:
     `registry` has all of them, `open_registry` all but those of DIAGNOSTICS.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, objective: float = 3.0) -> None:
+        """`objective`: classifications that take longer (seconds) are counted as slow."""
+        self._objective = objective
         self.registry = registry = CollectorRegistry(auto_describe=True)
         self.open_registry = CollectorRegistry(auto_describe=True)
 
@@ -51,7 +53,18 @@ class Metrics:
             return Histogram(f"tapt_{name}", text, labels, buckets=buckets, registry=registry)
 
         self.requests = counter("requests", "Requests answered.", "route", "code")
-        self.request_seconds = histogram("request_seconds", "Time to answer.", SECONDS)
+        self.request_seconds = histogram(
+            "request_seconds",
+            "Time to answer a classification; without a method if it was refused early.",
+            SECONDS,
+            "method",
+        )
+        self.slow_requests = counter(
+            "slow_requests", "Classifications that took longer than the latency objective."
+        )
+        self.latency_objective_seconds = gauge(
+            "latency_objective_seconds", "The setting `latency_objective_ms`, in seconds."
+        )
         self.queue_seconds = histogram(
             "queue_seconds", "Time from permit to the beginning of the batch.", SECONDS
         )
@@ -117,15 +130,23 @@ class Metrics:
         self.batch_splits = counter(
             "batch_splits", "Batches run again in parts after a failure.", "reason"
         )
+        self.latency_objective_seconds.set(objective)
         self.build_info = gauge("build_info", "Constant 1; versions as labels.", "version", "torch")
         for name, metric in vars(self).items():
             if isinstance(metric, MetricWrapperBase) and name not in DIAGNOSTICS:
                 self.open_registry.register(metric)
+        for each in (self.registry, self.open_registry):
+            ProcessCollector(registry=each)  # process_*: of the API process, on Linux only
 
     def set_build(self, info: Mapping[str, Any]) -> None:
         """Publish the versions; `info` is that of a worker's Ready."""
         torch = info.get("versions", {}).get("torch", "")
         self.build_info.labels(version("tapt-serve"), torch).set(1)
+
+    def observe_request(self, method: str, seconds: float) -> None:
+        """Count a classification that took this long; `method` is empty if none was resolved."""
+        self.request_seconds.labels(method).observe(seconds)
+        self.slow_requests.inc(seconds > self._objective)
 
     def observe_batch(self, batch: Sequence[Task]) -> None:
         self.batch_size.observe(len(batch))

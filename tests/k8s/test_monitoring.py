@@ -19,7 +19,6 @@ from k8s.monitoring import rules
 from k8s.monitoring.__main__ import ROOT, files
 from k8s.monitoring.panels import ROWS, fill
 from service.settings import Settings
-from service.telemetry.metrics import SECONDS
 from tests.exposed_series import exposed
 from tests.real_server import COFFEE, LABELS
 
@@ -85,11 +84,6 @@ def test_alerts_lead_into_the_runbook() -> None:
     assert knobs <= set(Settings.model_fields)
 
 
-def test_the_target_is_a_bucket() -> None:
-    assert rules.TARGET_SECONDS in SECONDS
-    assert isinstance(rules.TARGET_SECONDS, float), "as the bucket's label is written"
-
-
 # With promtool.
 
 
@@ -104,14 +98,10 @@ def requests(ok: str, failed: str) -> list[dict[str, str]]:
     ]
 
 
-def times(within: str, all: str) -> list[dict[str, str]]:
-    """A histogram of two buckets."""
-    name = "tapt_request_seconds"
+def times(slow: str, all: str) -> list[dict[str, str]]:
     return [
-        series(f'{name}_bucket{{namespace="a",le="3.0"}}', within),
-        series(f'{name}_bucket{{namespace="a",le="6.0"}}', all),
-        series(f'{name}_bucket{{namespace="a",le="+Inf"}}', all),
-        series(f'{name}_count{{namespace="a"}}', all),
+        series('tapt_slow_requests_total{namespace="a"}', slow),
+        series('tapt_request_seconds_count{namespace="a",method="tapt"}', all),
     ]
 
 
@@ -177,8 +167,8 @@ CASES: dict[str, tuple[str, list[dict[str, str]], str, bool]] = {
         "80m",
         True,
     ),
-    "slow": ("TaptSlow", times("0+95x60", "0+100x60"), "40m", True),
-    "fast": ("TaptSlow", times("0+100x60", "0+100x60"), "40m", False),
+    "slow": ("TaptSlow", times("0+5x60", "0+100x60"), "40m", True),
+    "fast": ("TaptSlow", times("0+1x60", "0+100x60"), "40m", False),
     "the queue is full": ("TaptRejecting", refused("queue_full", "0+10x60"), "30m", True),
     "clients get it wrong": ("TaptRejecting", refused("unprocessable", "0+50x60"), "30m", False),
     "four restarts": ("TaptWorkerRestarts", restarts("0 1 2 3 4x20"), "12m", True),

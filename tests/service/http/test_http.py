@@ -639,6 +639,11 @@ def test_the_api_process_needs_no_torch() -> None:
 TYPES = {
     "tapt_requests": "counter",
     "tapt_request_seconds": "histogram",
+    "tapt_slow_requests": "counter",
+    "tapt_latency_objective_seconds": "gauge",
+    "process_cpu_seconds": "counter",
+    "process_open_fds": "gauge",
+    "process_resident_memory_bytes": "gauge",
     "tapt_queue_seconds": "histogram",
     "tapt_queue_depth": "gauge",
     "tapt_queue_seconds_expected": "gauge",
@@ -695,6 +700,23 @@ def test_metrics_have_their_names_and_types_and_no_text_of_a_user(
     (build,) = families["tapt_build_info"].samples
     assert build.labels == {"version": version("tapt-serve"), "torch": "9.9"}
     assert build.value == 1
+
+
+def test_slow_answers_are_counted_against_the_objective(start: START, photo: bytes) -> None:
+    for objective, slow in ((60_000, 0), (1, 1)):
+        server = start(latency_objective_ms=objective)
+        server.http.post("/v1/classify", json=as_json(photo, defense={"method": "plain"}))
+        server.http.post("/v1/classify", json=as_json(photo, candidate_labels=[]))
+        samples = {
+            (sample.name, sample.labels.get("method")): sample.value
+            for family in text_string_to_metric_families(server.http.get("/metrics").text)
+            for sample in family.samples
+        }
+        assert samples["tapt_request_seconds_count", "plain"] == 1
+        assert samples["tapt_request_seconds_count", ""] == 1
+        assert samples["tapt_slow_requests_total", None] >= slow
+        assert samples["tapt_slow_requests_total", None] <= 2 * slow
+        assert samples["tapt_latency_objective_seconds", None] == objective / 1000
 
 
 def test_log_lines_hold_no_text_of_a_user(
