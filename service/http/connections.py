@@ -223,9 +223,10 @@ class _Connection(H11Protocol):
             self._wait_for_head()
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
+        super().on_response_complete()  # may begin with the next of several pipelined requests
         if not self.transport.is_closing():
-            self.shared.idle[self] = None
+            if self.cycle.response_complete:
+                self.shared.idle[self] = None
             if self._unread and not self.queued:
                 self._parse()
 
