@@ -31,6 +31,7 @@ from models.calibration.hardening_run import Run, Validation
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE
 from models.data import DataError, open_dataset
+from models.device import pick_device
 from models.errors import LoadError
 from models.labels import tokenize
 from models.views import make_views
@@ -46,7 +47,7 @@ def harden(options: argparse.Namespace, settings: Hardening, bar: Bar) -> bool:
         LoadError, DataError, ValueError: checkpoint, pictures or an earlier run cannot be used.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    device = torch.device(options.device)
+    device = pick_device(options.device)
     if device.type == "cuda" and dist.is_initialized():
         device = torch.device("cuda", dist.get_node_local_rank())
     checkpoint = load_checkpoint(options.model, device)
@@ -119,6 +120,8 @@ def read_validation(checkpoint: Checkpoint, path: Path, limit: int) -> Validatio
     if not data.names:
         raise DataError(f"{path} has no labels to validate with")
     examples = list(data.examples(limit, seed=0))
+    if not examples:
+        raise DataError(f"there are no pictures to validate with: the limit is {limit}")
     views = [make_views(e.pixels, 1, 0, checkpoint.preprocessing, CPU)[0] for e in examples]
     labels = torch.tensor([example.label for example in examples], device=device)
     return Validation(torch.stack(views).to(device), labels, encode_names(checkpoint, data.names))
@@ -159,8 +162,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _number(text: str) -> float:
-    """A number, or a fraction such as 2/255."""
-    return float(Fraction(text))
+    """A number, or a fraction such as 2/255. Raises ValueError."""
+    try:
+        return float(Fraction(text))
+    except ZeroDivisionError as error:
+        raise ValueError(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> int:
