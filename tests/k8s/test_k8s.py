@@ -299,6 +299,7 @@ def test_probes_and_ports_exist_in_the_application(
         "readiness": "/readyz",
         "liveness": "/livez",
     }
+    server.wait(lambda: server.app.state.intake.decoders.ready)
     for probe in probes.values():
         assert server.http.get(probe["httpGet"]["path"]).status_code == 200
     assert {probe["httpGet"]["port"] for probe in probes.values()} == {port["name"]}

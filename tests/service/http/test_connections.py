@@ -296,6 +296,22 @@ def test_when_all_connections_are_taken_the_oldest_idle_one_makes_room(
     assert len([record for record in caplog.records if "connections are open" in record.msg]) == 1
 
 
+def test_a_pipelined_request_is_under_way_when_it_is_its_turn(start: START) -> None:
+    """And so its connection is none of those that make room."""
+    worker = FakeWorker(automatic=False)
+    server = start(worker)
+    server.call(worker.be_ready)
+    with connect(server) as client:
+        client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" + request())
+        server.wait(lambda: worker.batches)
+        opened: Any = server._uvicorn.server_state.connections
+        port = client.getsockname()[1]
+        (connection,) = [each for each in opened if each.client[1] == port]
+        assert connection not in connection.shared.idle
+        server.call(worker.finish)
+        server.wait(lambda: connection in connection.shared.idle)
+
+
 def test_clients_that_take_no_answers_make_room_too(
     start: START, monkeypatch: pytest.MonkeyPatch
 ) -> None:
