@@ -159,7 +159,7 @@ def test_pixels_and_errors_are_those_of_decode() -> None:
             np.testing.assert_equal(there, here)
         assert not pool.count("decoder_restarts_total")
 
-    run(test, decoders=1)
+    run(test, decoders=1, decode_timeout_ms=20_000)
 
 
 @pytest.mark.parametrize(
