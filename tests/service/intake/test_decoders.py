@@ -71,6 +71,12 @@ class Pool:
     def kills(self, reason: str) -> float:
         return self.count("decoder_kills_total", reason=reason)
 
+    async def restarted(self) -> None:
+        """Wait for the process in place of one that was killed: it takes longer to start than an
+        image may wait in these tests."""
+        await self.until(lambda: self.count("decoder_restarts_total") == 1)
+        await self.until(lambda: self.count("decoders_up") == 1)
+
     async def until(self, true: Callable[[], object]) -> None:
         async with asyncio.timeout(30):
             while not true():
@@ -209,6 +215,7 @@ def test_the_clock_ends_a_decoder_that_does_not_run() -> None:
         await refusal(pool.decode(SMALL))
         assert 0.3 <= time.monotonic() - began < 3
         assert pool.kills("timeout") == 1
+        await pool.restarted()
         assert (await pool.decode(SMALL)).shape == (48, 64, 3)
 
     run(test, decoders=1, decode_timeout_ms=200)
@@ -228,6 +235,7 @@ def test_waiting_for_a_decoder_counts_against_the_time() -> None:
         assert [type(error) for error in errors] == [ImageTooCostly, *[QueueFull] * 3]
         assert all(isinstance(error, QueueFull) and error.retry_after for error in errors[1:])
         assert pool.count("rejected_total", reason="decoders") == 3
+        await pool.restarted()
         assert (await pool.decode(SMALL)).shape == (48, 64, 3)
 
     run(test, decoders=1, decode_timeout_ms=500)
