@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.bundle import DefenseBundle, load_bundle
+from models.calibration.options import read_number
 from models.calibration.prompt_tuning import Progress, Tuning, attack, begin, tune
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier, ImageQuery
@@ -320,20 +320,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--false-positive-rate", type=float, default=0.05, help="of the threshold")
     tuning = parser.add_argument_group("learning")
     for name, value in asdict(Tuning()).items():
-        kind = _number if isinstance(value, float) else type(value)
+        kind = read_number if isinstance(value, float) else type(value)
         choices = sorted(DESIGNS.keys() - {"text"}) if name == "design" else None
         tuning.add_argument(
             f"--{name.replace('_', '-')}", type=kind, default=value, choices=choices, help=" "
         )
     return parser
-
-
-def _number(text: str) -> float:
-    """A number, or a fraction such as 2/255. Raises ValueError."""
-    try:
-        return float(Fraction(text))
-    except ZeroDivisionError as error:
-        raise ValueError(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,6 @@ import argparse
 import sys
 from dataclasses import fields
 from datetime import timedelta
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from models.calibration.decoded import decode_once
 from models.calibration.export import write_hardened
 from models.calibration.hardening import Hardening, HardeningTrainer
 from models.calibration.hardening_run import Run, Validation
+from models.calibration.options import read_number
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE
 from models.data import DataError, open_dataset
@@ -154,19 +154,11 @@ def _parser() -> argparse.ArgumentParser:
         if choices := option.metadata.get("choices"):
             more["choices"] = choices
         elif isinstance(value, tuple):
-            more |= {"type": _number, "nargs": 2, "metavar": ("LOW", "HIGH")}
+            more |= {"type": read_number, "nargs": 2, "metavar": ("LOW", "HIGH")}
         else:
-            more |= {"type": _number if isinstance(value, float) else int, "metavar": "N"}
+            more |= {"type": read_number if isinstance(value, float) else int, "metavar": "N"}
         training.add_argument(flag, **more)
     return parser
-
-
-def _number(text: str) -> float:
-    """A number, or a fraction such as 2/255. Raises ValueError."""
-    try:
-        return float(Fraction(text))
-    except ZeroDivisionError as error:
-        raise ValueError(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> int:
