@@ -110,8 +110,8 @@ class Settings(BaseSettings):
     decoders: int = Field(0, ge=0, le=64)
     """Number of processes that decode images; 0: one per core, at most 4."""
     decode_timeout_ms: int = Field(2000, ge=10)
-    """Maximum processor time to decode an image (ms), and 1.5 times that in wall time; more costly
-    images get a 422."""
+    """Maximum processor time to decode an image (ms); more costly images get a 422. With the wait
+    for a decoder it takes at most 1.5 times that; images that waited too long get a 429."""
     decode_memory_bytes: int = Field(480 * 2**20, ge=64 * 2**20)
     """Maximum memory to decode an image (bytes), at up to 12 per pixel; more costly images get
     a 422. Images that need over an eighth of it are decoded one at a time."""

@@ -15,8 +15,8 @@ RUNBOOK = "docs/runbook.md"
 
 CLASSIFICATIONS = 'route=~"/v1/classify|/"'
 FAILED = f'{CLASSIFICATIONS},code=~"5.."'
-FULL = 'reason=~"queue_full|uploads|fetches"'  # the 429s for lack of capacity
-REFUSED = 'reason=~"queue_full|uploads|fetches|not_ready|draining"'  # no key's own limits
+FULL = 'reason=~"queue_full|uploads|fetches|decoders"'  # the 429s for lack of capacity
+REFUSED = 'reason=~"queue_full|uploads|fetches|decoders|not_ready|draining"'  # no key's own limits
 
 PODS = ("namespace", "pod")
 

@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.bundle import DefenseBundle, load_bundle
+from models.calibration.options import read_number
 from models.calibration.prompt_tuning import Progress, Tuning, attack, begin, tune
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier, ImageQuery
 from models.data import DataError, Dataset, open_dataset
+from models.device import pick_device
 from models.errors import LoadError
 from models.labels import LabelBatch, tokenize
 from models.prompts import DESIGNS, DefensePrompts
@@ -187,7 +188,7 @@ def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
     Raises:
         LoadError, DataError: checkpoint, bundle or pictures cannot be used.
     """
-    checkpoint = load_checkpoint(options.model, torch.device(options.device))
+    checkpoint = load_checkpoint(options.model, pick_device(options.device))
     data = open_dataset(options.data)
     names = options.labels.split(",") if options.labels else data.names
     if not names:
@@ -195,6 +196,9 @@ def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
     tuning = Tuning(**{name: getattr(options, name) for name in asdict(Tuning())})
     if not (options.prompts or data.names):
         raise DataError(f"{options.data} has no labels to learn from; see --prompts")
+    if len(names) < len(data.names):
+        message = f"--labels names {len(names)} of the {len(data.names)} classes of {options.data}"
+        raise DataError(message)
     shots = 0 if options.prompts else options.shots
     taught, others, again = gather(checkpoint, data, shots, options.images, tuning.seed, bar)
     if options.prompts:
@@ -316,17 +320,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--false-positive-rate", type=float, default=0.05, help="of the threshold")
     tuning = parser.add_argument_group("learning")
     for name, value in asdict(Tuning()).items():
-        kind = _number if isinstance(value, float) else type(value)
+        kind = read_number if isinstance(value, float) else type(value)
         choices = sorted(DESIGNS.keys() - {"text"}) if name == "design" else None
         tuning.add_argument(
             f"--{name.replace('_', '-')}", type=kind, default=value, choices=choices, help=" "
         )
     return parser
-
-
-def _number(text: str) -> float:
-    """A number, or a fraction such as 2/255."""
-    return float(Fraction(text))
 
 
 def main(argv: list[str] | None = None) -> int:

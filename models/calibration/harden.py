@@ -14,7 +14,6 @@ import argparse
 import sys
 from dataclasses import fields
 from datetime import timedelta
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,11 @@ from models.calibration.decoded import decode_once
 from models.calibration.export import write_hardened
 from models.calibration.hardening import Hardening, HardeningTrainer
 from models.calibration.hardening_run import Run, Validation
+from models.calibration.options import read_number
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE
 from models.data import DataError, open_dataset
+from models.device import pick_device
 from models.errors import LoadError
 from models.labels import tokenize
 from models.views import make_views
@@ -46,7 +47,7 @@ def harden(options: argparse.Namespace, settings: Hardening, bar: Bar) -> bool:
         LoadError, DataError, ValueError: checkpoint, pictures or an earlier run cannot be used.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    device = torch.device(options.device)
+    device = pick_device(options.device)
     if device.type == "cuda" and dist.is_initialized():
         device = torch.device("cuda", dist.get_node_local_rank())
     checkpoint = load_checkpoint(options.model, device)
@@ -119,6 +120,8 @@ def read_validation(checkpoint: Checkpoint, path: Path, limit: int) -> Validatio
     if not data.names:
         raise DataError(f"{path} has no labels to validate with")
     examples = list(data.examples(limit, seed=0))
+    if not examples:
+        raise DataError(f"there are no pictures to validate with: the limit is {limit}")
     views = [make_views(e.pixels, 1, 0, checkpoint.preprocessing, CPU)[0] for e in examples]
     labels = torch.tensor([example.label for example in examples], device=device)
     return Validation(torch.stack(views).to(device), labels, encode_names(checkpoint, data.names))
@@ -151,16 +154,11 @@ def _parser() -> argparse.ArgumentParser:
         if choices := option.metadata.get("choices"):
             more["choices"] = choices
         elif isinstance(value, tuple):
-            more |= {"type": _number, "nargs": 2, "metavar": ("LOW", "HIGH")}
+            more |= {"type": read_number, "nargs": 2, "metavar": ("LOW", "HIGH")}
         else:
-            more |= {"type": _number if isinstance(value, float) else int, "metavar": "N"}
+            more |= {"type": read_number if isinstance(value, float) else int, "metavar": "N"}
         training.add_argument(flag, **more)
     return parser
-
-
-def _number(text: str) -> float:
-    """A number, or a fraction such as 2/255."""
-    return float(Fraction(text))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -180,17 +180,18 @@ def tune(
             cut = partial(
                 _spread, views=tuning.attack_views, preprocessing=preprocessing, source=source
             )
-        batch[:hurt] = attack(
-            clip,
-            batch[:hurt],
-            goals[:hurt],
-            text,
-            prompts,
-            tuning.epsilon,
-            tuning.attack_steps,
-            source,
-            cut,
-        )
+        if hurt:
+            batch[:hurt] = attack(
+                clip,
+                batch[:hurt],
+                goals[:hurt],
+                text,
+                prompts,
+                tuning.epsilon,
+                tuning.attack_steps,
+                source,
+                cut,
+            )
         views = _spread(batch, tuning.views, preprocessing, source)
         loss, found = _gradients(clip, views, goals, labels, text, prompts)
         progress.step += 1

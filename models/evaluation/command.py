@@ -139,7 +139,10 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
     for flag, (given, names) in known.items():
         if strange := [name for name in given if name not in names]:
             raise ValueError(f"{flag}: unknown {', '.join(strange)}; known: {', '.join(names)}")
-    epsilons = [float(Fraction(text) * LEVELS) for text in options.eps]
+    try:
+        epsilons = [float(Fraction(text) * LEVELS) for text in options.eps]
+    except ZeroDivisionError:
+        raise ValueError("--eps: a fraction by zero") from None
     if min(epsilons) < 1:
         raise ValueError("--eps: below 1/255, one level of an 8-bit picture")
     budget = Budget(

@@ -15,7 +15,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from service.engine.permits import Permit, Permits
+from service.engine.label_sets import LabelSets
+from service.engine.permits import Permit, Permits, count_ahead
 from service.engine.price import count_tokens, price, price_class
 from service.engine.retry_after import RetryAfter
 from service.engine.scheduler import Item, Scheduler
@@ -29,6 +30,9 @@ from service.worker.supervisor import Backend
 
 GRACE = 5.0  # seconds after its deadline for which a running request is still waited for
 RECOVERY = 5.0  # seconds in which a lost worker is usually replaced
+QUEUE_SHARE = 0.5
+"""Share of the timeout that one caller's requests may be expected to take together. The rest is for
+a caller that comes later and takes turns, and for estimates that are too low."""
 
 _Event = ProgressEvent | Answer | ServiceError
 
@@ -59,6 +63,7 @@ class Engine:
             settings.max_queue_size, settings.max_body_bytes, self._on_permits_changed
         )
         self._retry_after = RetryAfter()
+        self._label_sets = LabelSets()
         self._scheduler = Scheduler(
             settings.max_batch_size, settings.max_batch_tokens, settings.max_queue_delay_ms / 1000
         )
@@ -148,23 +153,16 @@ class Engine:
     def claim(self, permit: Permit, task: Task) -> float:
         """Price a task, relative to a typical request, and check that its turn comes in time.
 
-        Ahead of it are its caller's requests, but for much more expensive ones, and as much work of
-        each other caller. Raises QueueFull if that takes longer than `request_timeout_ms`; with
-        nothing ahead, a request is always admitted.
+        Raises QueueFull if it is expected to take longer than QUEUE_SHARE of `request_timeout_ms`,
+        or than all of that if none of its caller's is ahead. With nothing ahead it never does.
         """
         assert self._pool.model is not None  # or there were no permit
-        cost = price(task, self._pool.model, self._settings)
-        others = self._unfinished() - {permit}
-        callers = len({other.caller for other in others} | {permit.caller})
-        ahead = sum(
-            other.price
-            for other in others
-            if other.caller == permit.caller and price_class(other.price) <= price_class(cost)
-        )
-        limit = self._settings.request_timeout_ms / 1000
-        seconds = self._seconds((ahead + cost) * callers)
+        cost = price(task, self._pool.model, self._settings, encoded=task in self._label_sets)
+        own, turns, callers = count_ahead(permit.caller, cost, self._unfinished() - {permit})
+        seconds = self._seconds(own + turns + cost)
+        limit = self._settings.request_timeout_ms / 1000 * (QUEUE_SHARE if own else 1.0)
         group = permit.caller, price_class(cost)
-        if ahead and seconds > limit:
+        if own + turns > 0 and seconds > limit:
             raise self._queue_full(group, seconds - limit, self._seconds(cost * callers))
         if 2 * seconds <= limit:
             self._retry_after.clear(group)
@@ -298,6 +296,7 @@ class Engine:
         if not _is_valid(item.task, result):
             result = Failure("internal", "The worker's answer was invalid.")
         if isinstance(result, Answer):
+            self._label_sets.add(item.task)
             self._metrics.observe_answer(item.task, result)
             self._settle(item.task.id, result)
         else:
@@ -310,6 +309,7 @@ class Engine:
     def on_lost(self, running: list[Item], waiting: list[Item]) -> None:
         """Retry each running item once, alone, so that the one that killed the worker cannot take
         others with it. Items of a batch that had not begun are queued again as they were."""
+        self._label_sets.clear()
         again = []
         for item in running:
             if item.attempts == 0:

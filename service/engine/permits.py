@@ -1,6 +1,9 @@
 """Permits bound how many requests, and how many bytes, may wait in the queue at once."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+from service.engine.price import price_class
 
 BYTES_PER_PERMIT = 4 * 2**20
 """The size of a photograph. Larger uploads use bytes that smaller ones leave."""
@@ -76,3 +79,18 @@ class Permits:
     def _release(self, permit: Permit) -> None:
         self._held.discard(permit)
         self._changed()
+
+
+def count_ahead(caller: str, cost: float, others: Iterable[Permit]) -> tuple[float, float, int]:
+    """The work ahead of a request that costs `cost`, as sums of prices.
+
+    Returns what is ahead of the same caller, where much more expensive requests are overtaken; the
+    turns of the other callers, each as much work as the caller itself has, or what there is; and
+    how many callers take turns.
+    """
+    works: defaultdict[str, float] = defaultdict(float)
+    for other in others:
+        if other.caller != caller or price_class(other.price) <= price_class(cost):
+            works[other.caller] += other.price
+    own = works.pop(caller, 0.0)
+    return own, sum(min(own + cost, work) for work in works.values()), 1 + len(works)

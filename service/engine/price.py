@@ -17,12 +17,14 @@ STEP_COST = 3  # a forward and a backward pass, in forward passes
 CLASS_RATIO = 8
 
 
-def price(task: Task, model: Ready, settings: Settings) -> float:
+def price(task: Task, model: Ready, settings: Settings, *, encoded: bool = False) -> float:
     """The task's work divided by that of a request with the server's defaults and 10 labels.
 
-    An upper estimate: a request that stops early or whose labels are cached takes less.
+    `encoded`: a worker has the features of the labels already. An upper estimate: a request that
+    stops early takes less.
     """
-    return _count_work(task, model, settings) / _count_work(_typical(settings), model, settings)
+    work = _count_work(task, model, settings, encoded)
+    return work / _count_work(_typical(settings), model, settings, encoded=False)
 
 
 def price_class(price: float) -> int:
@@ -45,11 +47,12 @@ def count_tokens(task: Task, model: Ready, default_template: str) -> int:
     return task.views * model.image_tokens + len(task.labels) * text
 
 
-def _count_work(task: Task, model: Ready, settings: Settings) -> float:
+def _count_work(task: Task, model: Ready, settings: Settings, encoded: bool) -> float:
     """Tokens through an encoder: the first look, each step, and the readout after the steps."""
     spec = DEFENSES[task.method]
-    first = count_tokens(task, model, settings.hypothesis_template)
-    text = first - task.views * model.image_tokens
+    image = task.views * model.image_tokens
+    text = count_tokens(task, model, settings.hypothesis_template) - image
+    first = image + (0 if encoded else text)
     if task.steps:
         kept = max(1, int(task.views * settings.selection_ratio))
         read = {"single": 1, "kept": kept}.get(task.readout, task.views)

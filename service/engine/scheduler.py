@@ -1,8 +1,8 @@
 """Which requests share a batch, in which order, and when it is due.
 
-Pure: instants are arguments. A batch holds items of one key. It is bounded in requests and in
-tokens (image tokens of every view, text tokens of every label), because memory grows with tokens
-and not with requests.
+Pure: instants are arguments. A batch holds items of one key. It is bounded in requests, in tokens
+(image tokens of every view, text tokens of every label), because memory grows with tokens and not
+with requests, and in the sum of its prices, because what arrives next waits until it has run.
 
 The order is start-time fair queueing (Goyal et al., 1996) over callers: the caller that was served
 least goes next, counted in prices. Of one caller's items, the one with the least sum of its price
@@ -36,12 +36,18 @@ class Item:
     price: float = 1.0
 
 
+PRICE_PER_PLACE = 2.0
+"""Price of a batch for each of its `max_batch_size` requests, at most. So a batch takes at most
+about twice as long as a full one of typical requests, unless a single request takes longer."""
+
+
 class Scheduler:
-    """A queue that forms batches. A batch is due when it is full, in requests or tokens, or
+    """A queue that forms batches. A batch is due when it is full, in requests, tokens or price, or
     when its oldest item has waited `max_queue_delay` seconds."""
 
     def __init__(self, max_batch_size: int, max_batch_tokens: int, max_queue_delay: float) -> None:
         self.max_batch_size = max_batch_size
+        self.max_batch_price = PRICE_PER_PLACE * max_batch_size
         self.max_batch_tokens = max_batch_tokens
         self.max_queue_delay = max_queue_delay
         self._items: dict[str, Item] = {}
@@ -136,16 +142,17 @@ class Scheduler:
         return [self._items[id] for id in sorted(ids, key=starts.__getitem__)]
 
     def _cut(self, group: list[Item]) -> tuple[list[Item], bool]:
-        """The longest start of a group within both bounds, never empty, and whether it is full."""
-        batch, tokens = group[:1], group[0].tokens
+        """The longest start of a group within all bounds, never empty, and whether it is full."""
+        batch, tokens, price = group[:1], group[0].tokens, group[0].price
         for item in group[1 : self.max_batch_size]:
-            if tokens + item.tokens > self.max_batch_tokens:
+            tokens, price = tokens + item.tokens, price + item.price
+            if tokens > self.max_batch_tokens or price > self.max_batch_price:
                 break
             batch.append(item)
-            tokens += item.tokens
         full = (
             len(batch) < len(group)
             or len(batch) == self.max_batch_size
             or tokens >= self.max_batch_tokens
+            or price >= self.max_batch_price
         )
         return batch, full

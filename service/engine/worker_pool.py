@@ -48,12 +48,14 @@ class Listener(Protocol):
 @dataclass(slots=True, eq=False)
 class _Batch:
     """`items` have no result yet and are still wanted; `size` is how many they were when the batch
-    began, `price` the sum of their prices."""
+    began, `price` the sum of their prices. `complete`: none of them was dropped, cut short or
+    failed since, so all of the price was worked off."""
 
     items: dict[str, Item]
     size: int = 0
     price: float = 0.0
     began: float = 0.0
+    complete: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -159,7 +161,7 @@ class WorkerPool:
     def _begin(self, worker: _Worker) -> None:
         batch, items = worker.batches[0], worker.running
         batch.size, batch.began = len(items), self._clock()
-        batch.price = sum(item.price for item in items)
+        batch.price, batch.complete = sum(item.price for item in items), True
         if items:
             self._metrics.observe_batch([item.task for item in items])
             self._listener.on_begin(items)
@@ -194,19 +196,24 @@ class WorkerPool:
 
     def _drop(self, worker: _Worker, ids: list[str]) -> list[Item]:
         """Take items out of a worker's batches and cancel them there."""
-        found = [item for id in ids if (item := self._take(worker, id))]
+        found = [item for id in ids if (item := self._take(worker, id, False))]
         if found:
             worker.backend.cancel(frozenset(item.task.id for item in found))
         return found
 
-    def _take(self, worker: _Worker, id: str) -> Item | None:
-        """Take an item out of its batch."""
+    def _take(self, worker: _Worker, id: str, complete: bool) -> Item | None:
+        """Take an item out of its batch; `complete`: all of its price was worked off."""
         for batch in worker.batches:
             if item := batch.items.pop(id, None):
+                batch.complete = batch.complete and complete
                 return item
         return None
 
     def _measure(self, batch: _Batch, seconds: float) -> None:
+        """Update the means. A batch that ended early tells only that it would have taken longer, or
+        clients that leave at once would make their requests look quick."""
+        if not batch.complete and seconds < batch.price * self.seconds_per_price:
+            return
         self.seconds_per_request += SMOOTHING * (seconds / batch.size - self.seconds_per_request)
         # Means of both, not of the ratio: small batches are mostly overhead.
         self._mean_seconds += SMOOTHING * (seconds - self._mean_seconds)
@@ -231,7 +238,8 @@ class WorkerPool:
                     self._listener.on_progress(item, update)
             case Settled(id=id, result=result):
                 # A second result, or one for an item that was dropped, finds nothing.
-                if item := self._take(worker, id):
+                complete = isinstance(result, Answer) and result.truncated is None
+                if item := self._take(worker, id, complete):
                     self._listener.on_result(item, result)
             case Finished(counts=counts) if worker.batches:
                 batch = worker.batches.popleft()

@@ -35,6 +35,9 @@ DISCARDED = 2**24
 BACKLOG = 128
 """Connections accepted at once, before any of them can be counted."""
 
+MAX_CONNECTIONS = 4096
+"""Open connections at most: with a head that is not complete, one takes about 35 KB."""
+
 RESERVED = 64
 """Descriptors for everything but connections: pipes, files, processes that are being started."""
 
@@ -68,7 +71,8 @@ class _Shared:
 
     def __init__(self, max_connections: int) -> None:
         self.max_connections = max_connections
-        self.idle: dict[_Connection, None] = {}  # without a request under way, the oldest first
+        # Those that wait for their client: to send a request, or to take an answer. Oldest first.
+        self.idle: dict[_Connection, None] = {}
         self._waiting: deque[_Connection] = deque()
         self._warned = float("-inf")
 
@@ -219,9 +223,10 @@ class _Connection(H11Protocol):
             self._wait_for_head()
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
+        super().on_response_complete()  # may begin with the next of several pipelined requests
         if not self.transport.is_closing():
-            self.shared.idle[self] = None
+            if self.cycle.response_complete:
+                self.shared.idle[self] = None
             if self._unread and not self.queued:
                 self._parse()
 
@@ -248,12 +253,15 @@ class _Connection(H11Protocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._write = self.loop.call_later(self.patience, self.transport.abort)
+        self.shared.idle.setdefault(self)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._write:
             self._write.cancel()
             self._write = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.shared.idle.pop(self, None)
 
     # The end.
 
@@ -282,10 +290,10 @@ def limit_connections(patience: float) -> type[H11Protocol]:
 
     `patience` is the time in seconds for the head of a request to arrive, counted from when the
     connection began to wait for one, and for an answer to be taken. Bodies have a limit of their
-    own. There are at most as many connections as the limit of descriptors at this moment allows.
+    own. There are at most MAX_CONNECTIONS, or as many as the limit of descriptors allows now.
     """
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = max(descriptors - RESERVED - BACKLOG, descriptors // 4)
+    most = min(MAX_CONNECTIONS, max(descriptors - RESERVED - BACKLOG, descriptors // 4))
     return type("Connection", (_Connection,), {"patience": patience, "shared": _Shared(most)})
 
 

@@ -21,10 +21,11 @@ import h11
 
 from service.errors import QueueFull, ServiceError, TooLarge, Unprocessable
 from service.intake.decode import from_base64
+from service.intake.places import Full, Places
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
-MAX_FETCHES = 16  # at once; each may hold max_body_bytes
+MAX_FETCHES = 16  # at once, shared among callers; each may hold max_body_bytes
 MAX_URL = 2048  # characters
 MAX_HEAD = 16_384  # bytes of a response's headers
 PORTS = {"https": 443, "http": 80}
@@ -94,19 +95,19 @@ class ImageFetcher:
         self._resolve = resolve
         self._permits = permits
         self._tls = tls or ssl.create_default_context()
-        self._running = 0
+        self._places = Places(MAX_FETCHES)
 
-    async def fetch(self, image: ImageURL) -> bytes:
+    async def fetch(self, image: ImageURL, caller: str = "") -> bytes:
         """Download an image file. Raises Unprocessable, TooLarge or QueueFull."""
         if not self._settings.allow_image_urls:
             raise Unprocessable("This server fetches no images by URL; send the file as base64.")
         target = self._check(image.url)
-        if self._running >= MAX_FETCHES:
-            self._metrics.rejected.labels("fetches").inc()
-            raise QueueFull("Too many images are being fetched at once.", retry_after=1)
-        self._running += 1
         try:
-            file = await self._reach(target)
+            async with self._places.hold(caller):
+                file = await self._reach(target)
+        except Full:
+            self._metrics.rejected.labels("fetches").inc()
+            raise QueueFull("Too many images are being fetched at once.", retry_after=1) from None
         except ServiceError:
             self._metrics.image_fetches.labels("refused").inc()
             raise
@@ -115,8 +116,6 @@ class ImageFetcher:
             self._metrics.image_fetches.labels("failed").inc()
             log.info("fetching an image failed: %s", type(error).__name__)
             raise Unprocessable("The image could not be fetched.") from None
-        finally:
-            self._running -= 1
         self._metrics.image_fetches.labels("fetched").inc()
         return file
 

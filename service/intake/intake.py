@@ -118,7 +118,7 @@ class Intake:
         if isinstance(source, ImageURL):
             # Like an upload, an image that is still arriving holds no permit.
             ticket.permit.release()
-            source = await self.image_urls.fetch(source)
+            source = await self.image_urls.fetch(source, ticket.caller)
             ticket.permit = self._engine.reserve(len(source), ticket.caller)
         # The price is known, and may be refused, before anything is decoded.
         undecoded = np.zeros((0, 0, 3), np.uint8)
@@ -165,7 +165,7 @@ class Intake:
         with trace_decoding() as span:
             try:
                 async with asyncio.timeout(self._settings.request_timeout_ms / 1000):
-                    image = await self.decoders.decode(file)
+                    image = await self.decoders.decode(file, ticket.caller)
             except TimeoutError:
                 raise DeadlineExceeded("The image was not decoded in time.") from None
             span.set_attribute("tapt.height", image.shape[0])

@@ -13,12 +13,17 @@ TRIM_BYTES = 64 * 2**20
 """Free memory at the end of a heap that is kept. Threads share a few heaps."""
 
 MMAP_BYTES = 8 * 2**20
-"""mmap threshold: larger buffers, those of large photographs, are mapped individually."""
+"""mmap threshold of a decoder: larger buffers, those of large photographs, are mapped one by one,
+and go back to the system at once."""
+
+BODY_BYTES = 3 * 2**20
+"""mmap threshold of the API process. It keeps the pixels of common images, but not large bodies:
+each of its threads has a heap of its own that would keep some."""
 
 
-def keep_freed_memory() -> None:
-    """Keep the memory that decoding common images takes. Does nothing without glibc."""
+def keep_freed_memory(mmap_bytes: int = MMAP_BYTES) -> None:
+    """Keep the memory of buffers up to so many bytes. Does nothing without glibc."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_THRESHOLD, MMAP_BYTES)
+        mallopt(_MMAP_THRESHOLD, mmap_bytes)
         mallopt(_TRIM_THRESHOLD, TRIM_BYTES)

@@ -17,13 +17,19 @@ from service.telemetry.metrics import Metrics
 CAPACITY = 16
 """Memory for unfinished bodies, in multiples of the largest body."""
 
+MAX_UPLOADS = 2048
+"""Unfinished bodies at once, however small: each counts for at least this part of the capacity.
+Fewer than there may be connections, so that slow uploads cannot take them all."""
+
 
 class Upload:
-    """One body while it arrives; `size` is the number of bytes so far."""
+    """One body while it arrives. `size` is what it counts for: its bytes so far, or its share of
+    the capacity if that is more."""
 
     def __init__(self, uploads: "Uploads", caller: str, deadline: asyncio.Timeout) -> None:
         self.caller = caller
         self.size = 0
+        self._received = 0
         self.started = uploads.clock()
         self.evicted = False
         self._uploads = uploads
@@ -31,9 +37,11 @@ class Upload:
 
     def grow(self, count: int) -> None:
         """Count bytes that have arrived. Raises QueueFull if this upload is evicted for them."""
-        if not self.evicted:
-            self.size += count
-            self._uploads.make_room(count)
+        self._received += count
+        more = max(self._received, self._uploads.share) - self.size
+        if more > 0 and not self.evicted:
+            self.size += more
+            self._uploads.make_room(more)
         if self.evicted:
             raise self.refusal
 
@@ -54,6 +62,7 @@ class Uploads:
     ) -> None:
         self.clock = clock
         self._capacity = capacity
+        self.share = capacity // MAX_UPLOADS
         self._metrics = metrics
         self._uploads: set[Upload] = set()
         self.bytes = 0  # held now, without those of evicted uploads
@@ -69,6 +78,7 @@ class Uploads:
                 upload = Upload(self, caller, deadline)
                 self._uploads.add(upload)
                 try:
+                    upload.grow(0)
                     yield upload
                 finally:
                     self._forget(upload)

@@ -13,6 +13,7 @@ import torch
 from models.attacks.demo import redraw, run_demo_attack
 from models.classifier import EncodedQuery, ImageQuery, Prediction, PreparedBatch
 from models.clip import Interrupted
+from models.defenses.catalog import DEFENSES
 from models.tapt import Exit
 from service.errors import ModelError
 from service.messages import Answer, Failure, ProgressEvent, Task, Truncation, ViewReport
@@ -248,10 +249,11 @@ class Runner:
             settle(task.id, CLIENT_GONE)
 
     def _warm_up(self, settings: Settings) -> float:
-        """Run the full adaptation twice at a typical size, so that the first request is fast.
+        """Run the full adaptation at a typical size, so that the first request is fast, and then a
+        request with the server's defaults.
 
         Returns:
-            Seconds that the second run took.
+            Seconds that the latter took when it was run again.
         """
         checkpoint = self.classifier.checkpoint
         side = checkpoint.clip.image_size
@@ -267,10 +269,18 @@ class Runner:
             seed=0,
             deadline=float("inf"),
         )
+        spec = DEFENSES[settings.method]
+        typical = replace(
+            task,
+            method=settings.method,
+            steps=settings.steps if spec.adapts else 0,
+            views=1 if spec.views == "one" else settings.views,
+            readout=spec.readout or settings.readout,
+        )
         results: list[Answer | Failure | ProgressEvent] = []
-        for _ in range(2):
+        for each in (task, typical, typical):
             start = time.perf_counter()
-            self.run([task], lambda _, result: results.append(result), lambda _: False)
+            self.run([each], lambda _, result: results.append(result), lambda _: False)
         if any(isinstance(result, Failure) for result in results):
             raise ModelError(f"{checkpoint.name} failed its warm-up; the log says why")
         return time.perf_counter() - start

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Lock, Thread
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ class Handler(BaseHTTPRequestHandler):
     """Does what the file says."""
 
     busy = False
+    first = Lock()
 
     def do_GET(self) -> None:
         time.sleep(SLOW if Handler.busy else 0)
@@ -35,7 +36,10 @@ class Handler(BaseHTTPRequestHandler):
         held = np.ones(200 * 2**20 if b"grow" in body else 1, np.uint8)
         time.sleep(SLOW if b"slow" in body or b"grow" in body or Handler.busy else 0)
         Handler.busy = False
-        self._answer(500 if b"fail" in body else 400 if held[0] else 0)
+        status = 500 if b"fail" in body else 429 if b"busy" in body else 400
+        if b"first" in body and not Handler.first.acquire(blocking=False):
+            status = 429
+        self._answer(status if held[0] else 0)
 
     def _answer(self, status: int) -> None:
         self.send_response(status)
@@ -73,6 +77,19 @@ def test_each_broken_promise_is_seen(target: Target, file: bytes, sentences: lis
     found = effect.broken()
     assert len(found) == len(sentences)
     assert all(part in sentence for part, sentence in zip(sentences, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("file", "status", "copies", "broken"),
+    [(b"busy", 429, 1, 1), (b"busy", 429, 4, 1), (b"first", 400, 4, 0), (b"fail", 500, 4, 1)],
+)
+def test_of_several_files_at_once_some_may_be_told_to_wait(
+    target: Target, file: bytes, status: int, copies: int, broken: int
+) -> None:
+    """Some, but not all."""
+    effect = target.strike("file", file, copies)
+    assert effect.status == status
+    assert len(effect.broken()) == broken
 
 
 def test_no_answer_breaks_a_promise() -> None:

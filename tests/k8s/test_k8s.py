@@ -490,6 +490,9 @@ def test_autoscalers_look_at_metrics_that_exist(rendered: dict[str, list[Resourc
     adapter = yaml.safe_load((K8S / "components/hpa/adapter-values.yaml").read_text())
     offered = {rule["name"]["as"]: rule["seriesQuery"] for rule in adapter["rules"]["custom"]}
     assert set(offered.values()) <= exposed()
+    # A number of requests would not tell how much work waits.
+    assert "tapt_queue_seconds_expected" in offered
+    assert "tapt_queue_depth" not in offered
     hpa = pick(rendered["cpu-hpa"], "HorizontalPodAutoscaler")["spec"]["metrics"]
     assert {metric["pods"]["metric"]["name"] for metric in hpa} == set(offered)
     triggers = pick(rendered["cpu-keda"], "ScaledObject")["spec"]["triggers"]

@@ -168,6 +168,39 @@ def test_unlabelled_pictures_cannot_teach(
     assert "no labels to learn from" in capsys.readouterr().err
 
 
+def test_prompts_can_be_learned_on_clean_pictures_alone(
+    directory: Path, folder: Path, tmp_path: Path
+) -> None:
+    assert run(directory, folder, tmp_path / "bundle", "--clean-share", "1", "--steps", "2") == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--labels", "cat"], "--labels names 1 of the 3 classes"),
+        (["--device", "nowhere"], "device 'nowhere' is unknown"),
+    ],
+)
+def test_options_that_cannot_be_used_are_one_sentence(
+    directory: Path,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    sentence: str,
+) -> None:
+    assert run(directory, folder, tmp_path / "bundle", *more) == 1
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--epsilon", "--clean-share"])
+def test_a_fraction_by_zero_is_refused(
+    directory: Path, folder: Path, tmp_path: Path, option: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(directory, folder, tmp_path / "bundle", option, "1/0")
+
+
 def test_the_inner_loop_stays_in_its_ball_and_raises_the_loss() -> None:
     pixels = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     weights = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -386,6 +386,25 @@ def test_too_few_pictures_are_refused(
     assert "24 pictures do not fill a batch of 25" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--device", "nowhere"], "device 'nowhere' is unknown"),
+        (["--validate-limit", "0"], "no pictures to validate with"),
+    ],
+)
+def test_options_that_cannot_be_used_are_one_sentence(
+    directory: Path,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    sentence: str,
+) -> None:
+    assert run(directory, folder, tmp_path / "out", "--validate", str(folder), *more) == 1
+    assert sentence in capsys.readouterr().err
+
+
 def test_pictures_are_decoded_once_for_each_source(
     checkpoint: Checkpoint, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,7 +162,13 @@ def test_of_one_caller_a_cheap_item_overtakes_an_expensive_one_but_not_for_ever(
 def test_an_expensive_batch_does_not_go_ahead_of_time():
     scheduler = filled(*(item(id, price=9.0) for id in "abc"))
     assert scheduler.full_batch() is None
-    assert ids(scheduler.next_batch(0.0)) == "abc"
+    assert ids(scheduler.next_batch(0.0)) == "a"
+
+
+def test_the_price_fills_a_batch_too():
+    scheduler = filled(*(item(id, price=2.5) for id in "abcd"))  # a batch costs at most 3 * 2
+    assert [ids(scheduler.next_batch(0.0)) for _ in range(2)] == ["ab", None]
+    assert ids(scheduler.next_batch(1.0)) == "cd"
 
 
 def test_what_was_put_back_is_charged_once():

@@ -272,10 +272,14 @@ def test_an_offer_to_upgrade_is_answered_without_a_warning(
 # Descriptors.
 
 
+@pytest.mark.parametrize("limited", ["descriptors", "connections"])
 def test_when_all_connections_are_taken_the_oldest_idle_one_makes_room(
-    start: START, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    start: START, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, limited: str
 ) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 40))  # 10 connections
+    if limited == "descriptors":
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 40))  # 10 connections
+    else:
+        monkeypatch.setattr(connections, "MAX_CONNECTIONS", 10)
     worker = FakeWorker(automatic=False)
     server = start(worker)
     server.call(worker.be_ready)
@@ -290,6 +294,45 @@ def test_when_all_connections_are_taken_the_oldest_idle_one_makes_room(
         server.call(worker.finish)
         assert busy.recv(65536).startswith(b"HTTP/1.1 200 ")
     assert len([record for record in caplog.records if "connections are open" in record.msg]) == 1
+
+
+def test_a_pipelined_request_is_under_way_when_it_is_its_turn(start: START) -> None:
+    """And so its connection is none of those that make room."""
+    worker = FakeWorker(automatic=False)
+    server = start(worker)
+    server.call(worker.be_ready)
+    with connect(server) as client:
+        client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" + request())
+        server.wait(lambda: worker.batches)
+        opened: Any = server._uvicorn.server_state.connections
+        port = client.getsockname()[1]
+        (connection,) = [each for each in opened if each.client[1] == port]
+        assert connection not in connection.shared.idle
+        server.call(worker.finish)
+        server.wait(lambda: connection in connection.shared.idle)
+
+
+def test_clients_that_take_no_answers_make_room_too(
+    start: START, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 10)
+    server = start()
+    asks = b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n" * 10
+    with contextlib.ExitStack() as stack:
+        for number in range(10):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", server.port))
+            client.sendall(asks)
+            wait_to_write(server, number + 1)
+        assert httpx.get(f"{server.url}/livez").status_code == 200
+        assert open_connections(server) <= 10
+
+
+def wait_to_write(server: Server, count: int) -> None:
+    """Wait until the server waits for so many clients to read."""
+    opened: Any = server._uvicorn.server_state.connections
+    server.wait(lambda: sum(connection.flow.write_paused for connection in opened) == count)
 
 
 def test_at_the_descriptor_limit_the_server_and_its_worker_recover(tmp_path: Path) -> None:

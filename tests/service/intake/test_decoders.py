@@ -20,7 +20,15 @@ import pytest
 from PIL import Image
 
 from benchmarks.fuzz import seeds
-from service.errors import BadRequest, ImageTooCostly, NotReady, ServiceError, TooLarge
+from service.errors import (
+    BadRequest,
+    ImageTooCostly,
+    NotReady,
+    QueueFull,
+    ServiceError,
+    TooLarge,
+)
+from service.intake import decoder_process
 from service.intake import decoders as module
 from service.intake.decode import FORMATS, decode
 from service.intake.decoder import DESCRIPTORS, REPLY, Status
@@ -62,6 +70,12 @@ class Pool:
 
     def kills(self, reason: str) -> float:
         return self.count("decoder_kills_total", reason=reason)
+
+    async def restarted(self) -> None:
+        """Wait for the process in place of one that was killed: it takes longer to start than an
+        image may wait in these tests."""
+        await self.until(lambda: self.count("decoder_restarts_total") == 1)
+        await self.until(lambda: self.count("decoders_up") == 1)
 
     async def until(self, true: Callable[[], object]) -> None:
         async with asyncio.timeout(30):
@@ -151,7 +165,7 @@ def test_pixels_and_errors_are_those_of_decode() -> None:
             np.testing.assert_equal(there, here)
         assert not pool.count("decoder_restarts_total")
 
-    run(test, decoders=1)
+    run(test, decoders=1, decode_timeout_ms=20_000)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +215,64 @@ def test_the_clock_ends_a_decoder_that_does_not_run() -> None:
         await refusal(pool.decode(SMALL))
         assert 0.3 <= time.monotonic() - began < 3
         assert pool.kills("timeout") == 1
+        await pool.restarted()
         assert (await pool.decode(SMALL)).shape == (48, 64, 3)
 
     run(test, decoders=1, decode_timeout_ms=200)
+
+
+def test_waiting_for_a_decoder_counts_against_the_time() -> None:
+    """However many expensive images come at once, each is answered within its own time."""
+
+    async def test(pool: Pool) -> None:
+        (pid,) = pool.pids()
+        os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        errors = await asyncio.gather(
+            *(pool.decode(file) for file in (SMALL, LARGE, SMALL, SMALL)), return_exceptions=True
+        )
+        assert 0.75 <= time.monotonic() - began < 2
+        assert [type(error) for error in errors] == [ImageTooCostly, *[QueueFull] * 3]
+        assert all(isinstance(error, QueueFull) and error.retry_after for error in errors[1:])
+        assert pool.count("rejected_total", reason="decoders") == 3
+        await pool.restarted()
+        assert (await pool.decode(SMALL)).shape == (48, 64, 3)
+
+    run(test, decoders=1, decode_timeout_ms=500)
+
+
+def test_an_image_that_waited_too_long_to_be_finished_is_told_to_come_back() -> None:
+    async def test(pool: Pool) -> None:
+        (pid,) = pool.pids()
+        os.kill(pid, signal.SIGSTOP)
+        first = asyncio.create_task(pool.decode(SMALL))
+        await asyncio.sleep(0.05)
+        second = asyncio.create_task(pool.decode(LARGE))
+        await asyncio.sleep(0.6)
+        os.kill(pid, signal.SIGCONT)
+        await first
+        with pytest.raises(QueueFull):
+            await second
+
+    run(test, decoders=1, decode_timeout_ms=500)
+
+
+def test_callers_take_turns() -> None:
+    async def test(pool: Pool) -> None:
+        order: list[str] = []
+
+        async def watch(file: bytes, caller: str) -> None:
+            await pool.decode(file, caller)
+            order.append(caller)
+
+        expensive = [asyncio.create_task(watch(LARGE, "expensive")) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        await asyncio.gather(*(watch(SMALL, "cheap") for _ in range(5)))
+        await asyncio.gather(*expensive)
+        assert order == ["expensive", *["cheap"] * 5, "expensive", "expensive"]
+
+    # So much memory that the large images need no turn of their own.
+    run(test, decoders=1, decode_timeout_ms=20_000, decode_memory_bytes=8 * 480 * 2**20)
 
 
 def test_an_image_that_takes_too_much_memory_is_refused() -> None:
@@ -318,7 +387,7 @@ def test_a_decoder_that_talks_nonsense_is_killed(
         f"import socket, time\nconnection = socket.socket(fileno=0)\nconnection.send({warm!r})\n"
         f"connection.recv(1)\nconnection.send({reply!r})\ntime.sleep(60)\n"
     )
-    monkeypatch.setattr(module, "PROGRAM", (str(package),))
+    monkeypatch.setattr(decoder_process, "PROGRAM", (str(package),))
 
     async def test() -> None:
         pool = Pool(decoders=1)
@@ -363,7 +432,7 @@ def test_without_decoders_nothing_is_ready(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "BACKOFF", 0.1)
 
     async def test(pool: Pool) -> None:
-        monkeypatch.setattr(module, "PROGRAM", ("-c", "exit(1)"))
+        monkeypatch.setattr(decoder_process, "PROGRAM", ("-c", "exit(1)"))
         for pid in pool.pids():
             os.kill(pid, signal.SIGKILL)
         await pool.until(lambda: not pool.decoders.ready)
@@ -378,7 +447,7 @@ def test_without_decoders_nothing_is_ready(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_who_waits_hears_when_no_decoder_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
-        monkeypatch.setattr(module, "PROGRAM", ("-c", "exit(1)"))
+        monkeypatch.setattr(decoder_process, "PROGRAM", ("-c", "exit(1)"))
         pool = Pool(decoders=2)
         await pool.decoders.start()
         async with asyncio.timeout(20):
@@ -457,7 +526,7 @@ def test_a_decoder_does_not_inherit_secrets(
     file = tmp_path / "environment"
     code = f"import os; open({str(file)!r}, 'w').write(str(dict(os.environ)))"
     monkeypatch.setenv("TAPT_API_KEYS", "secret")
-    monkeypatch.setattr(module, "PROGRAM", ("-c", code))
+    monkeypatch.setattr(decoder_process, "PROGRAM", ("-c", code))
 
     async def test() -> None:
         pool = Pool(decoders=1)

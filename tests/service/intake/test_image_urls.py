@@ -342,6 +342,37 @@ def test_fetches_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(run())
 
 
+def test_a_caller_cannot_keep_others_from_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def resolve(name: str, port: int) -> list[str]:
+        await asyncio.sleep(60)
+        return []
+
+    house = House("a.test", image_url_timeout_ms=60_000)
+    monkeypatch.setattr(house.links, "_resolve", resolve)
+
+    async def run() -> None:
+        def start(caller: str) -> "asyncio.Task[bytes]":
+            return asyncio.create_task(house.links.fetch(LINK, caller))
+
+        greedy = [start("greedy") for _ in range(MAX_FETCHES)]
+        await asyncio.sleep(0.01)
+        others = [start("other") for _ in range(MAX_FETCHES)]
+        await asyncio.sleep(0.05)
+        half = MAX_FETCHES // 2
+        assert [fetch.done() for fetch in greedy] == [False] * half + [True] * half
+        assert [fetch.done() for fetch in others] == [False] * half + [True] * half
+        for fetch in (*greedy[half:], *others[half:]):
+            with pytest.raises(QueueFull):
+                await fetch
+        assert house.metrics.registry.get_sample_value(
+            "tapt_rejected_total", {"reason": "fetches"}
+        ) == len(greedy)
+        for fetch in (*greedy[:half], *others[:half]):
+            fetch.cancel()
+
+    asyncio.run(run())
+
+
 LINK = ImageURL("http://a.test/")
 
 

@@ -35,3 +35,39 @@ def test_decoding_reuses_its_buffers() -> None:
         for how in ("usual", "keep")
     )
     assert kept < usual / 4
+
+
+BODIES = """
+import sys, threading
+from service.intake.malloc import BODY_BYTES, keep_freed_memory
+
+keep_freed_memory(*([BODY_BYTES] if sys.argv[1] == "bodies" else []))
+size = 7 * 2**20
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+def hold(barrier):
+    buffers = [bytearray(b"x" * size) for _ in range(3)]
+    barrier.wait()
+    del buffers[:]
+    barrier.wait()
+    barrier.wait()
+
+before = resident()
+barrier = threading.Barrier(5)
+for _ in range(4):
+    threading.Thread(target=hold, args=(barrier,), daemon=True).start()
+barrier.wait()
+barrier.wait()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_the_bodies_that_threads_parsed_are_not_kept() -> None:
+    images, bodies = (
+        int(subprocess.check_output([sys.executable, "-c", BODIES, how], text=True))
+        for how in ("images", "bodies")
+    )
+    assert bodies < 8 * 2**20 < 32 * 2**20 < images

@@ -13,7 +13,8 @@ import pytest
 
 from service.errors import QueueFull, UploadTimeout
 from service.http.authentication import entry
-from service.intake.uploads import CAPACITY, Upload, Uploads
+from service.http.connections import MAX_CONNECTIONS
+from service.intake.uploads import CAPACITY, MAX_UPLOADS, Upload, Uploads
 from service.telemetry.metrics import Metrics
 from tests.conftest import Server
 
@@ -82,6 +83,14 @@ def test_as_many_go_as_must() -> None:
 
 def test_one_that_does_not_fit_by_itself_goes() -> None:
     assert evicted(100, ("a", 101, 0)) == [0]
+
+
+def test_uploads_are_bounded_in_number_too() -> None:
+    """Slow ones that have brought hardly anything could hold every connection."""
+    many = [("a", 1, 9 + i) for i in range(MAX_UPLOADS)]
+    assert evicted(10 * MAX_UPLOADS, *many) == []
+    assert evicted(10 * MAX_UPLOADS, *many, ("b", 1, 0)) == [MAX_UPLOADS - 1]
+    assert MAX_UPLOADS < MAX_CONNECTIONS
 
 
 def test_an_upload_ends_at_its_time() -> None:

@@ -63,6 +63,24 @@ def run(
     return settled, counts
 
 
+@pytest.mark.parametrize(("method", "steps", "views"), [("plain", 0, 1), ("tapt", 2, 16)])
+def test_the_warm_up_measures_a_request_with_the_servers_defaults(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, method: str, steps: int, views: int
+) -> None:
+    tasks: list[Task] = []
+    original = Runner.run
+
+    def record(self: Runner, batch: list[Task], *rest: Any) -> dict[str, int]:
+        tasks.extend(batch)
+        return original(self, batch, *rest)
+
+    monkeypatch.setattr(Runner, "run", record)
+    Runner(Settings(model=str(directory), device="cpu", method=method, steps=2), 0)
+    assert tasks[0].method == "tapt"
+    for task in tasks[1:]:
+        assert (task.method, task.steps, task.views) == (method, steps, views)
+
+
 def test_an_answer_says_what_was_spent(runner: Runner) -> None:
     settled, counts = run(runner, [make_work(1)])
     answer = settled["work-1"]
