@@ -21,6 +21,10 @@ Tier = Literal["fast", "standard", "deep"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
 """Cheapest first."""
 
+Origin = Annotated[str, StringConstraints(pattern=r"^https?://[A-Za-z0-9.\-\[\]:]+$")]
+FrameAncestor = Annotated[
+    str, StringConstraints(pattern=r"^('self'|(https?://)?(\*\.)?[A-Za-z0-9.\-]+(:\d+)?)$")
+]
 HostPattern = Annotated[
     str, StringConstraints(pattern=r"^(\*\.)?[a-z0-9-]+(\.[a-z0-9-]+)*(:\d+)?$")
 ]
@@ -41,6 +45,12 @@ class Settings(BaseSettings):
     """Address to listen on."""
     port: int = Field(8000, ge=0, le=65535)
     """Port to listen on; 0 picks a free one."""
+    root_path: str = Field("", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
+    """Path prefix that a proxy serves this server under, for example `/clip`. The proxy may strip
+    it or leave it."""
+    keep_alive_s: int = Field(75, ge=1)
+    """How long an idle connection is kept open (s). Longer than the proxy in front keeps its own,
+    so that the proxy never sends a request on a connection that is being closed."""
 
     model: str = "embedded"
     """`embedded`, a Hugging Face hub id, or a directory with a CLIP checkpoint."""
@@ -147,6 +157,12 @@ class Settings(BaseSettings):
     """Time to fetch an image (ms)."""
     expose: Literal["full", "rounded", "label"] = "full"
     """Scores in answers: `full`, `rounded` to two digits, or `label` (1 and 0)."""
+    cors_origins: Annotated[tuple[Origin, ...], NoDecode] = ()
+    """Comma-separated origins whose pages may call the API from a browser, for example
+    `https://app.example.org`; empty: none."""
+    frame_ancestors: Annotated[tuple[FrameAncestor, ...], NoDecode] = ()
+    """Comma-separated sites that may show the playground and the docs in a frame, for example
+    `'self'` or `https://portal.example.org`; empty: none."""
     enable_attack_demo: bool = False
     """Offer attacks and views in the playground. Needs a loopback `host`."""
 
@@ -165,7 +181,8 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _split_lists(cls, values: dict[str, object]) -> dict[str, object]:
-        for name in ("api_keys", "open_routes", "image_url_hosts"):
+        lists = ("api_keys", "open_routes", "image_url_hosts", "cors_origins", "frame_ancestors")
+        for name in lists:
             text = values.get(name)
             if isinstance(text, str):
                 values[name] = tuple(part.strip() for part in text.split(",") if part.strip())

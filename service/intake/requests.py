@@ -15,7 +15,7 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
 from models.defenses.catalog import Method, Readout
 from service.settings import Settings
@@ -61,7 +61,9 @@ def _measure(text: Any, info: ValidationInfo) -> Any:
 
 def _split_and_measure(labels: Any, info: ValidationInfo) -> Any:
     limits = _limits(info)
-    if isinstance(labels, str):
+    if isinstance(labels, str) and labels.lstrip().startswith("["):
+        labels = _read_list(labels)
+    elif isinstance(labels, str):
         limits.check_count(labels.count(",") + 1)
         labels = labels.split(",")
     if isinstance(labels, list):
@@ -69,6 +71,26 @@ def _split_and_measure(labels: Any, info: ValidationInfo) -> Any:
         for label in labels:
             limits.check_text(label)
     return labels
+
+
+def describe_json(problem: str) -> str:
+    """A parser's message as the end of a sentence, without the client's input.
+
+    Half of a surrogate pair comes from a program that cut a string in the middle of a character.
+    """
+    if "surrogate" in problem or "end of hex escape" in problem:
+        place = problem[problem.rfind(" at line") :]
+        return f"holds half of a surrogate pair{place}, which is not a character"
+    return f"is not valid JSON: {problem}"
+
+
+def _read_list(text: str) -> Any:
+    """A JSON array that was sent inside a string."""
+    try:
+        return from_json(text)
+    except ValueError as error:
+        message = describe_json(str(error))
+        raise PydanticCustomError("json_list", "{problem}", {"problem": message}) from None
 
 
 # Control characters other than white space, and bidirectional embeddings, overrides and isolates,
@@ -106,7 +128,7 @@ Labels = Annotated[
     AfterValidator(_check_labels),
     Field(
         description="Two or more different labels. Surrounding white space is removed. A single "
-        "string is split at its commas.",
+        "string is read as a JSON array, or split at its commas.",
         examples=[["cat", "dog"]],
     ),
 ]
@@ -187,6 +209,11 @@ class AttackRequest(ClassifyRequest):
         return self
 
 
+def _refuse_multi_label(value: Any) -> None:
+    if value not in (None, False):
+        raise ValueError("labels cannot be scored independently; all scores sum to 1")
+
+
 class HFParameters(BaseModel):
     """Unknown fields are ignored, as in transformers: newer clients may send more."""
 
@@ -194,6 +221,8 @@ class HFParameters(BaseModel):
 
     candidate_labels: Labels
     hypothesis_template: Template | None = None
+    multi_label: Annotated[Any, AfterValidator(_refuse_multi_label)] = None
+    """Must be false: the scores of all labels sum to 1."""
 
 
 class HFRequest(BaseModel):
