@@ -112,7 +112,7 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(40_000_000, ge=1)
     """Maximum width times height of an image; larger ones get a 413."""
     max_labels: int = Field(1000, ge=2)
-    """Maximum number of candidate labels in a request."""
+    """Maximum number of candidate labels in a request, times its templates."""
     max_label_chars: int = Field(256, ge=1)
     """Maximum length of a label or template (characters)."""
     decoders: int = Field(0, ge=0, le=64)

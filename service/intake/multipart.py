@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 LABELS = {"labels", "candidate_labels"}
 NUMBERS = {"top_k", "steps", "views", "deadline_ms", "seed"}
 DEFENSE = set(DefenseOptions.model_fields)
-OTHERS = {"top_k", "hypothesis_template", "defense"}
+TEMPLATES = "hypothesis_template"
+OTHERS = {"top_k", TEMPLATES, "defense"}
 FIELDS = {"image"} | LABELS | DEFENSE | OTHERS
 
 
@@ -106,11 +107,14 @@ def read_form(body: bytes, content_type: str, max_labels: int) -> tuple[bytes, d
 
 def _to_options(values: dict[str, list[bytes]]) -> dict[str, Any]:
     labels: list[str] = []
+    templates: list[str] = []
     texts: dict[str, str] = {}
     for name, parts in values.items():
         decoded = [_text(name, part) for part in parts]
         if name in LABELS:
             labels += decoded
+        elif name == TEMPLATES and len(decoded) > 1:
+            templates = [text for text in decoded if text]
         elif len(decoded) > 1:
             raise Unprocessable(f"The field `{name}` is given twice.")
         elif decoded[0]:  # HTML forms send empty fields too
@@ -118,6 +122,8 @@ def _to_options(values: dict[str, list[bytes]]) -> dict[str, Any]:
     body: dict[str, Any] = {}
     if labels:
         body["candidate_labels"] = labels[0] if len(labels) == 1 else labels
+    if templates:
+        body[TEMPLATES] = templates
     defense = _json("defense", texts.pop("defense")) if "defense" in texts else {}
     for name, text in texts.items():
         value = _number(text) if name in NUMBERS else text

@@ -39,10 +39,11 @@ class TextLimits:
     def of(cls, settings: Settings) -> "TextLimits":
         return cls(settings.max_labels, settings.max_label_chars)
 
-    def check_count(self, count: int) -> None:
+    def check_count(self, count: int, what: str = "labels") -> None:
         if count > self.labels:
-            message = "There are {count} labels; the limit is {limit}"
-            raise PydanticCustomError("text_limit", message, {"count": count, "limit": self.labels})
+            message = "There are {count} {what}; the limit is {limit}"
+            context = {"count": count, "what": what, "limit": self.labels}
+            raise PydanticCustomError("text_limit", message, context)
 
     def check_text(self, text: object) -> None:
         if isinstance(text, str) and len(text) > self.characters:
@@ -113,12 +114,26 @@ def _check_labels(labels: list[str]) -> list[str]:
     return labels
 
 
-def _check_template(template: str) -> str:
+def _read_templates(templates: Any, info: ValidationInfo) -> Any:
+    """The templates as a list, measured and checked."""
+    if isinstance(templates, str):
+        listed = templates.lstrip().startswith('["')  # `[{}]` is a template
+        templates = _read_list(templates) if listed else [templates]
+    if isinstance(templates, list):
+        limits = _limits(info)
+        limits.check_count(len(templates), "templates")
+        for template in templates:
+            limits.check_text(template)
+            if isinstance(template, str):
+                _check_template(template)
+    return templates
+
+
+def _check_template(template: str) -> None:
     if _HIDDEN.search(template):
         raise ValueError("a template holds a control character")
     if template.count("{}") != 1 or "{" in (rest := template.replace("{}", "")) or "}" in rest:
         raise ValueError("a template holds exactly one {} and no other brace")
-    return template
 
 
 Label = Annotated[str, StringConstraints(strip_whitespace=True), BeforeValidator(_measure)]
@@ -132,11 +147,15 @@ Labels = Annotated[
         examples=[["cat", "dog"]],
     ),
 ]
-Template = Annotated[
-    str,
-    BeforeValidator(_measure),
-    AfterValidator(_check_template),
-    Field(description="The prompt around a label, with one `{}`; null for the server's default."),
+Templates = Annotated[
+    list[str],
+    Field(min_length=1),
+    BeforeValidator(_read_templates, json_schema_input_type=str | list[str]),
+    Field(
+        description="The prompt around a label, with one `{}`; null for the server's default. Of "
+        "several, the mean of the label's features counts. Labels times templates may not exceed "
+        "the limit of labels.",
+    ),
 ]
 
 
@@ -171,7 +190,7 @@ class ClassifyOptions(BaseModel):
     candidate_labels: Labels
     top_k: int | None = Field(default=None, ge=1)
     """How many labels to return; all by default."""
-    hypothesis_template: Template | None = None
+    hypothesis_template: Templates | None = None
     defense: DefenseOptions | None = None
 
 
@@ -220,7 +239,7 @@ class HFParameters(BaseModel):
     model_config = _STRICT
 
     candidate_labels: Labels
-    hypothesis_template: Template | None = None
+    hypothesis_template: Templates | None = None
     multi_label: Annotated[Any, AfterValidator(_refuse_multi_label)] = None
     """Must be false: the scores of all labels sum to 1."""
 

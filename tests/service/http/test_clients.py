@@ -337,3 +337,52 @@ def test_a_log_line_has_the_trace_of_its_request(
     fields = [record.fields for record in caplog.records]  # type: ignore[attr-defined]
     assert fields[0]["trace_id"] == TRACE
     assert TRACE not in (fields[1].get("trace_id"), fields[2].get("trace_id"))
+
+
+# Templates.
+
+TEMPLATES = ["a photo of a {}.", "a drawing of a {}."]
+
+
+def test_several_templates_reach_the_worker_from_every_route(server: Server, photo: bytes) -> None:
+    text = json.dumps(TEMPLATES)
+    form: dict[str, Any] = {"labels": "cat,dog"}
+    for answer in (
+        server.http.post("/v1/classify", json=native(photo, hypothesis_template=TEMPLATES)),
+        server.http.post("/v1/classify", json=native(photo, hypothesis_template=text)),
+        server.http.post("/", json=hugging_face(photo, hypothesis_template=TEMPLATES)),
+        server.http.post(
+            "/v1/classify", files={"image": photo}, data=form | {"hypothesis_template": TEMPLATES}
+        ),
+        server.http.post(
+            "/v1/classify", files={"image": photo}, data=form | {"hypothesis_template": text}
+        ),
+    ):
+        assert answer.status_code == 200, answer.text
+        assert server.worker.batches[-1][0].template == tuple(TEMPLATES)
+    for one in (["[{}]"], "[{}]"):  # a list of one is a template
+        answer = server.http.post("/v1/classify", json=native(photo, hypothesis_template=one))
+        assert answer.status_code == 200, answer.text
+        assert server.worker.batches[-1][0].template == "[{}]"
+
+
+@pytest.mark.parametrize(
+    ("templates", "named"),
+    [
+        ([], "hypothesis_template"),
+        (["a {}", "b"], "exactly one {}"),
+        (["a {}", 5], "hypothesis_template.1"),
+        (["a {}", "{}" + "b" * 300], "longer than 256"),
+        (["a {}"] * 4, "2 labels in 4 templates are 8 texts; the limit is 7"),
+        (["a {}"] * 8, "There are 8 templates; the limit is 7"),
+    ],
+)
+def test_several_templates_are_checked_and_limited_like_labels(
+    start: START, photo: bytes, templates: list[Any], named: str
+) -> None:
+    server = start(max_labels=7)
+    for path, body in (("/v1/classify", native), ("/", hugging_face)):
+        answer = server.http.post(path, json=body(photo, hypothesis_template=templates))
+        assert named in sentence(answer, 422)
+    three = native(photo, hypothesis_template=["a {}"] * 3)
+    assert server.http.post("/v1/classify", json=three).status_code == 200
