@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import socket
 import sys
 from types import FrameType
@@ -21,6 +22,8 @@ from service.telemetry import logs
 from service.worker.supervisor import Backend
 
 TICK = 0.05  # seconds
+log = logging.getLogger("tapt.server")
+
 SHUTDOWN_TIMEOUT = 5  # seconds to send the last answers after the drain
 
 
@@ -109,6 +112,9 @@ async def _watch(server: _Server, engine: Engine, settings: Settings, url: str) 
         await asyncio.sleep(TICK)
     try:
         if not engine.fatal:
+            log.info(
+                "shutting down: running requests have %g s to finish", settings.drain_timeout_s
+            )
             await engine.stop(settings.drain_timeout_s)
     finally:
         server.should_exit = True
