@@ -43,18 +43,19 @@ class UsageError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["calibrate"]:
+    command, rest = arguments[:1], _with_model(arguments[1:])
+    if command == ["calibrate"]:
         from models.calibration.calibrate import main as calibrate
 
-        return calibrate(arguments[1:])
-    if arguments[:1] == ["harden"]:
+        return calibrate(rest)
+    if command == ["harden"]:
         from models.calibration.harden import main as harden
 
         return harden(arguments[1:])
-    if arguments[:1] == ["evaluate"]:
+    if command == ["evaluate"]:
         from models.evaluation.command import main as evaluate
 
-        return evaluate(arguments[1:])
+        return evaluate(rest)
     options = make_parser().parse_args(arguments)
     try:
         settings = _settings(options)
@@ -69,6 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 1
+
+
+def _with_model(arguments: list[str]) -> list[str]:
+    """The arguments with the `--model` of `TAPT_MODEL`, unless they name one."""
+    model = os.environ.get(f"{PREFIX}MODEL")
+    named = any(argument.partition("=")[0] == "--model" for argument in arguments)
+    return ["--model", model, *arguments] if model and not named else arguments
 
 
 def _serve(options: argparse.Namespace, settings: Settings) -> int:

@@ -176,6 +176,38 @@ def test_a_flag_wins_over_its_variable(
     assert FakeRunner.asked.steps == 3
 
 
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("calibrate", "models.calibration.calibrate"),
+        ("evaluate", "models.evaluation.command"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        (["--data", "d"], ["--model", "org/name", "--data", "d"]),
+        (["--model", "other"], ["--model", "other"]),
+        (["--model=other"], ["--model=other"]),
+    ],
+)
+def test_other_commands_take_the_model_of_serve(
+    monkeypatch: pytest.MonkeyPatch, command: str, module: str, given: list[str], passed: list[str]
+) -> None:
+    seen: list[list[str]] = []
+
+    def note(arguments: list[str]) -> int:
+        seen.append(arguments)
+        return 0
+
+    monkeypatch.setattr(f"{module}.main", note)
+    monkeypatch.setenv("TAPT_MODEL", "org/name")
+    assert main([command, *given]) == 0
+    monkeypatch.delenv("TAPT_MODEL")
+    assert main([command, *given]) == 0
+    assert seen == [passed, given]
+
+
 # classify and info.
 
 
