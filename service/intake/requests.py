@@ -119,13 +119,14 @@ def _read_templates(templates: Any, info: ValidationInfo) -> Any:
     if isinstance(templates, str):
         listed = templates.lstrip().startswith('["')  # `[{}]` is a template
         templates = _read_list(templates) if listed else [templates]
-    if isinstance(templates, list):
-        limits = _limits(info)
-        limits.check_count(len(templates), "templates")
-        for template in templates:
-            limits.check_text(template)
-            if isinstance(template, str):
-                _check_template(template)
+    if not isinstance(templates, list):
+        raise ValueError("a template is a string, and several are a list of strings")
+    limits = _limits(info)
+    limits.check_count(len(templates), "templates")
+    for template in templates:
+        limits.check_text(template)
+        if isinstance(template, str):
+            _check_template(template)
     return templates
 
 

@@ -370,6 +370,7 @@ def test_several_templates_reach_the_worker_from_every_route(server: Server, pho
     ("templates", "named"),
     [
         ([], "hypothesis_template"),
+        (5, "hypothesis_template`: a template is a string"),
         (["a {}", "b"], "exactly one {}"),
         (["a {}", 5], "hypothesis_template.1"),
         (["a {}", "{}" + "b" * 300], "longer than 256"),
@@ -378,7 +379,7 @@ def test_several_templates_reach_the_worker_from_every_route(server: Server, pho
     ],
 )
 def test_several_templates_are_checked_and_limited_like_labels(
-    start: START, photo: bytes, templates: list[Any], named: str
+    start: START, photo: bytes, templates: Any, named: str
 ) -> None:
     server = start(max_labels=7)
     for path, body in (("/v1/classify", native), ("/", hugging_face)):
