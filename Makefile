@@ -55,7 +55,8 @@ LEARN = GOMP_SPINCOUNT=1000 $(BIN)/tapt-serve calibrate --model embedded \
     --data $(DATA)/tiny_imagenet_train_0of4.parquet --design vli --depth 6 --tokens 16 \
     --epsilon 2/255
 bundle: setup
-	$(LEARN) --shots 100 --steps 250 --rate 1e-2 --views 8 --batch 32 --out models/embedded/bundle
+	$(LEARN) --shots 100 --steps 250 --rate 1e-2 --views 8 --batch 32 --out models/embedded/bundle \
+	    --force
 
 # Harden the embedded model on all four training shards, for hours; the same command continues a run
 # that was stopped: make harden DATA=DIR [STEPS=4500 HARDENED=DIR]

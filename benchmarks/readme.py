@@ -10,7 +10,9 @@ The blocks `robustness` and `adaptive` keep every picture's outcome and the plot
 """
 
 import json
+import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +198,20 @@ def copy_figures(table: Path, name: str) -> str:
     return f"![Accuracy over epsilon, one panel per threat model](figures/{name}.svg)"
 
 
+def check_replaces(figures: dict[str, Any], page: str, name: str) -> None:
+    """Raises SystemExit if a page's block was measured on more images, or on other ones."""
+    block = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", page, re.DOTALL)
+    published = block and re.search(r"the same (\d+) images of\s+`([^`]+)`", block[1])
+    if published is None:
+        return
+    count, data = int(published[1]), published[2]
+    if figures["data"]["n"] < count or figures["data"]["name"] != data:
+        raise SystemExit(
+            f"{name} shows {count} images of {data}; these figures are of {figures['data']['n']} "
+            f"images of {figures['data']['name']}. Add --force to replace it."
+        )
+
+
 def _under(row: dict[str, Any]) -> str:
     return "clean" if row["threat"] == "clean" else f"{row['threat']} {row['epsilon']:g}/255"
 
@@ -231,14 +247,17 @@ def _round(value: Any) -> Any:
     return [_round(one) for one in value] if isinstance(value, list) else value
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser("benchmarks.readme", __doc__)
     parser.add_argument("--image", type=Path, help="a photograph of a cup of coffee")
     parser.add_argument("--table", type=Path, help="figures of `tapt-serve evaluate`")
     parser.add_argument("--beside", type=Path, help="figures of the same pictures, to compare")
     parser.add_argument("--speed", type=Path, help="folder of what `make benchmark` measured")
     parser.add_argument("--into", help="a block of docs/robustness.md instead of the README's")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--force", action="store_true", help="replace figures of more images, or of other ones"
+    )
+    options = parser.parse_args(arguments)
     if options.image:
         write_section("answer", ask(options.image), README)
     if options.speed:
@@ -248,6 +267,9 @@ def main() -> None:
         )
     if options.table:
         figures = json.loads(options.table.read_text())
+        if not options.force:
+            page = ROBUSTNESS if options.into else README
+            check_replaces(figures, page.read_text(), options.into or "table")
         if options.into:
             parts = [accuracy_table(figures), differences_table(figures)]
             if options.beside:

@@ -23,7 +23,7 @@ from models.defenses.defense import (
     LabelFeatures,
     load_defense,
 )
-from models.label_encoder import EncodedLabels, LabelEncoder, join_encoded
+from models.label_encoder import EncodedLabels, LabelEncoder, Template, join_encoded
 from models.prompts import DefensePrompts
 from models.readout import gather_views, mean_prediction, suspicion
 from models.tapt import Leaving, Objective, leaves_after, view_entropy
@@ -40,7 +40,8 @@ class ImageQuery:
         image: uint8 RGB [height, width, 3] of any size; or whole values [3, height, width] in
             [0, 255] as a tensor, which a gradient may pass to.
         labels: at least one.
-        template: holds one `{}`; None for the default (see `LabelEncoder.encode`).
+        template: holds one `{}`, or several that each do; None for the default (see
+            `LabelEncoder.encode`).
         readout: views that the answer is read from, where the defense leaves the choice.
         seed: draws the views, and the noise of a defense that adds some.
         steps: most optimization steps to take.
@@ -48,7 +49,7 @@ class ImageQuery:
 
     image: NDArray[np.uint8] | Tensor
     labels: tuple[str, ...]
-    template: str | None = None
+    template: Template | None = None
     readout: str = "all"
     seed: int = 0
     steps: int = 1
@@ -156,6 +157,15 @@ class DefendedClassifier:
             return self.bundle.prompts.design
         return "none" if prompting == "none" else "text"
 
+    def moves_text(self, method: str) -> bool:
+        """Whether a step of this defense changes the labels' features."""
+        spec = DEFENSES[method]
+        if not spec.adapts_prompts:
+            return False
+        if self.bundle is None or spec.prompts == "words":
+            return True
+        return "text" in self.objective.moving(self.bundle.prompts)
+
     def without_resize(self) -> "DefendedClassifier":
         """The same for images of the model's own size, which it neither resizes nor crops."""
         preprocessing = replace(self.checkpoint.preprocessing, short_side=None, size=None)
@@ -186,10 +196,13 @@ class DefendedClassifier:
         """Encode a query's labels as a method reads them.
 
         Raises:
-            ValueError: the method needs a bundle and there is none.
+            ValueError: the method needs a bundle and there is none, or it would adapt the text of
+                several templates.
         """
         if method not in self.methods:
             raise ValueError(f"{method} needs a defense bundle")
+        if isinstance(query.template, tuple) and query.steps and self.moves_text(method):
+            raise ValueError(f"{method} adapts the words of one template, not of several")
         prompts = DEFENSES[method].prompts
         plain = prompted = self.encoder.encode(query.labels, query.template, prompts)
         if self.encoder.resolve(prompts) == "learned":  # words change nothing before a step

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from models.errors import install_extra
+
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 
 Pixels = npt.NDArray[np.uint8]
@@ -198,7 +200,7 @@ def _import_parquet() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(
-            "parquet needs pyarrow, which is not installed: pip install 'tapt-serve[train]'"
+            f"parquet needs pyarrow, which is not installed: {install_extra('train')}"
         ) from error
     return pyarrow.parquet
 

@@ -6,7 +6,7 @@ an LRU cache that is bounded in bytes.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,6 +18,9 @@ from models.labels import LabelBatch, join, tokenize
 from models.prompts import DefensePrompts
 
 CACHE_BYTES = 64 * 2**20
+
+Template = str | tuple[str, ...]
+"""One template, or several whose features are averaged."""
 
 Prompting = Literal["none", "words", "learned"]
 """The prompts that labels are read with: none, the template's leading words, or the bundle's."""
@@ -44,7 +47,7 @@ class LabelEncoder:
 
     def __init__(self, checkpoint: Checkpoint, bundle: DefenseBundle | None, template: str) -> None:
         self._checkpoint, self._bundle, self._template = checkpoint, bundle, template
-        self._cache: OrderedDict[tuple[Prompting, str, tuple[str, ...]], EncodedLabels]
+        self._cache: OrderedDict[tuple[Prompting, Template, tuple[str, ...]], EncodedLabels]
         self._cache = OrderedDict()
         self._bytes = 0
         self.hits = self.misses = 0
@@ -54,12 +57,16 @@ class LabelEncoder:
         return "words" if self._bundle is None and prompting == "learned" else prompting
 
     def encode(
-        self, labels: Sequence[str], template: str | None, prompting: Prompting
+        self, labels: Sequence[str], template: Template | None, prompting: Prompting
     ) -> EncodedLabels:
         """Features of labels put into a template.
 
         Learned prompts have slots of their own. The template's leading words, as prompts, stand
         where they stood, so that they change nothing before a step.
+
+        Of several templates, a label's feature is the mean of its normalized features, normalized
+        again, as in CLIP's own evaluation (Radford et al., 2021, arXiv 2103.00020, section 3.1.4).
+        The token rows and prompts are then those of the first template; a step must not move them.
 
         Args:
             template: holds one `{}`; None is the default: the bundle's text behind its learned
@@ -75,16 +82,19 @@ class LabelEncoder:
             self._cache.move_to_end(key)
             return self._cache[key]
         self.misses += 1
-        lead, _, rest = template.partition("{}")
-        texts = [f"{lead}{label}{rest}" for label in labels]
-        encoded = self._encode(texts, lead, prompting)
+        if isinstance(template, str):
+            encoded = self._encode(labels, template, prompting)
+        else:
+            encoded = _mean([self._encode(labels, each, prompting) for each in template])
         self._cache[key] = encoded
         self._bytes += _size(encoded)
         while self._bytes > CACHE_BYTES and len(self._cache) > 1:
             self._bytes -= _size(self._cache.popitem(last=False)[1])
         return encoded
 
-    def _encode(self, texts: Sequence[str], lead: str, prompting: Prompting) -> EncodedLabels:
+    def _encode(self, labels: Sequence[str], template: str, prompting: Prompting) -> EncodedLabels:
+        lead, _, rest = template.partition("{}")
+        texts = [f"{lead}{label}{rest}" for label in labels]
         clip, tokenizer = self._checkpoint.clip, self._checkpoint.tokenizer
         end = clip.model.config.text_config.eos_token_id
         learned = self._bundle.prompts if self._bundle and prompting == "learned" else None
@@ -116,6 +126,17 @@ def join_encoded(encoded: Sequence[EncodedLabels]) -> tuple[LabelBatch, Tensor]:
     """Several requests' labels as one batch of rows with their features [R, D]."""
     batch = join([labels.batch for labels in encoded])
     return batch, torch.cat([labels.features for labels in encoded])
+
+
+def _mean(encoded: Sequence[EncodedLabels]) -> EncodedLabels:
+    """The same labels in several templates as one. A label counts as truncated once."""
+    features = torch.stack([each.features for each in encoded]).mean(dim=0)
+    most = max(each.batch.truncated for each in encoded)
+    return replace(
+        encoded[0],
+        batch=replace(encoded[0].batch, truncated=most),
+        features=torch.nn.functional.normalize(features, dim=-1),
+    )
 
 
 def _size(encoded: EncodedLabels) -> int:

@@ -77,7 +77,11 @@ def free_bytes(device: torch.device) -> int:
     """Free memory on a device; on a CPU, what the machine or the container's limit leaves."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    try:
+        pages = os.sysconf("SC_AVPHYS_PAGES")
+    except ValueError:  # macOS reports no free pages; half of all leaves room for other programs
+        pages = os.sysconf("SC_PHYS_PAGES") // 2
+    available = os.sysconf("SC_PAGE_SIZE") * pages
     listed = Path("/proc/meminfo")
     for line in listed.read_text().splitlines() if listed.exists() else []:
         if line.startswith("MemAvailable:"):

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from service.engine.engine import Engine
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, Unauthorized
@@ -67,7 +68,15 @@ def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
     docs.add_bodies(app)
     app.add_exception_handler(ServiceError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    app.add_middleware(AccessLog, metrics=metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "Content-Encoding", "X-Request-Id"],
+            expose_headers=[*docs.REQUEST_ID, *docs.REPORT, "Retry-After"],
+        )
+    app.add_middleware(AccessLog, metrics=metrics)  # the last one is the outermost
     return app
 
 

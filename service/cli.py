@@ -4,18 +4,36 @@
 """
 
 import argparse
+import asyncio
+import os
 import sys
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from service.errors import KeysError, ModelError, ServiceError
-from service.settings import PREFIX, Settings, unknown_variables
+from service.flags import flag, make_parser
+from service.settings import (
+    CLIENT_KEY,
+    PREFIX,
+    Settings,
+    injected_variables,
+    unknown_variables,
+)
+
+if TYPE_CHECKING:
+    from service.intake.requests import ClassifyOptions
 
 USAGE_ERROR = 2  # exit status for a wrong flag, variable or argument
+
+ANSWER_KNOBS = {
+    "model", "model_revision", "bundle", "design", "method", "steps", "views", "readout", "tier",
+    "selection_ratio", "learning_rate", "alignment_weight", "gamma", "adapts", "early_stop",
+    "hypothesis_template",
+}  # fmt: skip
+"""Knobs that change answers: lines of JSON made with others are not resumed."""
 
 
 class UsageError(Exception):
@@ -25,23 +43,23 @@ class UsageError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["calibrate"]:
+    command, rest = arguments[:1], _with_model(arguments[1:])
+    if command == ["calibrate"]:
         from models.calibration.calibrate import main as calibrate
 
-        return calibrate(arguments[1:])
-    if arguments[:1] == ["harden"]:
+        return calibrate(rest)
+    if command == ["harden"]:
         from models.calibration.harden import main as harden
 
         return harden(arguments[1:])
-    if arguments[:1] == ["evaluate"]:
+    if command == ["evaluate"]:
         from models.evaluation.command import main as evaluate
 
-        return evaluate(arguments[1:])
-    options = _parser().parse_args(arguments)
+        return evaluate(rest)
+    options = make_parser().parse_args(arguments)
     try:
         settings = _settings(options)
-        status: int = options.command(options, settings)
-        return status
+        return _COMMANDS[options.command](options, settings)
     except UsageError as error:
         print(error, file=sys.stderr)
         return USAGE_ERROR
@@ -52,6 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 1
+
+
+def _with_model(arguments: list[str]) -> list[str]:
+    """The arguments with the `--model` of `TAPT_MODEL`, unless they name one."""
+    model = os.environ.get(f"{PREFIX}MODEL")
+    named = any(argument.partition("=")[0] == "--model" for argument in arguments)
+    return ["--model", model, *arguments] if model and not named else arguments
 
 
 def _serve(options: argparse.Namespace, settings: Settings) -> int:
@@ -69,6 +94,7 @@ def _classify(options: argparse.Namespace, settings: Settings) -> int:
     from service import commands
     from service.intake.requests import ClassifyOptions, TextLimits
 
+    many = options.output or len(options.images) > 1 or _is_list(options.images[0])
     body = _body(options)
     try:
         asked = ClassifyOptions.model_validate(body, context=TextLimits.of(settings))
@@ -76,10 +102,14 @@ def _classify(options: argparse.Namespace, settings: Settings) -> int:
         raise UsageError(_lines(error)) from None
     if options.seed is not None:  # at the command line, the user is the operator
         settings = settings.model_copy(update={"allow_client_seed": True})
+    if many:
+        return _classify_many(options, body, asked, settings)
+    image = Path(options.images[0])
     if options.url:
-        answer = commands.classify_there(options.url, options.image, body, settings)
+        key = _find_key(options, settings)
+        answer = commands.classify_there(options.url, key, image, body)
     else:
-        answer = commands.classify_here(options.image, asked, settings)
+        answer = commands.classify_here(image, asked, settings)
     if options.json:
         print(answer.model_dump_json(indent=2))
     else:
@@ -87,11 +117,57 @@ def _classify(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def _is_list(source: str) -> bool:
+    return source == "-" or Path(source).is_dir()
+
+
+def _classify_many(
+    options: argparse.Namespace, body: dict[str, Any], asked: "ClassifyOptions", settings: Settings
+) -> int:
+    from service import many
+
+    names = many.find_images(options.images, sys.stdin)
+    if not names:
+        raise UsageError(f"{', '.join(options.images)}: there are no images.")
+    at_once = options.concurrency or settings.max_batch_size * settings.workers
+    if options.url:
+        question = {"url": options.url, **body}
+        backend = many.remote(options.url, _find_key(options, settings), body, at_once)
+    else:
+        question = {**body, **settings.model_dump(include=ANSWER_KNOBS)}
+        backend = many.local(settings, asked)
+
+    async def run() -> int:
+        async with backend as classify:
+            return await many.run(names, classify, output, at_once)
+
+    try:
+        with many.Output(options.output, question) as output:
+            failed = asyncio.run(run())
+    except ValueError as error:
+        raise UsageError(error) from None
+    except (KeyboardInterrupt, ConnectionError):
+        if options.output:
+            print("Interrupted. The same command resumes.", file=sys.stderr)
+        raise
+    if failed:
+        print(f"{failed} of {len(names)} files failed.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _find_key(options: argparse.Namespace, settings: Settings) -> str:
+    """The key to send: the flag's, the environment's, or the server's first that is no hash."""
+    plain = (key.split()[0] for key in settings.api_keys if not key.startswith("sha256:"))
+    return options.key or os.environ.get(CLIENT_KEY) or next(plain, "")
+
+
 def _info(options: argparse.Namespace, settings: Settings) -> int:
     from service import commands
 
-    there = options.url
-    facts = commands.info_there(there, settings) if there else commands.info_here(settings)
+    if options.url:
+        facts = commands.info_there(options.url, _find_key(options, settings))
+    else:
+        facts = commands.info_here(settings)
     if options.json:
         import json
 
@@ -127,7 +203,7 @@ def _body(options: argparse.Namespace) -> dict[str, Any]:
         body["defense"] = defense
     if options.top_k is not None:
         body["top_k"] = options.top_k
-    if template := getattr(options, "hypothesis_template", None):
+    if template := options.template or getattr(options, "hypothesis_template", None):
         body["hypothesis_template"] = template
     return body
 
@@ -137,7 +213,21 @@ def _int(text: str | None) -> int | None:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    if unknown := unknown_variables():
+    if injected := injected_variables():
+        raise UsageError(
+            f"Kubernetes set {', '.join(injected)} for a Service whose name begins with `tapt`. "
+            "These look like knobs: set `enableServiceLinks: false` in the pod's spec, or rename "
+            "the Service."
+        )
+    unknown = unknown_variables()
+    if hasattr(options, "url") and CLIENT_KEY in unknown:
+        unknown.remove(CLIENT_KEY)
+    elif CLIENT_KEY in unknown:
+        raise UsageError(
+            f"{CLIENT_KEY} is the key of a client; the keys that a server accepts are in "
+            f"{PREFIX}API_KEYS."
+        )
+    if unknown:
         raise UsageError(f"Unknown variable: {', '.join(unknown)}; see docs/configuration.md.")
     given = vars(options)
     try:
@@ -153,80 +243,17 @@ def _lines(error: ValidationError) -> str:
         what = problem["msg"].removeprefix("Value error, ")
         where = ".".join(map(str, problem["loc"]))
         if where in Settings.model_fields:
-            where = f"{_flag(where)} ({PREFIX}{where.upper()})"
+            where = f"{flag(where)} ({PREFIX}{where.upper()})"
         lines.append(f"{where}: {what}" if where else what)
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tapt-serve",
-        description="Zero-shot image classification that defends itself at test time.",
-    )
-    parser.add_argument("--version", action="version", version=version("tapt-serve"))
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    serve = commands.add_parser(
-        "serve", help="serve the model over HTTP", usage="%(prog)s [--KNOB VALUE ...]"
-    )
-    serve.set_defaults(command=_serve)
-
-    classify = commands.add_parser(
-        "classify",
-        help="classify one image",
-        usage="%(prog)s IMAGE --labels LABELS [--json] [--url URL] [--KNOB VALUE ...]",
-    )
-    classify.set_defaults(command=_classify)
-    classify.add_argument("image", type=Path, metavar="IMAGE")
-    classify.add_argument(
-        "--labels",
-        action="append",
-        required=True,
-        help="comma-separated, or given once for each label",
-    )
-    classify.add_argument("--top-k", type=int, help="how many labels to show")
-    classify.add_argument("--seed", type=int, help="seed of the random views; random by default")
-
-    info = commands.add_parser(
-        "info",
-        help="show the model and its limits",
-        usage="%(prog)s [--json] [--url URL] [--KNOB VALUE ...]",
-    )
-    info.set_defaults(command=_info)
-
-    key = commands.add_parser("key", help="make an API key and its line for the key file")
-    key.set_defaults(command=_key)
-    key.add_argument("--diagnostics", action="store_true", help="let the key see diagnostics")
-    key.add_argument("--stdin", action="store_true", help="read the key from standard input")
-
-    commands.add_parser("calibrate", help="make a defense bundle for a checkpoint from images")
-    commands.add_parser("harden", help="fine-tune a checkpoint against attacks")
-    commands.add_parser("evaluate", help="evaluate defenses under attack")
-
-    for command in (classify, info):
-        command.add_argument("--json", action="store_true", help="print JSON")
-        command.add_argument("--url", help="URL of a running server to use")
-    for command in (serve, classify, info):
-        _add_knobs(command)
-    return parser
-
-
-def _add_knobs(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("knobs")
-    for name, field in Settings.model_fields.items():
-        default = "none" if field.default in ("", ()) else field.default
-        text = f"{field.description} [default: {default}; env: {PREFIX}{name.upper()}]"
-        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
-        if isinstance(field.default, bool):
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            literal = get_origin(field.annotation) is Literal
-            options["metavar"] = "|".join(get_args(field.annotation)) if literal else "VALUE"
-        group.add_argument(_flag(name), **options)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+_COMMANDS: Mapping[str, Callable[[argparse.Namespace, Settings], int]] = {
+    "serve": _serve,
+    "classify": _classify,
+    "info": _info,
+    "key": _key,
+}
 
 
 if __name__ == "__main__":

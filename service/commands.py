@@ -6,8 +6,6 @@ Without a URL they load the model into this process; with one they use a running
 import base64
 import json
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from service.client import Client
 from service.errors import make_error
 from service.http.response import Classification, ScoredLabel, build_response, clamp
 from service.intake.decode import decode
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from service.worker.process import Runner
 
 BAR = 16  # characters
-TIMEOUT = 120.0  # seconds for a server's answer
 
 screen = Console(highlight=False)
 progress = Console(stderr=True)
@@ -78,14 +76,14 @@ def classify_here(path: Path, options: ClassifyOptions, settings: Settings) -> C
     return Comparison(**shown.model_dump(), undefended=undefended)
 
 
-def classify_there(url: str, path: Path, body: Mapping[str, Any], settings: Settings) -> Comparison:
-    """Classify an image by the server at `url`, defended and not. Raises OSError, with one sentence
-    if the server refuses."""
+def classify_there(url: str, key: str, path: Path, body: Mapping[str, Any]) -> Comparison:
+    """Classify an image by the server at `url`, defended and not. Raises the errors of
+    `Client.request`, and OSError for the file."""
     body = {**body, "image": base64.b64encode(path.read_bytes()).decode()}
     plain = {**body, "defense": {"method": "plain"}, "top_k": None}
-    with progress.status(escape(f"Asking {url}")):
-        undefended = _request(url, "/v1/classify", settings, plain)["labels"]
-        defended = _request(url, "/v1/classify", settings, body)
+    with progress.status(escape(f"Asking {url}")), Client(url, key) as client:
+        undefended = client.request("/v1/classify", plain)["labels"]
+        defended = client.request("/v1/classify", body)
     return Comparison.model_validate({**defended, "undefended": undefended})
 
 
@@ -94,9 +92,10 @@ def info_here(settings: Settings) -> dict[str, Any]:
     return _load(settings).ready.info
 
 
-def info_there(url: str, settings: Settings) -> dict[str, Any]:
-    """Describe the server at `url`. Raises OSError."""
-    answer: dict[str, Any] = _request(url, "/info", settings)
+def info_there(url: str, key: str) -> dict[str, Any]:
+    """Describe the server at `url`. Raises the errors of `Client.request`."""
+    with Client(url, key) as client:
+        answer: dict[str, Any] = client.request("/info")
     return answer
 
 
@@ -125,13 +124,12 @@ def show_classification(answer: Comparison) -> None:
 
 
 def show_info(facts: Mapping[str, Any]) -> None:
-    """Print a table; nested facts have dotted names."""
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, value in _flatten("", facts):
-        table.add_row(name, escape(value))
-    screen.print(table)
+    """Print a line for each fact: its name, dotted where nested, and its value on one line, so
+    that a hash can be copied."""
+    rows = _flatten("", facts)
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        print(f"{name:{width}}  {value}")
 
 
 def _bar(share: float) -> str:
@@ -186,32 +184,3 @@ def _load(settings: Settings) -> "Runner":
 
         runner: Runner = Runner(settings, 0)
         return runner
-
-
-def _request(url: str, path: str, settings: Settings, body: Mapping[str, Any] | None = None) -> Any:
-    request = urllib.request.Request(url.rstrip("/") + path)
-    # Hashed keys are for the server; a client needs the key itself.
-    if key := next((key for key in settings.api_keys if not key.startswith("sha256:")), None):
-        request.add_header("Authorization", f"Bearer {key.split()[0]}")
-    if body is not None:
-        request.data = json.dumps(body).encode()
-        request.add_header("Content-Type", "application/json")
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        with error:
-            raise ConnectionError(
-                _reason(error.read()) or f"{url} answered {error.code}."
-            ) from None
-    except (OSError, ValueError) as error:
-        raise ConnectionError(
-            f"{url} cannot be reached: {getattr(error, 'reason', error)}."
-        ) from None
-
-
-def _reason(body: bytes) -> str | None:
-    try:
-        return str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError):
-        return None

@@ -2,9 +2,9 @@
 
 ServiceError
   BadRequest 400, Unauthorized 401, Forbidden 403, NotFound 404, MethodNotAllowed 405,
-  UploadTimeout 408, TooLarge 413, UnsupportedImage 415, Unprocessable 422, ImageTooCostly 422,
-  QueueFull 429, RateLimited 429, ClientGone 499, InternalError 500, NotReady 503,
-  DeadlineExceeded 504
+  UploadTimeout 408, TooLarge 413, UnsupportedImage 415, UnsupportedEncoding 415,
+  Unprocessable 422, ImageTooCostly 422, QueueFull 429, RateLimited 429, ClientGone 499,
+  InternalError 500, NotReady 503, DeadlineExceeded 504
 """
 
 
@@ -52,6 +52,12 @@ class TooLarge(ServiceError):
 
 class UnsupportedImage(ServiceError):
     status, error_type = 415, "unsupported_image"
+
+
+class UnsupportedEncoding(ServiceError):
+    """The body is compressed in a way that is not supported."""
+
+    status, error_type = 415, "unsupported_encoding"
 
 
 class Unprocessable(ServiceError):

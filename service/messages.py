@@ -31,16 +31,16 @@ class DemoAttack:
 class Task:
     """One image to classify, with all options resolved.
 
-    `image` is uint8 RGB [height, width, 3]. `template` holds exactly one `{}`, or is None for the
-    model's default. `seed` draws the views. The answer must be sent by the instant `deadline`.
-    `return_views` adds the views to the answer. With an `attack` the image is attacked first, and
-    the answer is for the result.
+    `image` is uint8 RGB [height, width, 3]. `template` holds exactly one `{}`; of several, the mean
+    of a label's features counts; None is the model's default. `seed` draws the views. The answer
+    must be sent by the instant `deadline`. `return_views` adds the views to the answer. With an
+    `attack` the image is attacked first, and the answer is for the result.
     """
 
     id: str
     image: NDArray[np.uint8]
     labels: tuple[str, ...]
-    template: str | None
+    template: str | tuple[str, ...] | None
     method: str
     steps: int
     views: int

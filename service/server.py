@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import socket
 import sys
 from types import FrameType
@@ -14,13 +15,15 @@ from rich.markup import escape
 from service.app import create_app
 from service.engine.engine import Engine
 from service.http.connections import BACKLOG, limit_connections, raise_descriptor_limit
+from service.http.root_path import mount
 from service.intake.malloc import BODY_BYTES, keep_freed_memory
 from service.settings import Settings
 from service.telemetry import logs
 from service.worker.supervisor import Backend
 
 TICK = 0.05  # seconds
-KEEP_ALIVE = 75  # seconds; longer than most proxies keep a connection, so that they close it
+log = logging.getLogger("tapt.server")
+
 SHUTDOWN_TIMEOUT = 5  # seconds to send the last answers after the drain
 
 
@@ -51,9 +54,11 @@ def serve(settings: Settings, backend: Backend | None = None) -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises OSError if the address cannot be used."""
+    """A listening socket; `::` listens on IPv4 too. Raises OSError if the address cannot be
+    used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family)
+    both = host == "::" and socket.has_dualstack_ipv6()
+    listener = socket.create_server((host, port), family=family, dualstack_ipv6=both)
     # Connections inherit this. asyncio sets it only on sockets with an explicit protocol number.
     # Without it a response's body waits until the client acknowledges its head, often for 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -65,7 +70,7 @@ def configure(
 ) -> uvicorn.Config:
     """The HTTP server's configuration, used by the tests too."""
     return uvicorn.Config(
-        app,
+        mount(app, settings.root_path),
         http=limit_connections(settings.upload_timeout_ms / 1000),
         backlog=BACKLOG,
         log_config=None,
@@ -73,7 +78,7 @@ def configure(
         server_header=False,
         ws="none",
         lifespan="on",
-        timeout_keep_alive=KEEP_ALIVE,
+        timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=shutdown_timeout,
     )
 
@@ -107,6 +112,9 @@ async def _watch(server: _Server, engine: Engine, settings: Settings, url: str) 
         await asyncio.sleep(TICK)
     try:
         if not engine.fatal:
+            log.info(
+                "shutting down: running requests have %g s to finish", settings.drain_timeout_s
+            )
             await engine.stop(settings.drain_timeout_s)
     finally:
         server.should_exit = True

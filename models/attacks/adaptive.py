@@ -21,6 +21,7 @@ from models.attacks.unrolled import adapt_unrolled
 from models.classifier import DefendedClassifier, ImageQuery
 from models.defenses.catalog import DEFENSES
 from models.defenses.defense import Adaptation
+from models.label_encoder import Template
 from models.readout import mean_log_prediction
 from models.tapt import adapt, leaves_after
 from models.views import round_levels
@@ -39,7 +40,7 @@ class AttackableDefense:
 
     classifier: DefendedClassifier
     labels: tuple[str, ...]
-    template: str | None
+    template: Template | None
     method: str
     views: int
     steps: int
@@ -98,7 +99,7 @@ def surrogates(
     steps: int,
     readout: str,
     seed: int,
-    template: str | None = None,
+    template: Template | None = None,
 ) -> Mapping[str, AttackableDefense]:
     """A defense as models to attack by gradients, by the way taken through its adaptation.
 

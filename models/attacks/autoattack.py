@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.attacks.apgd import climb
 from models.attacks.attack import Budget, Model, cross_entropy, draw_start, quantize
+from models.errors import install_extra
 
 TARGETS = 9
 
@@ -27,7 +28,7 @@ def require() -> Any:
         import pyautoattack
     except ImportError as error:
         raise MissingExtra(
-            "autoattack needs the package pyautoattack: pip install 'tapt-serve[attack]'"
+            f"autoattack needs the package pyautoattack: {install_extra('attack')}"
         ) from error
     return pyautoattack
 

@@ -11,21 +11,21 @@ from torch import Tensor
 
 from models.attacks.attack import Model
 from models.classifier import DefendedClassifier
-from models.label_encoder import EncodedLabels
+from models.label_encoder import EncodedLabels, Template
 
 Threat = Literal["transfer", "static", "adaptive"]
 THREATS: tuple[Threat, ...] = get_args(Threat)
 
 
 def transfer(
-    classifier: DefendedClassifier, labels: tuple[str, ...], template: str | None = None
+    classifier: DefendedClassifier, labels: tuple[str, ...], template: Template | None = None
 ) -> Model:
     """Undefended CLIP's logits of pixels [N, 3, S, S]."""
     return _single_view(classifier, classifier.encoder.encode(labels, template, "none"))
 
 
 def static(
-    classifier: DefendedClassifier, labels: tuple[str, ...], template: str | None = None
+    classifier: DefendedClassifier, labels: tuple[str, ...], template: Template | None = None
 ) -> Model:
     """The logits of CLIP with the learned prompts.
 

@@ -3,7 +3,7 @@
     tapt-serve calibrate --data DIR --out BUNDLE [--model embedded] ...
 
 Labelled pictures teach prompts. Unlabelled ones take fresh statistics for the prompts of a bundle
-that exists (`--prompts BUNDLE --labels cat,dog,...`). A run that was cut short goes on from
+that exists (`--prompts BUNDLE --labels cat,dog,...`). A run that was stopped goes on from
 `BUNDLE.partial` when it is started again with the same settings.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.bundle import DefenseBundle, load_bundle
-from models.calibration.options import read_number
+from models.calibration.options import make_parser
 from models.calibration.prompt_tuning import Progress, Tuning, attack, begin, tune
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier, ImageQuery
@@ -33,12 +34,14 @@ from models.data import DataError, Dataset, open_dataset
 from models.device import pick_device
 from models.errors import LoadError
 from models.labels import LabelBatch, tokenize
-from models.prompts import DESIGNS, DefensePrompts
+from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics, token_moments
 from models.views import make_views
 
 CHUNK = 64  # pictures at once outside of the tuning
-SAVE_EVERY = 50  # steps
+SAVE_SECONDS = 30.0
+"""Progress is saved after the step that ends later than this, so at least once a minute where a
+step takes less than half of one."""
 CPU = torch.device("cpu")
 
 
@@ -114,14 +117,24 @@ def learn(
     progress = _resume(partial, settings, checkpoint) or begin(clip, tuning, words)
     task = bar.add_task("learning prompts", total=tuning.steps, completed=progress.step)
 
+    done, saved = replace(progress), time.monotonic()
+
     def report(progress: Progress) -> None:
+        nonlocal done, saved
         text = f"learning prompts, loss {progress.losses[-1]:.3f}"
         bar.update(task, completed=progress.step, description=text)
-        if progress.step % SAVE_EVERY == 0:
-            _save(partial, settings, progress)
+        # A copy: an interruption may find the next step half done.
+        done = replace(progress, losses=[*progress.losses])
+        if progress.step == tuning.steps or time.monotonic() >= saved + SAVE_SECONDS:
+            _save(partial, settings, done)
+            saved = time.monotonic()
 
     prepared = checkpoint.preprocessing
-    return tune(clip, texts, pixels, targets, prepared, tuning, progress, report)
+    try:
+        return tune(clip, texts, pixels, targets, prepared, tuning, progress, report)
+    except KeyboardInterrupt:
+        _save(partial, settings, done)
+        raise
 
 
 def take_statistics(
@@ -189,6 +202,9 @@ def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
         LoadError, DataError: checkpoint, bundle or pictures cannot be used.
     """
     checkpoint = load_checkpoint(options.model, pick_device(options.device))
+    deepest = max(checkpoint.clip.vision_layers, checkpoint.clip.text_layers)
+    if options.depth > deepest and options.depth != Tuning().depth:
+        raise ValueError(f"--depth {options.depth}: {checkpoint.name} has {deepest} layers")
     data = open_dataset(options.data)
     names = options.labels.split(",") if options.labels else data.names
     if not names:
@@ -302,40 +318,20 @@ def _resume(partial: Path, settings: dict[str, Any], checkpoint: Checkpoint) -> 
     return Progress(prompts, moments, meta["step"], meta["losses"])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tapt-serve calibrate",
-        description="Make a defense bundle for a checkpoint from pictures.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model", default="embedded", help="embedded, a directory, or a hub id")
-    parser.add_argument("--data", type=Path, required=True, help="folder or parquet of pictures")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the new bundle")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--shots", type=int, default=16, help="pictures a class to learn from")
-    parser.add_argument("--images", type=int, default=1000, help="for statistics and threshold")
-    parser.add_argument("--labels", default="", help="class names instead of the data's own")
-    parser.add_argument("--prompts", type=Path, help="take this bundle's prompts, learn none")
-    parser.add_argument("--threshold-views", type=int, default=16, help="views a picture")
-    parser.add_argument("--false-positive-rate", type=float, default=0.05, help="of the threshold")
-    tuning = parser.add_argument_group("learning")
-    for name, value in asdict(Tuning()).items():
-        kind = read_number if isinstance(value, float) else type(value)
-        choices = sorted(DESIGNS.keys() - {"text"}) if name == "design" else None
-        tuning.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, default=value, choices=choices, help=" "
-        )
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
+    if options.out.exists() and not options.force:
+        print(f"{options.out} exists; name another --out or add --force", file=sys.stderr)
+        return 1
     try:
         with Bar() as bar:
             bundle = calibrate(options, bar)
     except (LoadError, DataError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Stopped. The same command resumes.", file=sys.stderr)
+        return 130
     bundle.save(options.out)
     shutil.rmtree(options.out.with_name(options.out.name + ".partial"), ignore_errors=True)
     print(f"{options.out}: {bundle.prompts.design} prompts {bundle.prompts_sha256[:12]}")

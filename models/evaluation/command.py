@@ -32,7 +32,7 @@ from models.attacks.threats import THREATS
 from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier
 from models.data import DataError
 from models.defenses.catalog import DEFENSES, READOUTS
-from models.errors import LoadError
+from models.errors import LoadError, install_extra
 from models.evaluation.detection import Detection, detect, write_detection
 from models.evaluation.hub import open_anywhere
 from models.evaluation.journal import CLEAN, Journal
@@ -145,6 +145,8 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
         raise ValueError("--eps: a fraction by zero") from None
     if min(epsilons) < 1:
         raise ValueError("--eps: below 1/255, one level of an 8-bit picture")
+    if max(epsilons) >= LEVELS:
+        raise ValueError("--eps: of [0, 1] pixels and below 1: write 2/255 for 2 levels of 255")
     budget = Budget(
         epsilon=0,
         steps=options.attack_steps,
@@ -220,7 +222,7 @@ def write(
     try:
         draw(rows, out.with_suffix(".svg"))
     except ImportError:
-        print("no plot: it needs matplotlib, pip install 'tapt-serve[train]'", file=sys.stderr)
+        print(f"no plot: it needs matplotlib; {install_extra('train')}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -250,7 +252,9 @@ def parser() -> argparse.ArgumentParser:
     add("--preflight", type=int, default=0, help="images to check for masked gradients first")
     pair: dict[str, Any] = {**lists, "metavar": "LEAST,MOST"}
     model = flags.add_argument_group("model and defense").add_argument
-    model("--model", default="embedded", help="embedded, a directory, or a hub id")
+    model(
+        "--model", default="embedded", help="embedded, a directory, or a hub id [env: TAPT_MODEL]"
+    )
     model("--bundle", type=Path, help="default: the one beside the model, if any")
     model("--device", default="cpu", help="cpu, cuda or cuda:N")
     model("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision")

@@ -36,15 +36,18 @@ def price_class(price: float) -> int:
 
 
 def count_tokens(task: Task, model: Ready, default_template: str) -> int:
-    """Estimate the tokens that a task takes in a batch: of all views and all labels.
+    """Estimate the tokens that a task takes in a batch: of all views and all labels
+    in all templates.
 
     The API process has no tokenizer. A prompt counts as one token per three UTF-8 bytes, plus four
     for its ends and prompt slots. All prompts are padded to the longest.
     """
+    tokens = task.views * model.image_tokens
     template = task.template or default_template
-    longest = max(len(template.replace("{}", label).encode()) for label in task.labels)
-    text = min(model.context_length, 4 + longest // 3)
-    return task.views * model.image_tokens + len(task.labels) * text
+    for each in (template,) if isinstance(template, str) else template:
+        longest = max(len(each.replace("{}", label).encode()) for label in task.labels)
+        tokens += len(task.labels) * min(model.context_length, 4 + longest // 3)
+    return tokens
 
 
 def _count_work(task: Task, model: Ready, settings: Settings, encoded: bool) -> float:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import ClientGone, InternalError, ServiceError
 from service.http.response import ErrorBody
 from service.telemetry.metrics import Metrics
+from service.telemetry.traces import find_trace_id, is_probe
 
 logger = logging.getLogger("tapt.request")
 
@@ -26,6 +27,7 @@ REFUSALS = {
     "upload_timeout",
     "too_large",
     "unsupported_image",
+    "unsupported_encoding",
     "unprocessable",
     "image_too_costly",
 }
@@ -77,7 +79,9 @@ class AccessLog:
             self._metrics.observe_request(notes.get("defense", ""), seconds)
             if notes.get("error") in REFUSALS:
                 self._metrics.rejected.labels(notes["error"]).inc()
-        level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
+        level = logging.DEBUG if is_probe(scope) else logging.INFO
+        if trace_id := find_trace_id(scope):
+            notes["trace_id"] = trace_id
         fields = {
             "method": scope["method"],
             "route": route,
@@ -87,9 +91,6 @@ class AccessLog:
             **notes,
         }
         logger.log(level, "%s %s %s", scope["method"], route, status, extra={"fields": fields})
-
-
-_QUIET = {"/livez", "/readyz", "/startupz", "/health", "/metrics"}
 
 
 def error_body(error: ServiceError, request_id: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ keep the event loop, or the process's descriptors, from everybody else.
 """
 
 import asyncio
+import contextlib
 import logging
 import resource
 import time
@@ -28,6 +29,10 @@ AHEAD = 2**16
 LINGER = 5.0
 """Seconds for which the rest of a refused body is discarded before the connection is closed. Closed
 at once, the system would reset the connection, and the client might never see the refusal."""
+
+UNLIMITED = 10_240
+"""Descriptors to count on where the system reports no limit. macOS, which reports none, allows
+these (`OPEN_MAX`) and refuses an infinite soft limit."""
 
 DISCARDED = 2**24
 """Bytes of a refused body that are discarded at most. Of more, nothing is read."""
@@ -292,12 +297,19 @@ def limit_connections(patience: float) -> type[H11Protocol]:
     connection began to wait for one, and for an answer to be taken. Bodies have a limit of their
     own. There are at most MAX_CONNECTIONS, or as many as the limit of descriptors allows now.
     """
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    descriptors = _finite(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     most = min(MAX_CONNECTIONS, max(descriptors - RESERVED - BACKLOG, descriptors // 4))
     return type("Connection", (_Connection,), {"patience": patience, "shared": _Shared(most)})
 
 
 def raise_descriptor_limit() -> None:
-    """As many open connections as the system lets this process have."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    """Allow as many open connections as the system lets this process have. Where it refuses, the
+    limit stays as it is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if _finite(soft) < _finite(hard):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (_finite(hard), hard))
+
+
+def _finite(limit: int) -> int:
+    return UNLIMITED if limit == resource.RLIM_INFINITY else limit

@@ -1,13 +1,14 @@
 """Request bodies to validated options: JSON here, forms in `multipart`."""
 
 import asyncio
+import codecs
 from collections.abc import Callable
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from service.errors import BadRequest, ServiceError, Unprocessable
-from service.intake.requests import TextLimits
+from service.intake.requests import TextLimits, describe_json
 
 MAX_VALUES = 50_000
 """Values in one request, counted by their commas before parsing: a parsed value takes many times
@@ -31,15 +32,16 @@ async def parse(body: bytes, read: Callable[[bytes], T]) -> T:
 def read_json(model: type[M], body: bytes, limits: TextLimits) -> M:
     """Parse and validate a JSON body.
 
-    Raises BadRequest if the body is not JSON, Unprocessable if it does not fit the model or holds
-    more than MAX_VALUES values.
+    A UTF-8 byte order mark is skipped. Raises BadRequest if the body is not JSON, Unprocessable if
+    it does not fit the model or holds more than MAX_VALUES values.
     """
+    body = body.removeprefix(codecs.BOM_UTF8)
     if not body.lstrip().startswith(b"-"):  # a form sent without its content type
         check_value_count(body)
     try:
         return model.model_validate_json(body, context=limits)
     except ValidationError as error:
-        raise _translate(error) from None
+        raise _translate(error, body) from None
 
 
 def validate(model: type[M], fields: object, limits: TextLimits) -> M:
@@ -56,13 +58,30 @@ def check_value_count(text: bytes) -> None:
         raise Unprocessable(f"The request holds more than {MAX_VALUES} values.")
 
 
-def _translate(error: ValidationError) -> ServiceError:
+def _describe_body(body: bytes, problem: str) -> str:
+    if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "The body is UTF-16; send UTF-8."
+    start = body[:64].lstrip()
+    if start.startswith(b"--"):
+        return (
+            "The body looks like a form, but its Content-Type is not "
+            "`multipart/form-data; boundary=...`."
+        )
+    if start.startswith((b"{", b"[")):
+        return f"The body {describe_json(problem)}."
+    return "The body is neither JSON nor a multipart form."
+
+
+def _translate(error: ValidationError, body: bytes = b"") -> ServiceError:
     """The first problem that pydantic found, as one sentence without the client's input."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     field = ".".join(map(str, first["loc"]))
     match first["type"]:
         case "json_invalid":
-            return BadRequest("The body is neither JSON nor a multipart form.")
+            problem = first["msg"].removeprefix("Invalid JSON: ")
+            return BadRequest(_describe_body(body, problem))
+        case "json_list":
+            return BadRequest(f"The field `{field}` {first['msg']}.")
         case "extra_forbidden":
             return Unprocessable(f"The field `{field[:64]}` is unknown.")
         case "missing":

@@ -22,6 +22,7 @@ from service.engine.engine import Engine
 from service.engine.permits import Permit
 from service.errors import ClientGone, DeadlineExceeded, TooLarge
 from service.intake.body import SMALL_BYTES
+from service.intake.content_encoding import decode_content
 from service.intake.decoders import Decoders
 from service.intake.image_urls import ImageFetcher, ImageURL
 from service.intake.limits import Limits
@@ -140,22 +141,21 @@ class Intake:
 
     async def _receive(self, request: Request) -> bytes:
         limit = self._settings.max_body_bytes
-        too_large = TooLarge(f"The body is larger than {limit} bytes.")
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > limit:
-            raise too_large
+            raise TooLarge(f"The body is larger than {limit} bytes.")
+        encoding = request.headers.get("content-encoding", "")
         body = bytearray()
         seconds = self._settings.upload_timeout_ms / 1000
         try:
             async with (
                 self.uploads.receive(request.state.caller.id, seconds) as upload,
                 aclosing(request.stream()) as chunks,
+                aclosing(decode_content(chunks, encoding, limit)) as pieces,
             ):
-                async for chunk in chunks:
-                    body += chunk
-                    if len(body) > limit:
-                        raise too_large
-                    upload.grow(len(chunk))
+                async for piece in pieces:
+                    body += piece
+                    upload.grow(len(piece))
         except ClientDisconnect:
             raise ClientGone("The client disconnected.") from None
         return bytes(body)

@@ -13,7 +13,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.errors import BadRequest, Unprocessable
 from service.intake.body import check_value_count
-from service.intake.requests import DefenseOptions
+from service.intake.requests import DefenseOptions, describe_json
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 LABELS = {"labels", "candidate_labels"}
 NUMBERS = {"top_k", "steps", "views", "deadline_ms", "seed"}
 DEFENSE = set(DefenseOptions.model_fields)
-OTHERS = {"top_k", "hypothesis_template", "defense"}
+TEMPLATES = "hypothesis_template"
+OTHERS = {"top_k", TEMPLATES, "defense"}
 FIELDS = {"image"} | LABELS | DEFENSE | OTHERS
 
 
@@ -75,6 +76,10 @@ def read_form(body: bytes, content_type: str, max_labels: int) -> tuple[bytes, d
     Raises BadRequest if the body is no form, Unprocessable for unknown or repeated fields.
     """
     _, options = parse_options_header(content_type)
+    if b"boundary" not in options:
+        raise BadRequest(
+            "The Content-Type of the form has no boundary; let the HTTP client set this header."
+        )
     parts = _Parts(limit=max_labels + len(FIELDS))
     callbacks: MultipartCallbacks = {
         "on_part_begin": parts.on_part_begin,
@@ -102,18 +107,23 @@ def read_form(body: bytes, content_type: str, max_labels: int) -> tuple[bytes, d
 
 def _to_options(values: dict[str, list[bytes]]) -> dict[str, Any]:
     labels: list[str] = []
+    templates: list[str] = []
     texts: dict[str, str] = {}
     for name, parts in values.items():
         decoded = [_text(name, part) for part in parts]
         if name in LABELS:
             labels += decoded
+        elif name == TEMPLATES and len(decoded) > 1:
+            templates = [text for text in decoded if text]
         elif len(decoded) > 1:
             raise Unprocessable(f"The field `{name}` is given twice.")
         elif decoded[0]:  # HTML forms send empty fields too
             texts[name] = decoded[0]
     body: dict[str, Any] = {}
     if labels:
-        body["candidate_labels"] = _split(labels[0]) if len(labels) == 1 else labels
+        body["candidate_labels"] = labels[0] if len(labels) == 1 else labels
+    if templates:
+        body[TEMPLATES] = templates
     defense = _json("defense", texts.pop("defense")) if "defense" in texts else {}
     for name, text in texts.items():
         value = _number(text) if name in NUMBERS else text
@@ -129,21 +139,16 @@ def _to_options(values: dict[str, list[bytes]]) -> dict[str, Any]:
 def _text(name: str, part: bytes) -> str:
     check_value_count(part)
     try:
-        return part.decode()
+        return part.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise BadRequest(f"The field `{name}` is not UTF-8 text.") from None
-
-
-def _split(labels: str) -> Any:
-    """The labels of a single field: a JSON array, or a string that is split at its commas."""
-    return _json("labels", labels) if labels.lstrip().startswith("[") else labels
 
 
 def _json(name: str, text: str) -> Any:
     try:
         return from_json(text)
-    except ValueError:
-        raise BadRequest(f"The field `{name}` is malformed JSON.") from None
+    except ValueError as error:
+        raise BadRequest(f"The field `{name}` {describe_json(str(error))}.") from None
 
 
 def _number(text: str) -> Any:

@@ -19,6 +19,18 @@ def check_options(options: ClassifyOptions, settings: Settings) -> None:
     """Raises Unprocessable for options that this server refuses."""
     if options.defense and options.defense.seed is not None and not settings.allow_client_seed:
         raise Unprocessable("This server accepts no seed from its clients.")
+    labels, templates = len(options.candidate_labels), len(options.hypothesis_template or [None])
+    if labels * templates > settings.max_labels:
+        raise Unprocessable(
+            f"{labels} labels in {templates} templates are {labels * templates} texts; the limit "
+            f"is {settings.max_labels}."
+        )
+
+
+def _template(templates: list[str] | None) -> str | tuple[str, ...] | None:
+    if not templates:
+        return None
+    return templates[0] if len(templates) == 1 else tuple(templates)
 
 
 def resolve_options(
@@ -53,7 +65,7 @@ def resolve_options(
         id=id,
         image=image,
         labels=tuple(options.candidate_labels),
-        template=options.hypothesis_template,  # None: the worker knows the model's own
+        template=_template(options.hypothesis_template),  # None: the worker knows the model's own
         method=method,
         steps=steps if spec.adapts else 0,
         views=1 if spec.views == "one" else views,

@@ -15,7 +15,7 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
 from models.defenses.catalog import Method, Readout
 from service.settings import Settings
@@ -39,10 +39,11 @@ class TextLimits:
     def of(cls, settings: Settings) -> "TextLimits":
         return cls(settings.max_labels, settings.max_label_chars)
 
-    def check_count(self, count: int) -> None:
+    def check_count(self, count: int, what: str = "labels") -> None:
         if count > self.labels:
-            message = "There are {count} labels; the limit is {limit}"
-            raise PydanticCustomError("text_limit", message, {"count": count, "limit": self.labels})
+            message = "There are {count} {what}; the limit is {limit}"
+            context = {"count": count, "what": what, "limit": self.labels}
+            raise PydanticCustomError("text_limit", message, context)
 
     def check_text(self, text: object) -> None:
         if isinstance(text, str) and len(text) > self.characters:
@@ -61,7 +62,9 @@ def _measure(text: Any, info: ValidationInfo) -> Any:
 
 def _split_and_measure(labels: Any, info: ValidationInfo) -> Any:
     limits = _limits(info)
-    if isinstance(labels, str):
+    if isinstance(labels, str) and labels.lstrip().startswith("["):
+        labels = _read_list(labels)
+    elif isinstance(labels, str):
         limits.check_count(labels.count(",") + 1)
         labels = labels.split(",")
     if isinstance(labels, list):
@@ -69,6 +72,26 @@ def _split_and_measure(labels: Any, info: ValidationInfo) -> Any:
         for label in labels:
             limits.check_text(label)
     return labels
+
+
+def describe_json(problem: str) -> str:
+    """A parser's message as the end of a sentence, without the client's input.
+
+    Half of a surrogate pair comes from a program that cut a string in the middle of a character.
+    """
+    if "surrogate" in problem or "end of hex escape" in problem:
+        place = problem[problem.rfind(" at line") :]
+        return f"holds half of a surrogate pair{place}, which is not a character"
+    return f"is not valid JSON: {problem}"
+
+
+def _read_list(text: str) -> Any:
+    """A JSON array that was sent inside a string."""
+    try:
+        return from_json(text)
+    except ValueError as error:
+        message = describe_json(str(error))
+        raise PydanticCustomError("json_list", "{problem}", {"problem": message}) from None
 
 
 # Control characters other than white space, and bidirectional embeddings, overrides and isolates,
@@ -91,12 +114,27 @@ def _check_labels(labels: list[str]) -> list[str]:
     return labels
 
 
-def _check_template(template: str) -> str:
+def _read_templates(templates: Any, info: ValidationInfo) -> Any:
+    """The templates as a list, measured and checked."""
+    if isinstance(templates, str):
+        listed = templates.lstrip().startswith('["')  # `[{}]` is a template
+        templates = _read_list(templates) if listed else [templates]
+    if not isinstance(templates, list):
+        raise ValueError("a template is a string, and several are a list of strings")
+    limits = _limits(info)
+    limits.check_count(len(templates), "templates")
+    for template in templates:
+        limits.check_text(template)
+        if isinstance(template, str):
+            _check_template(template)
+    return templates
+
+
+def _check_template(template: str) -> None:
     if _HIDDEN.search(template):
         raise ValueError("a template holds a control character")
     if template.count("{}") != 1 or "{" in (rest := template.replace("{}", "")) or "}" in rest:
         raise ValueError("a template holds exactly one {} and no other brace")
-    return template
 
 
 Label = Annotated[str, StringConstraints(strip_whitespace=True), BeforeValidator(_measure)]
@@ -106,15 +144,19 @@ Labels = Annotated[
     AfterValidator(_check_labels),
     Field(
         description="Two or more different labels. Surrounding white space is removed. A single "
-        "string is split at its commas.",
+        "string is read as a JSON array, or split at its commas.",
         examples=[["cat", "dog"]],
     ),
 ]
-Template = Annotated[
-    str,
-    BeforeValidator(_measure),
-    AfterValidator(_check_template),
-    Field(description="The prompt around a label, with one `{}`; null for the server's default."),
+Templates = Annotated[
+    list[str],
+    Field(min_length=1),
+    BeforeValidator(_read_templates, json_schema_input_type=str | list[str]),
+    Field(
+        description="The prompt around a label, with one `{}`; null for the server's default. Of "
+        "several, the mean of the label's features counts. Labels times templates may not exceed "
+        "the limit of labels.",
+    ),
 ]
 
 
@@ -149,7 +191,7 @@ class ClassifyOptions(BaseModel):
     candidate_labels: Labels
     top_k: int | None = Field(default=None, ge=1)
     """How many labels to return; all by default."""
-    hypothesis_template: Template | None = None
+    hypothesis_template: Templates | None = None
     defense: DefenseOptions | None = None
 
 
@@ -187,13 +229,20 @@ class AttackRequest(ClassifyRequest):
         return self
 
 
+def _refuse_multi_label(value: Any) -> None:
+    if value not in (None, False):
+        raise ValueError("labels cannot be scored independently; all scores sum to 1")
+
+
 class HFParameters(BaseModel):
     """Unknown fields are ignored, as in transformers: newer clients may send more."""
 
     model_config = _STRICT
 
     candidate_labels: Labels
-    hypothesis_template: Template | None = None
+    hypothesis_template: Templates | None = None
+    multi_label: Annotated[Any, AfterValidator(_refuse_multi_label)] = None
+    """Must be false: the scores of all labels sum to 1."""
 
 
 class HFRequest(BaseModel):

@@ -6,18 +6,30 @@ endpoint no SDK is loaded and nothing is recorded. No span holds a label, an ima
 """
 
 import time
+from collections.abc import MutableMapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 from fastapi.telemetry import TelemetryConfig
 from opentelemetry import trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.datastructures import Headers
+from starlette.types import Scope
 
 from service.messages import Answer, Task
 
-QUIET = {"/livez", "/readyz", "/startupz", "/health", "/metrics"}
+PROBES = {"/livez", "/readyz", "/startupz", "/health", "/metrics"}
+
+
+def is_probe(scope: MutableMapping[str, Any]) -> bool:
+    """Whether a request only asks how the server is: too frequent to trace or to log."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) in PROBES
+
 
 TELEMETRY: TelemetryConfig = {
     "auto_configure": True,
-    "exclude": lambda scope: scope["path"] in QUIET,
+    "exclude": is_probe,
     "operation_spans": False,  # FastAPI's internal steps
     "metrics": False,  # exported for Prometheus
     "logs": False,
@@ -25,6 +37,17 @@ TELEMETRY: TelemetryConfig = {
 """FastAPI's configuration. Without the extra `otel` it warns that it cannot export, and serves."""
 
 _tracer = trace.get_tracer("tapt-serve")
+_propagator = TraceContextTextMapPropagator()
+
+
+def find_trace_id(scope: Scope) -> str | None:
+    """The trace of a request as 32 hex digits: of its span, or else of the caller's `traceparent`,
+    so that logs join the caller's trace where this server exports none."""
+    span = trace.get_current_span()
+    if not span.get_span_context().is_valid:
+        span = trace.get_current_span(_propagator.extract(Headers(scope=scope)))
+    context = span.get_span_context()
+    return f"{context.trace_id:032x}" if context.is_valid else None
 
 
 def trace_decoding() -> AbstractContextManager[trace.Span]:

@@ -123,7 +123,11 @@ class Runner:
             for task in batch:
                 settle(task.id, Failure("unprocessable", message))
             return
-        labelled = [(task, self._encode(task, settle, cancelled)) for task in batch]
+        labelled = [
+            (task, self._encode(task, settle, cancelled))
+            for task in batch
+            if not self._refuse(task, settle)
+        ]
         tasks, encoded = [], []
         for task, query in labelled:
             if query is not None and cancelled(task.id):
@@ -134,6 +138,19 @@ class Runner:
         for group in self.classifier.group(encoded, method):
             members = [tasks[index] for index in group.indices]
             self._run_group(members, group, views, settle, cancelled)
+
+    def _refuse(self, task: Task, settle: Settle) -> bool:
+        """Settle a task with several templates if its defense would adapt their words."""
+        moves = self.classifier.moves_text
+        if not (isinstance(task.template, tuple) and task.steps and moves(task.method)):
+            return False
+        others = ", ".join(name for name in self.classifier.methods if not moves(name))
+        message = (
+            f"The defense {task.method} adapts the words of one template. For several templates, "
+            f"choose one of {others}."
+        )
+        settle(task.id, Failure("unprocessable", message))
+        return True
 
     def _encode(self, task: Task, settle: Settle, cancelled: Cancelled) -> EncodedQuery | None:
         """The task with its labels encoded. None, and the task is settled, if its client left or
@@ -232,6 +249,8 @@ class Runner:
 
         attack = task.attack
         assert attack is not None
+        if self._refuse(task, settle):
+            return
         images = run_demo_attack(
             self.classifier,
             _query(task),

@@ -184,3 +184,35 @@ def test_runs_are_compared_on_the_same_pictures_and_on_no_others() -> None:
     assert "points above `ensemble`, 4 views" in table
     with pytest.raises(SystemExit):
         readme.paired_table(base, figures_of("tapt", "1" * 100, names[::-1]))
+
+
+@pytest.mark.parametrize("into", [None, "small"])
+def test_a_trial_does_not_replace_published_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, into: str | None
+) -> None:
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(readme, "ROBUSTNESS" if into else "README", page)
+    monkeypatch.setattr(readme, "accuracy_table", lambda figures: caption(figures["data"]))
+    monkeypatch.setattr(readme, "differences_table", lambda figures: "")
+    monkeypatch.setattr(readme, "headline", lambda figures: "news")
+    name = into or "table"
+
+    def caption(data: dict[str, Any]) -> str:
+        return f"on the same {data['n']} images of `{data['name']}` and more"
+
+    def write(count: int, data: str, *more: str) -> str:
+        page.write_text(
+            f"<!-- headline -->\nold\n<!-- /headline -->\n<!-- {name} -->\n"
+            f"{caption({'n': 500, 'name': 'val.parquet'})}\n<!-- /{name} -->\n"
+        )
+        table = tmp_path / "out.json"
+        table.write_text(json.dumps({"data": {"n": count, "name": data}}))
+        readme.main(["--table", str(table), *(["--into", into] if into else []), *more])
+        return page.read_text()
+
+    for count, data in ((20, "val.parquet"), (500, "mine"), (900, "mine")):
+        with pytest.raises(SystemExit, match=f"{count} images of {data}. Add --force"):
+            write(count, data)
+        assert "same 500 images" in page.read_text()
+        assert f"same {count} images of `{data}`" in write(count, data, "--force")
+    assert "same 900 images" in write(900, "val.parquet")

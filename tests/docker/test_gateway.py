@@ -14,7 +14,6 @@ import pytest
 from benchmarks.harness.gateway import CONFIGURATION, NGINX, Gateway
 from benchmarks.harness.load import ClosedLoop
 from benchmarks.harness.requests import LABELS, classification, draw_file
-from service.server import KEEP_ALIVE
 from service.settings import Settings
 from tests.fake_server import FakeServer
 
@@ -71,7 +70,7 @@ def test_its_limits_are_those_of_the_service() -> None:
     assert directive("client_body_timeout") == f"{settings.upload_timeout_ms // 1000}s"
     # The service answers late requests itself, and closes idle connections last.
     assert int(directive("proxy_read_timeout")[:-1]) > settings.request_timeout_ms / 1000 + 5
-    assert int(directive("keepalive_timeout").split("s")[0]) < KEEP_ALIVE
+    assert int(directive("keepalive_timeout").split("s")[0]) < Settings().keep_alive_s
 
 
 @needs_nginx

@@ -19,7 +19,9 @@ import pytest
 
 from benchmarks import readme
 from service import cli
-from service.settings import Settings
+from service.settings import CLIENT_KEY, PREFIX, Settings
+
+CLIENT = CLIENT_KEY.removeprefix(PREFIX).lower()
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -197,7 +199,7 @@ def unknown_names(text: str) -> list[str]:
     settings = {
         name.removeprefix("TAPT_").lower() for name in re.findall(r"TAPT_[A-Z0-9_]+\b", text)
     }
-    unknown += [f"TAPT_{name.upper()}" for name in settings - {*Settings.model_fields, ""}]
+    unknown += [f"TAPT_{name.upper()}" for name in settings - {*Settings.model_fields, CLIENT, ""}]
     return unknown
 
 

@@ -23,13 +23,13 @@ every = pytest.mark.parametrize("kind", COMMANDS)
 
 
 def run(
-    kind: str, server: Server, *arguments: str, key: str = ""
+    kind: str, server: Server, *arguments: str, key: str = "", variable: str = "TAPT_KEY"
 ) -> subprocess.CompletedProcess[str]:
     command = COMMANDS[kind]
     for needed in (command, *(["curl"] if kind == "sh" else [])):
         if shutil.which(needed) is None:
             pytest.skip(f"{needed} is not installed, so examples/classify.{kind} was not run")
-    environment = {**os.environ, "CLASSIFY_URL": server.url, "CLASSIFY_KEY": key}
+    environment = {**os.environ, "CLASSIFY_URL": server.url} | ({variable: key} if key else {})
     return subprocess.run(
         [command, str(EXAMPLES / f"classify.{kind}"), *arguments],
         capture_output=True,
@@ -68,12 +68,23 @@ def test_an_example_answers(kind: str, start: START, image: str) -> None:
 
 
 @every
-def test_an_example_sends_its_key(kind: str, start: START, image: str) -> None:
+@pytest.mark.parametrize("variable", ["TAPT_KEY", "CLASSIFY_KEY"])
+def test_an_example_sends_its_key(kind: str, start: START, image: str, variable: str) -> None:
     server = start(api_keys="sesame")
-    assert run(kind, server, image, "cat", "dog", key="sesame").returncode == 0
+    sent = run(kind, server, image, "cat", "dog", key="sesame", variable=variable)
+    assert sent.returncode == 0
     refused = run(kind, server, image, "cat", "dog")
     assert refused.returncode != 0
     assert "A valid API key is needed." in refused.stdout + refused.stderr
+
+
+@every
+def test_an_example_shows_why_a_file_is_too_large(kind: str, start: START, tmp_path: Path) -> None:
+    server = start(max_body_bytes=2**20)
+    (tmp_path / "large.jpg").write_bytes(bytes(20 * 2**20))
+    refused = run(kind, server, str(tmp_path / "large.jpg"), "cat", "dog")
+    assert refused.returncode != 0
+    assert f"The body is larger than {2**20} bytes." in refused.stdout + refused.stderr
 
 
 @every

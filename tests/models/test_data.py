@@ -146,7 +146,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(DataError, match=r"tapt-serve\[train\]"):
+    with pytest.raises(DataError, match=r"pip install .*-e .\.\[train\]"):
         ParquetDataset([shards / "a.parquet"])
 
 

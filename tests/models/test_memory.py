@@ -1,6 +1,7 @@
 """The memory that a batch takes is known beforehand, and many labels do not run out of it."""
 
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -52,6 +53,22 @@ def test_a_container_counts_what_it_is_allowed(
     assert free_bytes(cpu) == 2000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes(cpu) > 2000
+
+
+def test_a_system_that_reports_no_free_pages_counts_half_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = os.sysconf
+
+    def sysconf(name: str) -> int:
+        if name == "SC_AVPHYS_PAGES":
+            raise ValueError("unrecognized configuration name")
+        return known(name)
+
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    monkeypatch.setattr(Path, "exists", lambda self: False)  # neither /proc nor cgroups
+    total = known("SC_PHYS_PAGES") * known("SC_PAGE_SIZE")
+    assert free_bytes(torch.device("cpu")) == pytest.approx(total / 2, abs=2**16)
 
 
 def _measure(labels: int, requests: int, views: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import textwrap
 import threading
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 from service.cli import main
 from service.errors import ModelError
 from service.messages import Answer, Failure, Task
-from service.settings import Settings
+from service.settings import Settings, injected_variables
 from tests.conftest import Server
 from tests.fake_worker import READY, answer
 
@@ -103,6 +104,60 @@ def test_unknown_variables_are_one_sentence(
     )
 
 
+KUBERNETES = {
+    "TAPT_SERVE_SERVICE_HOST": "10.96.0.12",
+    "TAPT_SERVE_SERVICE_PORT": "80",
+    "TAPT_SERVE_SERVICE_PORT_HTTP": "80",
+    "TAPT_SERVE_PORT": "tcp://10.96.0.12:80",
+    "TAPT_SERVE_PORT_80_TCP": "tcp://10.96.0.12:80",
+    "TAPT_SERVE_PORT_80_TCP_PROTO": "tcp",
+    "TAPT_SERVE_PORT_80_TCP_PORT": "80",
+    "TAPT_SERVE_PORT_80_TCP_ADDR": "10.96.0.12",
+    "TAPT_SERVICE_HOST": "10.96.0.12",
+    "TAPT_PORT_8000_TCP": "tcp://10.96.0.12:8000",
+    "TAPT_PORT": "tcp://10.96.0.12:8000",
+}
+
+
+@pytest.mark.parametrize("name", KUBERNETES)
+def test_variables_of_kubernetes_are_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setenv(name, KUBERNETES[name])
+    assert main(["info"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"Kubernetes set {name} for a Service")
+    assert "enableServiceLinks: false" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_no_knob_looks_like_a_variable_of_kubernetes() -> None:
+    own = {f"TAPT_{name.upper()}": "1" for name in Settings.model_fields}
+    assert injected_variables(own) == []
+    assert injected_variables({"TAPT_PROT": "1", "TAPT_SERVE_REPORT": "x"}) == []
+
+
+def test_the_key_of_a_client_does_not_pass_for_that_of_a_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TAPT_KEY", "sesame")
+    assert main(["serve"]) == 2
+    error = capsys.readouterr().err
+    assert "TAPT_API_KEYS" in error
+    assert "sesame" not in error
+
+
+@pytest.mark.parametrize("command", ["serve", "classify", "info"])
+def test_help_shows_first_what_matters_most(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert text.index("\nknobs:") < text.index("--model VALUE") < text.index("\nother knobs:")
+    assert text.index("\nother knobs:") < text.index("--root-path")
+
+
 def test_each_wrong_value_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--port", "99999", "--views", "many", "--api-keys", "sesame"]) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -119,6 +174,38 @@ def test_a_flag_wins_over_its_variable(
     assert FakeRunner.asked.steps == 2
     assert main(["classify", str(image), "--labels", "a,b", "--steps", "3"]) == 0
     assert FakeRunner.asked.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("calibrate", "models.calibration.calibrate"),
+        ("evaluate", "models.evaluation.command"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        (["--data", "d"], ["--model", "org/name", "--data", "d"]),
+        (["--model", "other"], ["--model", "other"]),
+        (["--model=other"], ["--model=other"]),
+    ],
+)
+def test_other_commands_take_the_model_of_serve(
+    monkeypatch: pytest.MonkeyPatch, command: str, module: str, given: list[str], passed: list[str]
+) -> None:
+    seen: list[list[str]] = []
+
+    def note(arguments: list[str]) -> int:
+        seen.append(arguments)
+        return 0
+
+    monkeypatch.setattr(f"{module}.main", note)
+    monkeypatch.setenv("TAPT_MODEL", "org/name")
+    assert main([command, *given]) == 0
+    monkeypatch.delenv("TAPT_MODEL")
+    assert main([command, *given]) == 0
+    assert seen == [passed, given]
 
 
 # classify and info.
@@ -198,7 +285,18 @@ def test_info_prints_the_models_facts(runner: None, capsys: pytest.CaptureFixtur
     assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"model": {"name": "fake"}}
     assert main(["info"]) == 0
-    assert re.search(r"model\.name\W+fake", capsys.readouterr().out)
+    assert capsys.readouterr().out == "model.name  fake\n"
+
+
+def test_a_long_value_stays_on_its_line(
+    runner: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = "0123456789abcdef" * 20
+    ready = replace(READY, info={"model": {"sha256": digest}, "n": 1})
+    monkeypatch.setattr(FakeRunner, "ready", ready)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out == f"model.sha256  {digest}\nn             1\n"
 
 
 # serve, as a process of its own.
@@ -256,6 +354,9 @@ def test_sigterm_drains_and_ends_well(photo: bytes) -> None:
         assert process.returncode == 0
         assert out == ""
         lines = [json.loads(line) for line in err.splitlines()]
+        assert "shutting down: running requests have 30 s to finish" in {
+            line["message"] for line in lines
+        }
         assert {"/v1/classify"} == {line["route"] for line in lines if "route" in line}
         assert {200, 503} == {line["status"] for line in lines if "status" in line}
 

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from service.http.authentication import check_key
+from service.http.query import refuse_query
 from service.http.response import Classification, build_response
 from service.http.routes.docs import ERROR_RESPONSES, FORM, REQUEST_ID, describe_body
 from service.intake.body import parse, read_json, validate
@@ -33,7 +34,7 @@ router = APIRouter(tags=["classification"])
             },
         }
     },
-    dependencies=[Depends(check_key)],
+    dependencies=[Depends(check_key), Depends(refuse_query)],
 )
 async def classify(request: Request) -> Response:
     """Send a form with the file, or JSON with the file as base64. The labels come back best

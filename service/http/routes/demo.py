@@ -23,6 +23,7 @@ from service.engine.engine import Engine
 from service.errors import InternalError, QueueFull, ServiceError, Unauthorized
 from service.http.access_log import error_body
 from service.http.authentication import check_key
+from service.http.query import refuse_query
 from service.http.response import AttackStage, DemoClassification, ScoredLabel, View, clamp
 from service.http.routes.classify import respond
 from service.http.same_site import check_same_site
@@ -49,7 +50,7 @@ async def check_diagnostics(request: Request) -> None:
 router = APIRouter(
     prefix="/demo",
     include_in_schema=False,
-    dependencies=[Depends(check_same_site), Depends(check_diagnostics)],
+    dependencies=[Depends(check_same_site), Depends(check_diagnostics), Depends(refuse_query)],
 )
 
 

@@ -15,6 +15,7 @@ from pydantic.json_schema import models_json_schema
 
 from service.errors import NotFound
 from service.http.authentication import check_pages
+from service.http.content_policy import content_policy
 from service.http.response import INFERENCE_HEADER, DefenseReport, ErrorBody, Timings, header_names
 from service.intake.requests import ClassifyOptions, ClassifyRequest, DefenseOptions, HFRequest
 
@@ -52,7 +53,7 @@ _DESCRIPTIONS = {
     401: "The key is missing or wrong.",
     408: "The body did not arrive in time.",
     413: "The body is too large, or the image has too many pixels.",
-    415: "The image is in no supported format.",
+    415: "The image is in no supported format, or the body in no supported encoding.",
     422: "The labels, the template or another value are invalid.",
     429: "The queue is full, or this key has reached a limit.",
     500: "The server failed.",
@@ -118,8 +119,13 @@ def add_bodies(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
+            prefix = app.state.settings.root_path
             app.openapi_schema = get_openapi(
-                title=app.title, summary=app.summary, version=app.version, routes=app.routes
+                title=app.title,
+                summary=app.summary,
+                version=app.version,
+                routes=app.routes,
+                servers=[{"url": prefix}] if prefix else None,
             )
             models = [(model, "validation") for model in _BODIES]
             _, described = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
@@ -148,13 +154,11 @@ _START = (
     'SwaggerUIBundle({url: "openapi.json", dom_id: "#api", deepLinking: true, '
     "displayRequestDuration: true});"
 )
-_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
-        "connect-src 'self'; img-src 'self' data: blob:; base-uri 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-}
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "connect-src 'self'; img-src 'self' data: blob:; base-uri 'none'"
+)
+_HEADERS = {"X-Content-Type-Options": "nosniff"}
 
 
 @router.get("/openapi.json")
@@ -163,17 +167,19 @@ async def openapi(request: Request) -> JSONResponse:
 
 
 @router.get("/docs")
-async def page() -> Response:
-    return Response(_PAGE, headers=_HEADERS, media_type="text/html")
+async def page(request: Request) -> Response:
+    headers = _HEADERS | content_policy(request, _POLICY)
+    return Response(_PAGE, headers=headers, media_type="text/html")
 
 
 @router.get("/docs/{name}")
-async def asset(name: str) -> Response:
+async def asset(name: str, request: Request) -> Response:
     kinds = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
     if name == "start.js":
-        return Response(_START, headers=_HEADERS, media_type="text/javascript")
+        headers = _HEADERS | content_policy(request, _POLICY)
+        return Response(_START, headers=headers, media_type="text/javascript")
     if name not in kinds:
         raise NotFound("There is nothing at this URL.")
     body = files("fastapi_offline").joinpath("static", name).read_bytes()
-    headers = _HEADERS | {"Cache-Control": "max-age=86400"}
+    headers = _HEADERS | content_policy(request, _POLICY) | {"Cache-Control": "max-age=86400"}
     return Response(body, headers=headers, media_type=kinds[name])

@@ -12,12 +12,15 @@ router = APIRouter(tags=["health"], responses=describe_errors(503))
 RETRY_AFTER = 5.0  # seconds
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez", summary="Whether the process should keep running")
 async def livez(request: Request) -> Status:
     """Fails only when no worker can be started again. A server that recovers is alive."""
     return _status(_engine(request).alive, "The workers cannot be started again.")
 
 
+@router.head("/readyz", include_in_schema=False)
+@router.head("/health", include_in_schema=False)
 @router.get("/readyz", summary="Whether requests are served now")
 @router.get("/health", summary="The same as /readyz")
 async def readyz(request: Request) -> Status:
@@ -25,6 +28,7 @@ async def readyz(request: Request) -> Status:
     return _status(ready, "The server is loading, recovering or shutting down.")
 
 
+@router.head("/startupz", include_in_schema=False)
 @router.get("/startupz", summary="Whether the model has been loaded")
 async def startupz(request: Request) -> Status:
     return _status(_engine(request).started, "The model is loading.")

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
 from service.http.authentication import check_key
+from service.http.query import refuse_query
 from service.http.response import ScoredLabel, report_headers
 from service.http.routes.classify import respond
 from service.http.routes.docs import ERROR_RESPONSES, REPORT, REQUEST_ID, describe_body
@@ -28,7 +29,7 @@ router = APIRouter(tags=["classification"])
     openapi_extra={
         "requestBody": {"required": True, "content": {"application/json": describe_body(HFRequest)}}
     },
-    dependencies=[Depends(check_key)],
+    dependencies=[Depends(check_key), Depends(refuse_query)],
 )
 async def classify(request: Request) -> JSONResponse:
     """For `InferenceClient(model=URL).zero_shot_image_classification(...)` and its counterparts in

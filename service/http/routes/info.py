@@ -66,6 +66,7 @@ def _hide_thresholds(info: dict[str, Any], caller: Caller) -> dict[str, Any]:
     return info | {"bundle": shown}
 
 
+@router.head("/metrics", include_in_schema=False, dependencies=[Depends(check_metrics)])
 @router.get(
     "/metrics",
     summary="Prometheus metrics",

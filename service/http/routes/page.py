@@ -6,11 +6,12 @@ It loads nothing from other hosts, and its content security policy forbids it.
 from importlib.resources import files
 from pathlib import Path
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from service.errors import NotFound
 from service.http.authentication import check_pages
+from service.http.content_policy import content_policy
 
 router = APIRouter(include_in_schema=False, dependencies=[Depends(check_pages)])
 
@@ -27,28 +28,30 @@ FILES = {
 }
 """All files by name, in memory: a client's path never reaches the file system."""
 
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'"
+)
 HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
 
 
+@router.head("/")
 @router.get("/")
-async def page() -> Response:
-    return _file("index.html")
+async def page(request: Request) -> Response:
+    return _file("index.html", request)
 
 
 @router.get("/playground/{name}")
-async def file(name: str) -> Response:
-    return _file(name)
+async def file(name: str, request: Request) -> Response:
+    return _file(name, request)
 
 
-def _file(name: str) -> Response:
+def _file(name: str, request: Request) -> Response:
     if name not in FILES:
         raise NotFound("There is nothing at this URL.")
-    return Response(FILES[name], headers=HEADERS, media_type=TYPES[Path(name).suffix])
+    headers = HEADERS | content_policy(request, POLICY)
+    return Response(FILES[name], headers=headers, media_type=TYPES[Path(name).suffix])

@@ -239,7 +239,7 @@ def test_autoattack_says_what_to_install(
     net: Net, pixels: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyautoattack", None)
-    with pytest.raises(MissingExtra, match=r"tapt-serve\[attack\]"):
+    with pytest.raises(MissingExtra, match=r"pip install .*-e .\.\[attack\]"):
         autoattack(net, pixels, labels, BUDGET, seeds(pixels))
 
 

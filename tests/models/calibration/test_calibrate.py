@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from rich.progress import Progress
 
+from models import adamw
 from models.attacks.pgd import ascend
 from models.bundle import DefenseBundle, load_bundle
 from models.calibration import calibrate
+from models.calibration.options import make_parser
 from models.calibration.prompt_tuning import Tuning, _logits, _mean_loss, _spread, attack
 from models.checkpoint import Checkpoint
 from models.data import open_dataset
@@ -103,22 +106,26 @@ def test_a_run_cut_short_ends_as_one_in_a_piece(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def load(out: Path) -> DefenseBundle:
         return load_bundle(out, checkpoint.clip, checkpoint.sha256)
 
     assert run(directory, folder, tmp_path / "whole") == 0
-    save = calibrate._save
+    advance, calls = adamw.advance, 0
 
-    def cut(*arguments: object) -> None:
-        save(*arguments)  # type: ignore[arg-type]
-        raise KeyboardInterrupt
+    def interrupt(*arguments: object) -> object:
+        """Ctrl-C in the middle of step 30, whose number is counted already."""
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            raise KeyboardInterrupt
+        return advance(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(calibrate, "_save", cut)
-    with pytest.raises(KeyboardInterrupt):
-        run(directory, folder, tmp_path / "cut")
+    monkeypatch.setattr(adamw, "advance", interrupt)
+    assert run(directory, folder, tmp_path / "cut") == 130
+    assert capsys.readouterr().err == "Stopped. The same command resumes.\n"
     assert not (tmp_path / "cut").exists()
-    monkeypatch.setattr(calibrate, "_save", save)
     resumed: list[int] = []
     tune = calibrate.tune
     monkeypatch.setattr(
@@ -127,9 +134,89 @@ def test_a_run_cut_short_ends_as_one_in_a_piece(
         lambda *a: (resumed.append(a[-2].step), tune(*a))[1],  # type: ignore[attr-defined]
     )
     assert run(directory, folder, tmp_path / "cut") == 0
-    assert resumed == [50]
+    assert resumed == [29]
     for name, value in load(tmp_path / "whole").prompts.tensors.items():
         torch.testing.assert_close(load(tmp_path / "cut").prompts.tensors[name], value)
+
+
+def test_progress_is_saved_by_time_and_at_the_last_step(
+    directory: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    save = calibrate._save
+
+    def note(*arguments: object) -> None:
+        saved.append(arguments[-1].step)  # type: ignore[attr-defined]
+        save(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(calibrate, "_save", note)
+    now = 0.0
+
+    def tick() -> float:
+        nonlocal now
+        now += 4.0  # seconds between two readings
+        return now
+
+    monkeypatch.setattr(calibrate, "time", SimpleNamespace(monotonic=tick))
+    assert run(directory, folder, tmp_path / "bundle") == 0
+    assert saved[-1] == 60
+    assert calibrate.SAVE_SECONDS < 60
+    assert max(b - a for a, b in zip([0, *saved], saved, strict=False)) * 4.0 <= 60
+
+
+def test_a_bundle_is_replaced_only_by_force(
+    directory: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bundle"
+    out.mkdir()
+    (out / "kept").touch()
+    assert run(directory, folder, out, "--steps", "2") == 1
+    assert capsys.readouterr().err == f"{out} exists; name another --out or add --force\n"
+    assert (out / "kept").exists()
+    assert run(directory, folder, out, "--steps", "2", "--force") == 0
+    assert not (out / "kept").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--epsilon", "8"),
+        ("--epsilon", "1"),
+        ("--epsilon", "-1/255"),
+        ("--depth", "50"),
+        ("--depth", "0"),
+        ("--tokens", "0"),
+        ("--steps", "0"),
+        ("--batch", "1"),
+        ("--rate", "0"),
+        ("--clean-share", "1"),
+        ("--shots", "0"),
+        ("--images", "-1"),
+        ("--threshold-views", "1"),
+        ("--false-positive-rate", "1"),
+        ("--seed", "1.5"),
+    ],
+)
+def test_values_out_of_range_are_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        calibrate.main(["--data", "d", "--out", str(tmp_path / "out"), flag, value])
+    assert ended.value.code == 2
+    assert f"argument {flag}:" in capsys.readouterr().err
+
+
+def test_a_depth_beyond_the_model_is_refused(
+    directory: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(directory, folder, tmp_path / "bundle", "--depth", "12") == 1
+    assert "--depth 12" in capsys.readouterr().err
+
+
+def test_every_flag_is_explained() -> None:
+    for action in make_parser()._actions:
+        assert action.help, action.dest
+        assert len(action.help) > 8, action.dest
 
 
 def test_unlabelled_pictures_take_statistics_for_known_prompts(

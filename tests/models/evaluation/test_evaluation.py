@@ -280,6 +280,7 @@ def test_a_row_that_only_square_breaks_is_pointed_out(tmp_path: Path) -> None:
         ("--defenses plain,nothing", "--defenses: unknown nothing"),
         ("--eps 1/510", "below 1/255"),
         ("--eps 1/0", "a fraction by zero"),
+        ("--eps 2", "write 2/255"),
         ("--labels x", "name some with --labels"),
         ("--data nowhere", "no data at nowhere"),
         ("--view-area 0.5", "--view-area: two shares"),

@@ -88,3 +88,16 @@ def test_tokens_count_every_view_and_the_longest_label_up_to_the_context(
 ) -> None:
     task = replace(TYPICAL, labels=labels, template="a {}", views=4)
     assert count_tokens(task, MODEL, "") == expected
+
+
+def test_each_template_counts_its_own_texts() -> None:
+    labels = ("cat", "dog")
+    one, two = (
+        replace(TYPICAL, labels=labels, template=template, views=4)
+        for template in ("a {}", ("a {}", "a photo of a {}"))
+    )
+    other = replace(one, template="a photo of a {}")
+    image = 4 * MODEL.image_tokens
+    texts = [count_tokens(task, MODEL, "{}") - image for task in (one, other, two)]
+    assert texts[0] < texts[1]
+    assert texts[2] == texts[0] + texts[1]

@@ -172,7 +172,7 @@ def test_every_route_but_health_asks_for_a_key(start: START) -> None:
             answer = server.http.request(method, path)
             assert (answer.status_code != 401) == (path in health), f"{method} {path}"
             if path not in health:
-                assert answer.json()["error_type"] == "unauthorized"
+                assert method == "HEAD" or answer.json()["error_type"] == "unauthorized"
                 assert answer.headers["www-authenticate"] == "Bearer"
                 header = {"Authorization": "Bearer alpha"}
                 assert server.http.request(method, path, headers=header).status_code != 401

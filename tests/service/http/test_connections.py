@@ -18,6 +18,7 @@ import pytest
 
 from service.http import connections
 from service.http.authentication import entry
+from service.http.connections import limit_connections, raise_descriptor_limit
 from service.telemetry.logs import OncePerMinute
 from tests.conftest import Server
 from tests.fake_server import FakeServer
@@ -354,6 +355,31 @@ def test_at_the_descriptor_limit_the_server_and_its_worker_recover(tmp_path: Pat
         for client in idle:
             client.close()
     assert log.stat().st_size < 20_000
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted"),
+    [
+        ((256, resource.RLIM_INFINITY), [(10_240, resource.RLIM_INFINITY)]),  # macOS
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), []),
+        ((1024, 4096), [(4096, 4096)]),
+        ((4096, 4096), []),
+    ],
+)
+def test_the_descriptor_limit_is_raised_as_far_as_the_system_allows(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], wanted: list[tuple[int, int]]
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def refuse(_: int, given: tuple[int, int]) -> None:
+        asked.append(given)
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    raise_descriptor_limit()
+    assert asked == wanted
+    assert limit_connections(1.0).shared.max_connections > 0  # type: ignore[attr-defined]
 
 
 def test_a_message_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:

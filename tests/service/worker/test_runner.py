@@ -358,3 +358,21 @@ def test_a_bundle_of_another_design_is_refused(directory: Path) -> None:
 def test_a_device_that_is_not_there_is_one_sentence(directory: Path, device: str) -> None:
     with pytest.raises(ModelError, match=device):
         Runner(Settings(model=str(directory), device=device), 0)
+
+
+def test_several_templates_where_the_words_adapt_are_refused_alone(runner: Runner) -> None:
+    several = ("a photo of a {}.", "a {}")
+    works = [make_work(i, method="rtpt", template=several if i == 1 else None) for i in range(3)]
+    settled, counts = run(runner, works)
+    refused = settled["work-1"]
+    assert isinstance(refused, Failure)
+    assert refused.error_type == "unprocessable"
+    assert refused.message == (
+        "The defense rtpt adapts the words of one template. For several templates, choose one of "
+        "plain, ensemble, apt, apt-ensemble, tapt, ttc, gate, thrift."
+    )
+    assert isinstance(settled["work-0"], Answer)
+    assert isinstance(settled["work-2"], Answer)
+    assert not counts.get("error_splits")
+    settled, _ = run(runner, [make_work(0, method="tapt", template=several, steps=1)])
+    assert isinstance(settled["work-0"], Answer)

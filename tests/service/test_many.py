@@ -1,0 +1,250 @@
+"""`tapt-serve classify` with many images: lines in order, errors, waiting, and resuming."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service import many
+from service.cli import main
+from service.errors import QueueFull, TooLarge, Unauthorized
+from tests import tiny
+from tests.conftest import Server
+from tests.fake_worker import FakeWorker
+
+START = Callable[..., Server]
+
+
+@pytest.fixture
+def images(photo: bytes, tmp_path: Path) -> Path:
+    """Six photographs and a file that is none, in two directories."""
+    directory = tmp_path / "images"
+    (directory / "more").mkdir(parents=True)
+    for name in ("b.jpg", "a.JPG", "c.jpeg", "more/d.png", "more/e.jpg", "more/f.jpg"):
+        (directory / name).write_bytes(photo)
+    (directory / "more/bad.jpg").write_text("hello")
+    (directory / "notes.txt").write_text("no image")
+    return directory
+
+
+NAMES = ["a.JPG", "b.jpg", "c.jpeg", "more/bad.jpg", "more/d.png", "more/e.jpg", "more/f.jpg"]
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_directory_is_a_line_for_each_image_in_order(
+    start: START, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The first takes longest; the order is that of the files all the same.
+    worker = FakeWorker(seconds=lambda batch: 0.3 if len(worker.batches) == 1 else 0.0)
+    server = start(worker)
+    arguments = ["classify", str(images), "--labels", "cat,dog", "--url", server.url]
+    assert main([*arguments, "--top-k", "1"]) == 1
+    shown = capsys.readouterr()
+    found = lines(shown.out)
+    assert [line["file"] for line in found] == [str(images / name) for name in NAMES]
+    for line in found:
+        if line["file"].endswith("bad.jpg"):
+            assert line["error_type"] == "unsupported_image"
+            assert line["error"].startswith("The image is not one of")
+            assert "labels" not in line
+        else:
+            assert line["labels"] == [{"label": "cat", "score": 1.0}]
+            assert line["defense"]["method"] == "tapt"
+    assert "classifying" in shown.err
+    assert shown.err.endswith("1 of 7 files failed.\n")
+
+
+def test_files_and_a_list_on_standard_input(
+    server: Server, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    import io
+
+    listed = f"{images / 'c.jpeg'}\n{images / 'b.jpg'}\r\n\n{images / 'none.jpg'}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(listed))
+    first = str(images / "b.jpg")
+    assert main(["classify", first, "-", "--labels", "a,b", "--url", server.url]) == 1
+    found = lines(capsys.readouterr().out)
+    assert [Path(line["file"]).name for line in found] == ["b.jpg", "c.jpeg", "none.jpg"]
+    assert found[2]["error"] == "No such file or directory"
+    assert found[2]["error_type"] == "unreadable"
+
+
+def test_a_run_resumes_and_ends_in_order(start: START, images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    worker = FakeWorker()
+    server = start(worker)
+    arguments = ["classify", str(images), "--labels", "cat,dog", "--url", server.url]
+    arguments += ["--output", str(output)]
+    assert main(arguments) == 1
+    first = lines(output.read_text())
+    assert len(worker.batches) == 6
+
+    # Killed: some lines are missing, the last is torn. One file is mended meanwhile.
+    kept = output.read_text().splitlines()[1:4]
+    output.write_text("\n".join(kept) + '\n{"file": "torn')
+    (images / "more/bad.jpg").write_bytes((images / "b.jpg").read_bytes())
+    assert main(arguments) == 0
+    again = lines(output.read_text())
+    assert [line["file"] for line in again] == [str(images / name) for name in NAMES]
+    assert not [line for line in again if "error" in line]
+    assert again[1:3] == first[1:3]  # not asked for again
+    assert sum(len(batch) for batch in worker.batches) == 6 + 5
+    assert main(arguments) == 0
+    assert sum(len(batch) for batch in worker.batches) == 6 + 5
+
+
+def test_answers_to_another_question_are_not_mixed(
+    server: Server, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    arguments = ["classify", str(images / "b.jpg"), "--url", server.url, "--output", str(output)]
+    assert main([*arguments, "--labels", "cat,dog"]) == 0
+    before = output.read_text()
+    for other in (["--labels", "cat,cow"], ["--labels", "cat,dog", "--steps", "3"]):
+        assert main([*arguments, *other]) == 2
+        assert "holds answers to other labels" in capsys.readouterr().err
+    output.write_text("my notes\n")
+    assert main([*arguments, "--labels", "cat,dog"]) == 2
+    assert output.read_text() == "my notes\n"
+    assert before
+
+
+def test_a_busy_server_is_asked_again_when_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    asked = 0
+
+    async def classify(file: bytes) -> dict[str, Any]:
+        nonlocal asked
+        asked += 1
+        if asked < 3:
+            raise QueueFull("The queue is full.", retry_after=asked * 7.0)
+        return {"labels": []}
+
+    monkeypatch.setattr("service.many.asyncio.sleep", sleep)
+    line = asyncio.run(many.classify_file(__file__, classify))
+    assert line == {"file": __file__, "labels": []}
+    assert slept == [7.0, 14.0]
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"), [(TooLarge("Too large."), False), (Unauthorized("No."), True)]
+)
+def test_what_concerns_one_file_is_a_line_and_what_concerns_all_ends_the_run(
+    error: Exception, ends: bool
+) -> None:
+    async def classify(file: bytes) -> dict[str, Any]:
+        raise error
+
+    if ends:
+        with pytest.raises(Unauthorized):
+            asyncio.run(many.classify_file(__file__, classify))
+    else:
+        line = asyncio.run(many.classify_file(__file__, classify))
+        assert line == {"file": __file__, "error": "Too large.", "error_type": "too_large"}
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_concurrency_is_bounded_and_results_are_in_order(concurrency: int) -> None:
+    running, most = 0, 0
+
+    async def work(name: str) -> dict[str, Any]:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.02 if int(name) % 3 == 0 else 0.001)
+        running -= 1
+        return {"file": name}
+
+    async def run() -> list[str]:
+        names = [str(number) for number in range(12)]
+        return [line["file"] async for line in many.in_order(names, work, concurrency)]
+
+    assert asyncio.run(run()) == [str(number) for number in range(12)]
+    assert most == concurrency
+
+
+def test_a_server_that_is_gone_ends_the_run(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(many, "RECONNECT_WAIT", 0.01)
+    output = tmp_path / "answers.jsonl"
+    arguments = ["classify", str(images), "--labels", "a,b", "--url", "http://127.0.0.1:9"]
+    assert main([*arguments, "--output", str(output)]) == 1
+    shown = capsys.readouterr().err
+    assert "Interrupted. The same command resumes." in shown
+    assert "cannot be reached" in shown
+    assert output.read_text() == ""
+
+
+def test_a_key_is_sent(
+    start: START, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    server = start(api_keys="sesame")
+    one = str(images / "b.jpg")
+    for sources in ([one], [one, str(images / "c.jpeg")]):
+        arguments = ["classify", *sources, "--labels", "a,b", "--url", server.url]
+        assert main(arguments) == 1
+        assert "A valid API key is needed." in capsys.readouterr().err
+        assert main([*arguments, "--key", "sesame"]) == 0
+        monkeypatch.setenv("TAPT_KEY", "sesame")
+        assert main(arguments) == 0
+        assert main(["info", "--url", server.url]) == 0
+        monkeypatch.delenv("TAPT_KEY")
+
+
+def test_a_file_over_the_limit_keeps_the_servers_sentence(
+    start: START, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = start(max_body_bytes=2**20)
+    file = tmp_path / "large.jpg"
+    file.write_bytes(bytes(20 * 2**20))
+    sentence = f"The body is larger than {2**20} bytes."
+    again = ["classify", str(file), str(tmp_path / "none"), "--labels", "a,b", "--url", server.url]
+    assert main(again) == 1
+    assert lines(capsys.readouterr().out)[0]["error"] == sentence
+
+
+def test_a_local_run_goes_through_the_engine(images: Path, tmp_path: Path) -> None:
+    """As a process: a worker and decoders start, with a tiny model."""
+    model = tiny.save_checkpoint(tmp_path / "model")
+    command = [sys.executable, "-m", "service.cli", "classify", str(images), "--labels", "cat,dog"]
+    command += ["--model", str(model), "--method", "ensemble", "--views", "4"]
+    command += ["--output", str(tmp_path / "out.jsonl"), "--template", "a {}", "--template", "{}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert "1 of 7 files failed." in done.stderr
+    found = lines((tmp_path / "out.jsonl").read_text())
+    assert [line["file"] for line in found] == [str(images / name) for name in NAMES]
+    good = [line for line in found if "error" not in line]
+    assert len(good) == 6
+    assert {line["defense"]["method"] for line in good} == {"ensemble"}
+    assert [line["error_type"] for line in found if "error" in line] == ["unsupported_image"]
+
+
+def test_a_model_that_cannot_be_loaded_is_one_sentence(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["classify", str(images), "--labels", "a,b", "--model", str(tmp_path / "none")]
+    done = subprocess.run(
+        [sys.executable, "-m", "service.cli", *command], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert str(tmp_path / "none") in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_an_empty_directory_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["classify", str(tmp_path), "--labels", "a,b"]) == 2
+    assert "there are no images" in capsys.readouterr().err
