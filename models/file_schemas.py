@@ -27,11 +27,11 @@ Side = Annotated[int, Field(ge=1, le=4096)]
 Finite = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
 
-class _Schema(BaseModel):
+class FileSchema(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
 
-Model = TypeVar("Model", bound=_Schema)
+Model = TypeVar("Model", bound=FileSchema)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _refuse_kernel(name: str | None) -> str | None:
 Attention = Annotated[str | None, AfterValidator(_refuse_kernel)]
 
 
-class _Tower(_Schema):
+class _Tower(FileSchema):
     """One of the two transformers. What is absent, transformers fills in."""
 
     hidden_size: int = Field(default=512, ge=1, le=16_384)
@@ -118,7 +118,7 @@ def _refuse(value: object) -> object:
     return value
 
 
-class CheckpointConfig(_Schema):
+class CheckpointConfig(FileSchema):
     """`config.json` of a CLIP, as far as sizes follow from it. Where an old one has `*_dict` as
     well, transformers lets that win."""
 
@@ -131,7 +131,7 @@ class CheckpointConfig(_Schema):
     quantization_config: Annotated[Any, AfterValidator(_refuse)] = None
 
 
-class _Edges(_Schema):
+class _Edges(FileSchema):
     shortest_edge: Side | None = None
     height: Side | None = None
     width: Side | None = None
@@ -154,7 +154,7 @@ def _shortest(value: object) -> object:
 Deviation = Annotated[Finite, Field(gt=0)]
 
 
-class ImageProcessorConfig(_Schema):
+class ImageProcessorConfig(FileSchema):
     """`preprocessor_config.json`, or `image_processor` in `processor_config.json`."""
 
     size: Annotated[_Edges | None, BeforeValidator(_shortest)] = None
@@ -179,7 +179,7 @@ Share = Annotated[Finite, Field(ge=0, le=1)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class BundleMetadata(_Schema):
+class BundleMetadata(FileSchema):
     """`bundle.json`."""
 
     format: Literal[2]

@@ -25,6 +25,8 @@ def load_classifier(
     dtype: str = "auto",
     revision: str = "",
     sha256: str = "",
+    tokenizer: str = "",
+    quick_gelu: bool | None = None,
     bundle: str | Path | None = None,
     design: str | None = None,
     template: str = DEFAULT_TEMPLATE,
@@ -40,7 +42,7 @@ def load_classifier(
     """Load a checkpoint with its bundle and set up the objective.
 
     Args:
-        model, revision, sha256: see `load_checkpoint`.
+        model, revision, sha256, tokenizer, quick_gelu: see `load_checkpoint`.
         device, device_index: see `pick_device`.
         dtype: `float32`, `bfloat16`, or `auto`: float32 on a CPU, bfloat16 on CUDA.
         bundle: directory of a defense bundle; by default the one beside the checkpoint, if any.
@@ -55,7 +57,9 @@ def load_classifier(
     place = pick_device(device, device_index)
     if dtype == "auto":
         dtype = "float32" if place.type == "cpu" else "bfloat16"
-    checkpoint = load_checkpoint(model, place, getattr(torch, dtype), revision, sha256)
+    checkpoint = load_checkpoint(
+        model, place, getattr(torch, dtype), revision, sha256, tokenizer, quick_gelu
+    )
     preprocessing = replace(checkpoint.preprocessing, area=view_area)
     checkpoint = replace(checkpoint, preprocessing=preprocessing)
     found = _find_bundle(checkpoint, bundle, design)

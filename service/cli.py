@@ -1,6 +1,6 @@
 """`tapt-serve serve | classify | info | key`, with a flag for each setting of the service.
 
-`calibrate`, `harden` and `evaluate` have flags of their own and are passed on unchanged.
+`calibrate`, `convert`, `harden` and `evaluate` have flags of their own and are passed on unchanged.
 """
 
 import argparse
@@ -29,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from models.calibration.calibrate import main as calibrate
 
         return calibrate(arguments[1:])
+    if arguments[:1] == ["convert"]:
+        from models.conversion import main as convert
+
+        return convert(arguments[1:])
     if arguments[:1] == ["harden"]:
         from models.calibration.harden import main as harden
 
@@ -200,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     key.add_argument("--stdin", action="store_true", help="read the key from standard input")
 
     commands.add_parser("calibrate", help="make a defense bundle for a checkpoint from images")
+    commands.add_parser("convert", help="convert a checkpoint to safetensors for transformers")
     commands.add_parser("harden", help="fine-tune a checkpoint against attacks")
     commands.add_parser("evaluate", help="evaluate defenses under attack")
 

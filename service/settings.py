@@ -43,11 +43,18 @@ class Settings(BaseSettings):
     """Port to listen on; 0 picks a free one."""
 
     model: str = "embedded"
-    """`embedded`, a Hugging Face hub id, or a directory with a CLIP checkpoint."""
+    """`embedded`, a Hugging Face hub id, or a directory with a CLIP checkpoint, in the format of
+    transformers or of OpenCLIP; see [checkpoints](checkpoints.md)."""
     model_revision: str = ""
     """Commit, tag or branch of a hub id. Only a full commit hash is immutable."""
     model_sha256: str = Field("", pattern="^([0-9a-fA-F]{64})?$")
     """SHA-256 that the weights must have, as shown by `tapt-serve info`."""
+    tokenizer: str = ""
+    """Directory or hub id (`owner/name` or `owner/name@revision`) of the tokenizer; empty: the
+    model's own."""
+    quick_gelu: Literal["auto", "true", "false"] = "auto"
+    """Activation of the model: CLIP's approximate GELU (`true`) or the exact one (`false`). `auto`
+    follows the model's configuration."""
     bundle: str = ""
     """Directory of the defense bundle; empty: `bundle` beside the model, if any."""
     device: str = "auto"

@@ -12,6 +12,7 @@ from service.errors import ModelError
 from service.messages import Ready
 from service.settings import Settings
 
+QUICK_GELU = {"auto": None, "true": True, "false": False}
 BATCH_SHARE = 0.5  # of the free memory, for the largest batch
 
 
@@ -29,6 +30,8 @@ def load(settings: Settings, index: int) -> DefendedClassifier:
             dtype=settings.dtype,
             revision=settings.model_revision,
             sha256=settings.model_sha256.lower(),
+            tokenizer=settings.tokenizer,
+            quick_gelu=QUICK_GELU[settings.quick_gelu],
             bundle=settings.bundle,
             design=settings.design,
             template=settings.hypothesis_template,

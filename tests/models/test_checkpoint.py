@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-import models.checkpoint
+import models.hub
 from models.checkpoint import load_checkpoint
 from models.errors import LoadError
 from service.settings import Settings
@@ -124,7 +124,9 @@ def test_a_revision_is_what_is_downloaded(original: Path, monkeypatch: pytest.Mo
         assert not [pattern for pattern in allow_patterns if pattern.endswith((".bin", ".py"))]
         return str(original)
 
-    monkeypatch.setattr(models.checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(models.hub, "snapshot_download", download)
     load_checkpoint("some/clip", tiny.CPU, revision="0123abcd")
     load_checkpoint("some/clip", tiny.CPU)
-    assert asked == [("some/clip", "0123abcd"), ("some/clip", None)]
+    # The weights are of the commit that the configuration was of.
+    pinned = ("some/clip", original.name)
+    assert asked == [("some/clip", "0123abcd"), pinned, ("some/clip", None), pinned]
