@@ -11,6 +11,8 @@ FILES = ("*.json", "*.txt", "*.model")
 MARKS = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 LARGEST_ID = 2  # as an `eos_token_id`: the text is pooled at its largest id
 
+OPENAI, OPENAI_VOCABULARY = "openai/clip-vit-base-patch32", 49_408
+
 SAMPLE = "a photo of a dog"
 
 
@@ -32,10 +34,10 @@ def load_tokenizer(
         directory = find_directory(*split_revision(other), FILES)
     where = other or name
     if not has_tokenizer(directory):
+        hint = f", such as {OPENAI}" if vocabulary == OPENAI_VOCABULARY else ""
         raise LoadError(
             f"{where} has no tokenizer that fits {vocabulary} text embeddings; set TAPT_TOKENIZER "
-            "(--tokenizer) to a directory or hub id that has one, such as "
-            "openai/clip-vit-base-patch32 for OpenAI's 49408"
+            f"(--tokenizer) to a directory or hub id that has one{hint}"
         )
     try:
         tokenizer = _read(directory)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-import models.hub
 from models.checkpoint import load_checkpoint
 from models.errors import LoadError
 from service.settings import Settings
@@ -114,19 +113,3 @@ def test_the_worker_checks_what_the_settings_name(original: Path) -> None:
         Runner(Settings(**knobs, model_revision="main"), 0)
     with pytest.raises(ValueError, match="model_sha256"):
         Settings(model_sha256="abc")
-
-
-def test_a_revision_is_what_is_downloaded(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str | None]] = []
-
-    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((name, revision))
-        assert not [pattern for pattern in allow_patterns if pattern.endswith((".bin", ".py"))]
-        return str(original)
-
-    monkeypatch.setattr(models.hub, "snapshot_download", download)
-    load_checkpoint("some/clip", tiny.CPU, revision="0123abcd")
-    load_checkpoint("some/clip", tiny.CPU)
-    # The weights are of the commit that the configuration was of.
-    pinned = ("some/clip", original.name)
-    assert asked == [("some/clip", "0123abcd"), pinned, ("some/clip", None), pinned]

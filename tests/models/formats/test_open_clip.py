@@ -1,5 +1,6 @@
 """A CLIP in OpenCLIP's layout is the same model; what a `CLIPModel` cannot be is refused."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -291,3 +292,28 @@ def test_of_two_formats_the_one_with_weights_is_loaded(directory: Path, tmp_path
     assert find_checkpoint(str(directory)).files[0].name == "model.safetensors"
     (directory / "config.json").write_text('{"architecture": "vit_base_patch16_clip_224"}')
     assert find_checkpoint(str(directory)).files[0].name == "open_clip_model.safetensors"
+
+
+def places(values: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The path of every value in an object of objects."""
+    found = []
+    for name, value in values.items():
+        found.append((*path, name))
+        found += places(value, (*path, name)) if isinstance(value, dict) else []
+    return found
+
+
+@pytest.mark.parametrize("odd", [None, True, -1, 0, 2**70, 1e308, "x", [], [1, [2]], {}], ids=repr)
+def test_an_odd_value_anywhere_is_refused_or_does_no_harm(directory: Path, odd: Any) -> None:
+    file = directory / "open_clip_config.json"
+    whole = json.loads(file.read_text())
+    whole["preprocess_cfg"] = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
+    for *parents, name in places(whole):
+        changed = copy.deepcopy(whole)
+        part = changed
+        for parent in parents:
+            part = part[parent]
+        part[name] = odd
+        file.write_text(json.dumps(changed))
+        with contextlib.suppress(LoadError):
+            build_clip(find_checkpoint(str(directory)), tiny.CPU)
