@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from models.bundle import DefenseBundle, load_bundle
+from models.bundle import FOLDER, DefenseBundle, find_bundle, load_bundle
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier
 from models.device import pick_device
@@ -45,7 +45,8 @@ def load_classifier(
         model, revision, sha256, tokenizer, quick_gelu: see `load_checkpoint`.
         device, device_index: see `pick_device`.
         dtype: `float32`, `bfloat16`, or `auto`: float32 on a CPU, bfloat16 on CUDA.
-        bundle: directory of a defense bundle; by default the one beside the checkpoint, if any.
+        bundle: directory or hub id of a defense bundle, see `find_bundle`; by default the one
+            beside the checkpoint, if any.
         design: the design that the bundle must have; None takes any.
         template, selection_ratio: see `DefendedClassifier`.
         view_area: see `Preprocessing`.
@@ -79,15 +80,15 @@ def load_classifier(
 def _find_bundle(
     checkpoint: Checkpoint, directory: str | Path | None, design: str | None
 ) -> DefenseBundle | None:
-    beside = checkpoint.directory / "bundle"
+    beside = checkpoint.directory / FOLDER
     if not directory and not beside.is_dir():
         log.warning(
             "no defense bundle for %s: only the template's words adapt, by the entropy alone",
             checkpoint.name,
         )
         return None
-    directory = directory or beside
-    bundle = load_bundle(Path(directory), checkpoint.clip, checkpoint.sha256)
+    directory = find_bundle(str(directory)) if directory else beside
+    bundle = load_bundle(directory, checkpoint.clip, checkpoint.sha256)
     if design is not None and bundle.prompts.design != design:
         raise LoadError(
             f"the bundle {directory} is of design {bundle.prompts.design}, "

@@ -1,6 +1,7 @@
 """`tapt-serve serve | classify | info | key`, with a flag for each setting of the service.
 
-`calibrate`, `convert`, `harden` and `evaluate` have flags of their own and are passed on unchanged.
+`bundle`, `calibrate`, `convert`, `harden` and `evaluate` have flags of their own and are passed on
+unchanged.
 """
 
 import argparse
@@ -29,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from models.calibration.calibrate import main as calibrate
 
         return calibrate(arguments[1:])
+    if arguments[:1] == ["bundle"]:
+        from models.bundle_command import main as bundle
+
+        return bundle(arguments[1:])
     if arguments[:1] == ["convert"]:
         from models.conversion import main as convert
 
@@ -204,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     key.add_argument("--stdin", action="store_true", help="read the key from standard input")
 
     commands.add_parser("calibrate", help="make a defense bundle for a checkpoint from images")
+    commands.add_parser("bundle", help="show a defense bundle, or push it to the hub")
     commands.add_parser("convert", help="convert a checkpoint to safetensors for transformers")
     commands.add_parser("harden", help="fine-tune a checkpoint against attacks")
     commands.add_parser("evaluate", help="evaluate defenses under attack")

@@ -56,7 +56,8 @@ class Settings(BaseSettings):
     """Activation of the model: CLIP's approximate GELU (`true`) or the exact one (`false`). `auto`
     follows the model's configuration."""
     bundle: str = ""
-    """Directory of the defense bundle; empty: `bundle` beside the model, if any."""
+    """Directory or hub id (`owner/name` or `owner/name@revision`) of the defense bundle; empty:
+    `bundle` beside the model, if any."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
