@@ -13,12 +13,11 @@ from transformers.utils import logging as transformers_logging
 
 from models.clip import PromptedCLIP
 from models.errors import LoadError
-from models.file_schemas import CheckpointConfig, ImageProcessorConfig, Model, check, read_json
-from models.views import FILTERS, Preprocessing
+from models.file_schemas import CheckpointConfig, Model, check, read_json
+from models.preprocessing import read_preprocessing
+from models.views import Preprocessing
 
 EMBEDDED = Path(__file__).parent / "embedded"
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ def load_checkpoint(
     if report["missing_keys"] or report["mismatched_keys"]:
         raise LoadError(f"{name} lacks weights that its config names")
     tokenizer = _load_tokenizer(directory, name, model.config.text_config.vocab_size)
-    preprocessing = _read_preprocessing(directory, name, model.config.vision_config.image_size)
+    preprocessing = read_preprocessing(directory, name, model.config.vision_config.image_size)
     scale = model.logit_scale.detach().clone()
     model.to(device, dtype)
     # Rounding this exponent to bfloat16 would change every logit by about 1%.
@@ -133,41 +132,6 @@ def _load_tokenizer(directory: Path, name: str, vocabulary: int) -> PreTrainedTo
     if len(set(ids)) < 4 or max(ids) >= vocabulary:
         raise LoadError(f"{name} has no tokenizer that fits its {vocabulary} text embeddings")
     return tokenizer
-
-
-def _read_preprocessing(directory: Path, name: str, image_size: int) -> Preprocessing:
-    """The image processor's settings from either file that may hold them; OpenAI's by default."""
-    values: dict[str, Any] = {}
-    if (directory / "preprocessor_config.json").is_file():
-        values = _read_json(directory / "preprocessor_config.json", name)
-    elif (directory / "processor_config.json").is_file():
-        values = _read_json(directory / "processor_config.json", name).get("image_processor", {})
-    config = _check(ImageProcessorConfig, values, name, "the image processor's settings")
-    short_side: int | None = image_size
-    square = None
-    if size := config.size:
-        short_side = size.shortest_edge
-        if size.height is not None and size.width is not None:
-            square = (size.height, size.width)
-    side = (config.crop_size and config.crop_size.height) or image_size
-    if not config.do_center_crop and square is not None:
-        side = square[0]
-    if not config.do_resize:
-        square = short_side = None
-    if side != image_size or config.resample not in FILTERS:
-        raise LoadError(
-            f"{name}: pictures are cropped to {side} with filter {config.resample}; "
-            f"this model takes {image_size}, and filters {sorted(FILTERS)} are known"
-        )
-    mean, std = config.image_mean or OPENAI_MEAN, config.image_std or OPENAI_STD
-    return Preprocessing(
-        side,
-        short_side,
-        square,
-        config.resample,
-        (mean[0], mean[1], mean[2]),
-        (std[0], std[1], std[2]),
-    )
 
 
 def _check(schema: type[Model], values: dict[str, Any], name: str, file: str) -> Model:
