@@ -29,7 +29,7 @@ from models.classifier import DefendedClassifier, ImageQuery
 from models.clip import PromptedCLIP
 from models.data import open_dataset
 from models.evaluation.provenance import describe_machine
-from models.formats.checkpoint_format import OPENAI_MEAN, OPENAI_STD
+from models.preprocessing import OPENAI_MEAN, OPENAI_STD
 from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics
 from models.tapt import Objective

@@ -70,6 +70,10 @@ def _preprocessor(preprocessing: Preprocessing) -> dict[str, Any]:
     size: dict[str, int] | None = None
     if preprocessing.short_side is not None:
         size = {"shortest_edge": preprocessing.short_side}
+        if preprocessing.long_side is not None:
+            size["longest_edge"] = preprocessing.long_side
+    elif preprocessing.within is not None:
+        size = {"max_height": preprocessing.within[0], "max_width": preprocessing.within[1]}
     elif preprocessing.size is not None:
         size = {"height": preprocessing.size[0], "width": preprocessing.size[1]}
     crop = {"height": preprocessing.crop, "width": preprocessing.crop}

@@ -37,7 +37,8 @@ def load_tokenizer(
         hint = f", such as {OPENAI}" if vocabulary == OPENAI_VOCABULARY else ""
         raise LoadError(
             f"{where} has no tokenizer that fits {vocabulary} text embeddings; set TAPT_TOKENIZER "
-            f"(--tokenizer) to a directory or hub id that has one{hint}"
+            f"to a directory or hub id that has one{hint}, or add one to a copy of the checkpoint "
+            "with `tapt-serve convert SRC DIR --tokenizer`"
         )
     try:
         tokenizer = _read(directory)

@@ -11,9 +11,6 @@ from models.errors import LoadError
 from models.file_schemas import Model, check, read_json
 from models.views import Preprocessing
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 @dataclass(frozen=True, slots=True)
 class Architecture:

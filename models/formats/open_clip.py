@@ -18,14 +18,13 @@ from transformers import CLIPConfig, CLIPModel
 from models.errors import LoadError
 from models.file_schemas import CheckpointConfig, Deviation, FileSchema, Finite, Side
 from models.formats.checkpoint_format import (
-    OPENAI_MEAN,
-    OPENAI_STD,
     Architecture,
     check_config,
     check_report,
     read_config,
 )
-from models.views import Preprocessing
+from models.preprocessing import OPENAI_MEAN, OPENAI_STD
+from models.views import BICUBIC, BILINEAR, Preprocessing
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -35,7 +34,7 @@ CLIP_VOCABULARY, CLIP_END = 49_408, 49_407
 LARGEST_ID = 2
 """As `eos_token_id`, makes transformers pool the text at its largest id, as OpenCLIP does."""
 
-FILTERS = {"bicubic": 3, "bilinear": 2, "random": 3}  # Pillow's numbers
+FILTERS = {"bicubic": BICUBIC, "bilinear": BILINEAR, "random": BICUBIC}
 
 
 # The configuration.

@@ -20,9 +20,10 @@ import pytest
 from PIL import Image
 
 from benchmarks.fuzz import seeds
+from models.images.decode import FORMATS
 from service.errors import BadRequest, ImageTooCostly, NotReady, ServiceError, TooLarge
 from service.intake import decoders as module
-from service.intake.decode import FORMATS, decode
+from service.intake.decode import decode
 from service.intake.decoder import DESCRIPTORS, REPLY, Status
 from service.intake.decoders import Decoders
 from service.settings import Settings
