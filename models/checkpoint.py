@@ -22,7 +22,10 @@ EMBEDDED = Path(__file__).parent / "embedded"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A loaded CLIP with its tokenizer and preprocessing; `sha256` covers its weight files."""
+    """A loaded CLIP with its tokenizer and preprocessing.
+
+    `sha256` covers its weight files; `dtype_reason` says why the model computes in its dtype.
+    """
 
     name: str
     directory: Path
@@ -30,6 +33,7 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     preprocessing: Preprocessing
     sha256: str
+    dtype_reason: str = ""
 
 
 def load_checkpoint(

@@ -52,8 +52,11 @@ class Settings(BaseSettings):
     """Directory of the defense bundle; empty: `bundle` beside the model, if any."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the model. `auto` is float32 on the CPU and bfloat16 on CUDA."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the model. `auto`: on CUDA, bfloat16, or float16 on GPUs before Ampere; on a
+    CPU, bfloat16 if it is native and measured at least 1.5 times as fast at the start, else
+    float32, always so for `embedded`. `/info` says which and why. Replicas may choose differently;
+    name a precision if their answers must be equal."""
 
     method: Method = "tapt"
     """Default defense."""
