@@ -20,7 +20,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 MIN_SPEEDUP = 1.5
 """Below it, bfloat16 on a CPU is not worth its rounding. Far enough from 1 for noise."""
 
-RUNS = 5
+MIN_RUNS, MAX_RUNS, MEASURED_SECONDS = 5, 100, 1.0
 _BFLOAT16, _TENSOR_CORES = 8, 7  # compute capabilities of CUDA from which there are such units
 
 
@@ -73,21 +73,30 @@ def compare_precisions(clip: PromptedCLIP) -> Precision:
 
 def bfloat16_speedup(clip: PromptedCLIP, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds in float32 divided by seconds in bfloat16, of what a request consists of: a block of
-    the image tower on a chunk of views, and on one view with the backward pass. The best of
-    `RUNS`."""
+    the image tower on a chunk of views, and on one view with the backward pass.
+
+    The least of each, over alternating runs, so that a machine that is busy at times slows down
+    neither.
+    """
     tokens = 1 + clip.patches
-    views = torch.randn(max(1, clip.chunk_tokens // tokens), tokens, clip.vision_width)
-    seconds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        block = copy.deepcopy(clip.model.vision_model.encoder.layers[0]).to(dtype)
-        many, one = views.to(dtype), views[:1].to(dtype).requires_grad_()
-        runs = []
-        for _ in range(1 + RUNS):
+    source = torch.Generator().manual_seed(0)
+    shape = max(1, clip.chunk_tokens // tokens), tokens, clip.vision_width
+    views = torch.randn(shape, generator=source)
+    sides = [
+        (copy.deepcopy(clip.model.vision_model.encoder.layers[0]).to(dtype), views.to(dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    seconds: tuple[list[float], list[float]] = ([], [])
+    began = clock()
+    while len(seconds[1]) < MIN_RUNS or (
+        clock() < began + MEASURED_SECONDS and len(seconds[1]) < MAX_RUNS
+    ):
+        for (block, many), runs in zip(sides, seconds, strict=True):
+            one = many[:1].clone().requires_grad_()
             start = clock()
             with torch.no_grad():
                 run_block(block, many)
             with torch.enable_grad():
                 torch.autograd.grad(run_block(block, one)[0].float().sum(), one)
             runs.append(clock() - start)
-        seconds.append(min(runs[1:]))  # the first also prepares kernels
-    return seconds[0] / seconds[1]
+    return min(seconds[0]) / min(seconds[1])

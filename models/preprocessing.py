@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging as transformers_logging
 
 from models.errors import LoadError
 from models.file_schemas import ImageProcessorConfig, check, read_json
@@ -48,9 +49,7 @@ def read_preprocessing(directory: Path, name: str, side: int) -> Preprocessing:
     try:
         if not _names_processor(directory):
             return Preprocessing(side, side, None, BICUBIC, OPENAI_MEAN, OPENAI_STD)
-        processor = AutoImageProcessor.from_pretrained(
-            directory, backend="pil", local_files_only=True, trust_remote_code=False
-        )
+        processor = _load_processor(directory)
         settings = _settings(processor)
         prepared = [processor(images=[image], return_tensors="pt") for image in IMAGES]
         preprocessing = _express(settings, side)
@@ -67,6 +66,17 @@ def read_preprocessing(directory: Path, name: str, side: int) -> Preprocessing:
             MAX_SHORT_SIDE,
         )
     return preprocessing
+
+
+def _load_processor(directory: Path) -> BaseImageProcessor:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would advise to install torchvision
+    try:
+        return AutoImageProcessor.from_pretrained(
+            directory, backend="pil", local_files_only=True, trust_remote_code=False
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _names_processor(directory: Path) -> bool:
