@@ -52,7 +52,7 @@ def load_classifier(
         LoadError: the device is missing, or the checkpoint or bundle cannot be used.
     """
     place = pick_device(device, device_index)
-    precision = choose_precision(dtype, place, embedded=model == "embedded")
+    precision = choose_precision(dtype, place)
     checkpoint = load_checkpoint(model, place, precision.dtype, revision, sha256)
     if precision.tentative:
         precision = compare_precisions(checkpoint.clip)

@@ -20,6 +20,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 MIN_SPEEDUP = 1.5
 """Below it, bfloat16 on a CPU is not worth its rounding. Far enough from 1 for noise."""
 
+MIN_WIDTH = 512
+"""Of an image tower; that of ViT-B is 768 wide, that of the embedded model 192."""
+
 MIN_RUNS, MAX_RUNS, MEASURED_SECONDS = 5, 100, 1.0
 _BFLOAT16, _TENSOR_CORES = 8, 7  # compute capabilities of CUDA from which there are such units
 
@@ -34,12 +37,8 @@ class Precision:
     tentative: bool = False
 
 
-def choose_precision(dtype: str, device: torch.device, embedded: bool = False) -> Precision:
-    """The precision that `dtype`, one of `Dtype`, means on a device.
-
-    Args:
-        embedded: whether the model is the embedded one. Its published figures are of float32.
-    """
+def choose_precision(dtype: str, device: torch.device) -> Precision:
+    """The precision that `dtype`, one of `Dtype`, means on a device."""
     if dtype != "auto":
         return Precision(getattr(torch, dtype), "as configured")
     if device.type == "cuda":
@@ -49,8 +48,6 @@ def choose_precision(dtype: str, device: torch.device, embedded: bool = False) -
         if generation >= _TENSOR_CORES:
             return Precision(torch.float16, "this GPU computes float16 natively, bfloat16 not")
         return Precision(torch.float32, "this GPU computes neither bfloat16 nor float16 natively")
-    if embedded:
-        return Precision(torch.float32, "the embedded model's published figures are of float32")
     if not has_native_bfloat16():
         return Precision(torch.float32, "this processor does not compute bfloat16 natively")
     return Precision(torch.float32, "not measured", tentative=True)
@@ -63,7 +60,10 @@ def has_native_bfloat16() -> bool:
 
 
 def compare_precisions(clip: PromptedCLIP) -> Precision:
-    """Time a block of a float32 model on this CPU in float32 and in bfloat16, and choose."""
+    """Time a block of a float32 model on this CPU in float32 and in bfloat16, and choose. A small
+    model, as the embedded one, stays in float32."""
+    if clip.vision_width < MIN_WIDTH:
+        return Precision(torch.float32, "a model this small is fast enough in float32")
     ratio = bfloat16_speedup(clip)
     measured = f"bfloat16 is {ratio:.1f} times as fast as float32 here"
     if ratio >= MIN_SPEEDUP:

@@ -54,9 +54,9 @@ class Settings(BaseSettings):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the model. `auto`: on CUDA, bfloat16, or float16 on GPUs before Ampere; on a
-    CPU, bfloat16 if it is native and measured at least 1.5 times as fast at the start, else
-    float32, always so for `embedded`. `/info` says which and why. Replicas may choose differently;
-    name a precision if their answers must be equal."""
+    CPU, float32, or bfloat16 for a model of ViT-B's size and more if the processor computes it
+    natively and is measured to be at least 1.5 times as fast. `/info` says which and why. Replicas
+    may choose differently; name a precision if their answers must be equal."""
 
     method: Method = "tapt"
     """Default defense."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import loading, precision
+from models import precision
 from models.classifier import DefendedClassifier, ImageQuery
 from models.loading import load_classifier
 from models.precision import Precision, choose_precision, compare_precisions
@@ -48,7 +48,6 @@ def test_auto_on_a_cpu_asks_for_native_bfloat16_and_then_measures(
     found = choose_precision("auto", tiny.CPU)
     assert found.tentative is native
     assert found.dtype == torch.float32
-    assert choose_precision("auto", tiny.CPU, embedded=True).tentative is False
     assert choose_precision("bfloat16", tiny.CPU) == Precision(torch.bfloat16, "as configured")
 
 
@@ -58,6 +57,7 @@ def test_the_measurement_decides_and_is_told(
 ) -> None:
     monkeypatch.setattr(precision, "has_native_bfloat16", lambda: True)
     monkeypatch.setattr(precision, "bfloat16_speedup", lambda clip: ratio)
+    monkeypatch.setattr(precision, "MIN_WIDTH", 64)
     classifier = load_classifier(str(directory))
     clip = classifier.checkpoint.clip
     assert clip.dtype == clip.model.visual_projection.weight.dtype == dtype
@@ -67,13 +67,18 @@ def test_the_measurement_decides_and_is_told(
 
 def test_the_embedded_model_stays_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "has_native_bfloat16", lambda: True)
-    monkeypatch.setattr(loading, "compare_precisions", None)
-    assert load_classifier("embedded").checkpoint.clip.dtype == torch.float32
+    monkeypatch.setattr(precision, "bfloat16_speedup", lambda clip: 9.0)
+    checkpoint = load_classifier("embedded").checkpoint
+    assert checkpoint.clip.dtype == torch.float32
+    assert "small" in checkpoint.dtype_reason
 
 
-def test_the_speedup_is_measured_on_the_model(directory: Path) -> None:
+def test_the_speedup_is_measured_on_the_model(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clip = tiny.load(directory).clip
     before = {name: value.clone() for name, value in clip.model.state_dict().items()}
+    monkeypatch.setattr(precision, "MIN_WIDTH", 64)
     assert precision.bfloat16_speedup(clip) > 0
     assert compare_precisions(clip).reason.startswith("bfloat16 is ")
     after = clip.model.state_dict()
