@@ -56,7 +56,8 @@ class Settings(BaseSettings):
     """Precision of the model. `auto`: on CUDA, bfloat16, or float16 on GPUs before Ampere; on a
     CPU, float32, or bfloat16 for a model of ViT-B's size and more if the processor computes it
     natively and is measured to be at least 1.5 times as fast. `/info` says which and why. Replicas
-    may choose differently; name a precision if their answers must be equal."""
+    may choose differently; name a precision if their answers must be equal. float16 is slow on a
+    CPU."""
 
     method: Method = "tapt"
     """Default defense."""
