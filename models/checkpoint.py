@@ -23,7 +23,10 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "bundle/bundle.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A loaded CLIP with its tokenizer and preprocessing; `sha256` covers its weight files."""
+    """A loaded CLIP with its tokenizer and preprocessing.
+
+    `sha256` covers its weight files; `dtype_reason` says why the model computes in its dtype.
+    """
 
     name: str
     directory: Path
@@ -31,6 +34,7 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     preprocessing: Preprocessing
     sha256: str
+    dtype_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,12 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from models.bundle import FOLDER, DefenseBundle, find_bundle, load_bundle
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier
 from models.device import pick_device
 from models.errors import LoadError
+from models.precision import choose_precision, compare_precisions
 from models.tapt import Adapts, Objective
 from models.views import AREA
 
@@ -44,7 +43,7 @@ def load_classifier(
     Args:
         model, revision, sha256, tokenizer, quick_gelu: see `load_checkpoint`.
         device, device_index: see `pick_device`.
-        dtype: `float32`, `bfloat16`, or `auto`: float32 on a CPU, bfloat16 on CUDA.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`, see `choose_precision`.
         bundle: directory or hub id of a defense bundle, see `find_bundle`; by default the one
             beside the checkpoint, if any.
         design: the design that the bundle must have; None takes any.
@@ -56,13 +55,15 @@ def load_classifier(
         LoadError: the device is missing, or the checkpoint or bundle cannot be used.
     """
     place = pick_device(device, device_index)
-    if dtype == "auto":
-        dtype = "float32" if place.type == "cpu" else "bfloat16"
+    precision = choose_precision(dtype, place)
     checkpoint = load_checkpoint(
-        model, place, getattr(torch, dtype), revision, sha256, tokenizer, quick_gelu
+        model, place, precision.dtype, revision, sha256, tokenizer, quick_gelu
     )
+    if precision.tentative:
+        precision = compare_precisions(checkpoint.clip)
+        checkpoint.clip.convert(precision.dtype)
     preprocessing = replace(checkpoint.preprocessing, area=view_area)
-    checkpoint = replace(checkpoint, preprocessing=preprocessing)
+    checkpoint = replace(checkpoint, preprocessing=preprocessing, dtype_reason=precision.reason)
     found = _find_bundle(checkpoint, bundle, design)
     objective = Objective(
         reference=None if found is None else found.statistics,

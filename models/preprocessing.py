@@ -5,6 +5,7 @@ then expressed as a `Preprocessing`, which makes views on the device, and compar
 processor on two test images, so that an option nobody thought of is refused rather than ignored.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging as transformers_logging
 
 from models.errors import LoadError
 from models.file_schemas import ImageProcessorConfig, check, read_json
-from models.views import BICUBIC, KNOWN_FILTERS, Preprocessing, make_views
+from models.images.decode import MAX_SHORT_SIDE
+from models.views import BICUBIC, BOX, KNOWN_FILTERS, NEAREST, Preprocessing, make_views
+
+log = logging.getLogger(__name__)
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -44,9 +49,7 @@ def read_preprocessing(directory: Path, name: str, side: int) -> Preprocessing:
     try:
         if not _names_processor(directory):
             return Preprocessing(side, side, None, BICUBIC, OPENAI_MEAN, OPENAI_STD)
-        processor = AutoImageProcessor.from_pretrained(
-            directory, backend="pil", local_files_only=True, trust_remote_code=False
-        )
+        processor = _load_processor(directory)
         settings = _settings(processor)
         prepared = [processor(images=[image], return_tensors="pt") for image in IMAGES]
         preprocessing = _express(settings, side)
@@ -55,7 +58,25 @@ def read_preprocessing(directory: Path, name: str, side: int) -> Preprocessing:
     except Exception as error:  # transformers fails with whatever a value makes it trip over
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
         raise LoadError(f"{name}: image preprocessing: {reason}") from error
+    if preprocessing.resample in (NEAREST, BOX) or not settings.do_resize:
+        log.warning(
+            "%s: scores of images over %d pixels on the shorter side differ from transformers', "
+            "because images are scaled down to that first",
+            name,
+            MAX_SHORT_SIDE,
+        )
     return preprocessing
+
+
+def _load_processor(directory: Path) -> BaseImageProcessor:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would advise to install torchvision
+    try:
+        return AutoImageProcessor.from_pretrained(
+            directory, backend="pil", local_files_only=True, trust_remote_code=False
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _names_processor(directory: Path) -> bool:

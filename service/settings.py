@@ -60,8 +60,12 @@ class Settings(BaseSettings):
     `bundle` beside the model, if any."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the model. `auto` is float32 on the CPU and bfloat16 on CUDA."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the model. `auto`: on CUDA, bfloat16, or float16 on GPUs before Ampere; on a
+    CPU, float32, or bfloat16 for a model of ViT-B's size and more if the processor computes it
+    natively and is measured to be at least 1.5 times as fast. `/info` says which and why. Replicas
+    may choose differently; name a precision if their answers must be equal. float16 is slow on a
+    CPU."""
 
     method: Method = "tapt"
     """Default defense."""

@@ -76,6 +76,7 @@ def describe(classifier: DefendedClassifier, settings: Settings) -> Ready:
                 "image_size": clip.image_size,
                 "context_length": clip.context_length,
                 "dtype": str(clip.dtype).removeprefix("torch."),
+                "dtype_reason": checkpoint.dtype_reason,
                 "device": str(clip.device),
             },
             "bundle": None if bundle is None else bundle.describe(),

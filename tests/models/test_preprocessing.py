@@ -189,6 +189,17 @@ def test_an_option_that_nobody_knows_is_found_by_comparing(
     assert checkpoint.preprocessing.crop == SIDE
 
 
+@pytest.mark.parametrize(
+    ("values", "warned"), [({}, False), ({"resample": 0}, True), ({"do_resize": False}, True)]
+)
+def test_what_large_images_change_is_warned_of(
+    directory: Path, caplog: pytest.LogCaptureFixture, values: dict[str, Any], warned: bool
+) -> None:
+    change(directory, values)
+    load_checkpoint(str(directory), tiny.CPU)
+    assert ("scores of images over 512 pixels" in caplog.text) is warned
+
+
 def test_a_processor_inside_the_other_file_is_read(directory: Path) -> None:
     own = directory / "preprocessor_config.json"
     values = json.loads(own.read_text()) | {"size": {"shortest_edge": 80}}
