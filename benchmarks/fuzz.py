@@ -28,8 +28,9 @@ from benchmarks.bombs import bombs, variants
 from benchmarks.harness.machine import machine
 from benchmarks.harness.report import make_parser, write_section
 from benchmarks.harness.server import Server
+from models.images.decode import FORMATS
 from service.errors import ServiceError
-from service.intake.decode import FORMATS, decode
+from service.intake.decode import decode
 from service.telemetry import logs
 
 MAX_PIXELS = 4_000_000

@@ -24,11 +24,12 @@ from benchmarks import published
 from benchmarks.stages import Stages, forget_peak, peak_bytes, resident_bytes
 from models import tapt
 from models.bundle import DefenseBundle
-from models.checkpoint import EMBEDDED, OPENAI_MEAN, OPENAI_STD, Checkpoint, load_checkpoint
+from models.checkpoint import EMBEDDED, Checkpoint, load_checkpoint
 from models.classifier import DefendedClassifier, ImageQuery
 from models.clip import PromptedCLIP
 from models.data import open_dataset
 from models.evaluation.provenance import describe_machine
+from models.preprocessing import OPENAI_MEAN, OPENAI_STD
 from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics
 from models.tapt import Objective

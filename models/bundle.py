@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ from safetensors.torch import load_file, save_file
 from models.clip import PromptedCLIP
 from models.errors import LoadError
 from models.file_schemas import BundleMetadata, check, read_json
+from models.hub import find_directory, split_revision
 from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics
 
 FORMAT = 2
 JSON, TENSORS = "bundle.json", "bundle.safetensors"
+FOLDER = "bundle"
+"""Of a checkpoint's directory or repository, which holds its bundle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +93,11 @@ class DefenseBundle:
             os.replace(fresh, directory)
 
 
-def load_bundle(directory: Path, clip: PromptedCLIP, checkpoint_sha256: str) -> DefenseBundle:
-    """Read a bundle for a loaded checkpoint, its tensors on that checkpoint's device.
+def read_bundle(directory: Path) -> DefenseBundle:
+    """Read a bundle, whatever its checkpoint, to the CPU.
 
     Raises:
-        LoadError: it is incomplete or damaged, of another checkpoint, or its statistics were taken
-            with other prompts.
+        LoadError: it is incomplete or damaged, or its statistics were taken with other prompts.
     """
     try:
         values = read_json(directory / JSON)
@@ -107,18 +109,12 @@ def load_bundle(directory: Path, clip: PromptedCLIP, checkpoint_sha256: str) -> 
         raise
     except (OSError, ValueError, SafetensorError) as error:
         raise LoadError(f"{directory} is not a complete defense bundle: {error}") from error
-    if meta.checkpoint_sha256 != checkpoint_sha256:
-        raise LoadError(
-            f"the bundle {directory} was learned on checkpoint {meta.checkpoint_sha256}, "
-            f"the model is {checkpoint_sha256}"
-        )
-    # Copy to aligned memory: how a matrix product rounds depends on the alignment of its operands.
-    tensors = {name: value.to(clip.device).clone() for name, value in tensors.items()}
     groups: dict[str, dict[str, torch.Tensor]] = {"prompts": {}, "statistics": {}}
     try:
         for name, value in tensors.items():
             group, _, key = name.partition(".")
-            groups[group][key] = value
+            # Copy to aligned memory: how a matrix product rounds depends on it.
+            groups[group][key] = value.clone()
         statistics = groups["statistics"]
         bundle = DefenseBundle(
             DefensePrompts(meta.design, groups["prompts"]),
@@ -130,7 +126,7 @@ def load_bundle(directory: Path, clip: PromptedCLIP, checkpoint_sha256: str) -> 
             meta.false_positive_rate,
             meta.provenance,
         )
-        _check_tensors(bundle, clip)
+        _check_tensors(bundle)
     except (KeyError, TypeError, ValueError) as error:
         raise LoadError(f"{directory} is not a complete defense bundle: {error}") from error
     if meta.prompts_sha256 != bundle.prompts_sha256:
@@ -138,11 +134,51 @@ def load_bundle(directory: Path, clip: PromptedCLIP, checkpoint_sha256: str) -> 
             f"the statistics of {directory} belong to prompts {meta.prompts_sha256}, "
             f"the prompts are {bundle.prompts_sha256}"
         )
-    _check_shapes(bundle, clip, directory)
     return bundle
 
 
-def _check_tensors(bundle: DefenseBundle, clip: PromptedCLIP) -> None:
+def load_bundle(directory: Path, clip: PromptedCLIP, checkpoint_sha256: str) -> DefenseBundle:
+    """Read a bundle for a loaded checkpoint, its tensors on that checkpoint's device.
+
+    Raises:
+        LoadError: see `read_bundle`; or it is of another checkpoint.
+    """
+    bundle = read_bundle(directory)
+    if bundle.checkpoint_sha256 != checkpoint_sha256:
+        raise LoadError(
+            f"the bundle {directory} was learned on checkpoint {bundle.checkpoint_sha256}, "
+            f"the model is {checkpoint_sha256}"
+        )
+    try:
+        _check_sizes(bundle, clip)
+    except ValueError as error:
+        raise LoadError(f"{directory} is not a complete defense bundle: {error}") from error
+    _check_shapes(bundle, clip, directory)
+    statistics = bundle.statistics
+    return replace(
+        bundle,
+        prompts=bundle.prompts.to(clip.device),
+        statistics=None if statistics is None else statistics.to(clip.device),
+    )
+
+
+def find_bundle(name: str) -> Path:
+    """The directory of a bundle: a local one, or that of `owner/name` or `owner/name@revision` on
+    the hub, where the bundle lies in `bundle` or at the top.
+
+    Raises:
+        LoadError: it cannot be fetched.
+    """
+    place, revision = split_revision(name)
+    if Path(name).is_dir() or place.count("/") != 1:  # no hub id; reading names what is missing
+        return Path(name)
+    files = [prefix + file for prefix in ("", f"{FOLDER}/") for file in (JSON, TENSORS)]
+    directory = find_directory(place, revision, files)
+    inside = directory / FOLDER
+    return inside if (inside / JSON).is_file() else directory
+
+
+def _check_tensors(bundle: DefenseBundle) -> None:
     """Raises ValueError unless the tensors can be what their names say, whatever the model."""
     tensors = {f"prompts.{name}": value for name, value in bundle.prompts.tensors.items()}
     if bundle.statistics is not None:
@@ -160,6 +196,10 @@ def _check_tensors(bundle: DefenseBundle, clip: PromptedCLIP) -> None:
             raise ValueError(f"{name} is of type {value.dtype} and shape {list(value.shape)}")
         if not value.isfinite().all():
             raise ValueError(f"{name} holds a value that is not finite")
+
+
+def _check_sizes(bundle: DefenseBundle, clip: PromptedCLIP) -> None:
+    """Raises ValueError if the prompts are more than the model has places for."""
     text, vision = bundle.prompts.text, bundle.prompts.vision
     if text is not None and text.shape[2] + 3 > clip.context_length:
         raise ValueError(f"{text.shape[2]} text prompts leave no room for a label")

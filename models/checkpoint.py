@@ -1,29 +1,32 @@
 """Load a CLIP checkpoint: the embedded one, a local directory, or a hub id; safetensors only."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers import CLIPConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from models.clip import PromptedCLIP
 from models.errors import LoadError
-from models.file_schemas import CheckpointConfig, ImageProcessorConfig, Model, check, read_json
-from models.views import FILTERS, Preprocessing
+from models.formats import FORMATS
+from models.formats.checkpoint_format import CheckpointFormat, read_config
+from models.hub import find_directory
+from models.tokenizer import load_tokenizer
+from models.views import Preprocessing
 
 EMBEDDED = Path(__file__).parent / "embedded"
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+SMALL_FILES = ("*.json", "*.txt", "*.model", "bundle/bundle.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A loaded CLIP with its tokenizer and preprocessing; `sha256` covers its weight files."""
+    """A loaded CLIP with its tokenizer and preprocessing.
+
+    `sha256` covers its weight files; `dtype_reason` says why the model computes in its dtype.
+    """
 
     name: str
     directory: Path
@@ -31,6 +34,24 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     preprocessing: Preprocessing
     sha256: str
+    dtype_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSource:
+    """A checkpoint that was found and checked, and not loaded yet.
+
+    Attributes:
+        files: the weights, which `sha256` covers.
+    """
+
+    name: str
+    directory: Path
+    format: CheckpointFormat
+    files: tuple[Path, ...]
+    sha256: str
+    config: CLIPConfig
+    preprocessing: Preprocessing
 
 
 def load_checkpoint(
@@ -39,6 +60,8 @@ def load_checkpoint(
     dtype: torch.dtype = torch.float32,
     revision: str = "",
     sha256: str = "",
+    tokenizer: str = "",
+    quick_gelu: bool | None = None,
 ) -> Checkpoint:
     """Load a checkpoint.
 
@@ -46,153 +69,109 @@ def load_checkpoint(
         name: `embedded`, a directory, or a hub id (from the cache when `HF_HUB_OFFLINE` is set).
         revision: commit, tag or branch of a hub id; empty for the newest.
         sha256: hash that the weight files must have; empty accepts any.
+        tokenizer: a directory, `owner/name` or `owner/name@revision` with the tokenizer; empty for
+            the checkpoint's own.
+        quick_gelu: compute CLIP's approximate GELU (true) or the exact one (false); None follows
+            the checkpoint's configuration.
 
     Raises:
-        LoadError: it is missing, not a CLIP, without safetensors weights, damaged, or of another
-            hash.
+        LoadError: it is missing, not a CLIP, without safetensors weights or a tokenizer, damaged,
+            or of another hash.
     """
+    source = find_checkpoint(name, revision, quick_gelu)
+    if sha256 and source.sha256 != sha256:
+        raise LoadError(f"{name} has weights of sha256 {source.sha256}, and {sha256} is asked for")
+    clip = build_clip(source, device, dtype)
+    text = source.config.text_config
+    found = load_tokenizer(name, source.directory, text.vocab_size, text.eos_token_id, tokenizer)
+    # Answers carry the name: do not disclose where a local directory is.
+    shown = source.directory.resolve().name if Path(name).is_dir() else name
+    return Checkpoint(shown, source.directory, clip, found, source.preprocessing, source.sha256)
+
+
+def find_checkpoint(
+    name: str, revision: str = "", quick_gelu: bool | None = None, pickled: bool = False
+) -> CheckpointSource:
+    """Find a checkpoint and check its configuration; see `load_checkpoint`.
+
+    Args:
+        pickled: if there are no safetensors weights, take pickled ones.
+
+    Raises:
+        LoadError
+    """
+    if name == "embedded" and revision:
+        raise LoadError(f"{name} is here and not on the hub, so it has no revision {revision}")
+    place = str(EMBEDDED) if name == "embedded" else name
+    directory = find_directory(place, revision, SMALL_FILES)
+    layout, files = _find_weights(place, directory, name, pickled)
+    architecture = layout.read_architecture(directory, files, name)
+    config = architecture.config
+    if quick_gelu is not None:
+        for tower in (config.vision_config, config.text_config):
+            tower.hidden_act = "quick_gelu" if quick_gelu else "gelu"
+    return CheckpointSource(
+        name, directory, layout, files, _hash(files), config, architecture.preprocessing
+    )
+
+
+def build_clip(
+    source: CheckpointSource, device: torch.device, dtype: torch.dtype = torch.float32
+) -> PromptedCLIP:
+    """Load the weights. Raises LoadError if they are damaged or do not fit the configuration."""
     transformers_logging.disable_progress_bar()
-    directory = _locate(name, revision)
-    config = _read_json(directory / "config.json", name)
-    kind = config.get("model_type")
-    if kind != "clip":
-        raise LoadError(f"{name} is a {kind or 'unknown'} checkpoint, not a CLIP")
-    _check(CheckpointConfig, config, name, "config.json")
-    files = sorted(directory.glob("model*.safetensors"))
-    if not files:
-        raise LoadError(f"{name} holds no safetensors weights; pickled ones are never loaded")
-    _check_names(directory, config, files, name)
-    found = _hash(files)
-    if sha256 and found != sha256:
-        raise LoadError(f"{name} has weights of sha256 {found}, and {sha256} is asked for")
     try:
-        model, report = CLIPModel.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
+        model = source.format.load_model(source.config, source.files, source.name)
+    except LoadError:
+        raise
     except Exception as error:  # transformers fails with whatever a config makes it trip over
-        raise LoadError(f"{name} cannot be loaded as a CLIP: {_first_line(error)}") from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        raise LoadError(f"{name} lacks weights that its config names")
-    tokenizer = _load_tokenizer(directory, name, model.config.text_config.vocab_size)
-    preprocessing = _read_preprocessing(directory, name, model.config.vision_config.image_size)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise LoadError(f"{source.name} cannot be loaded as a CLIP: {reason}") from error
     scale = model.logit_scale.detach().clone()
     model.to(device, dtype)
     # Rounding this exponent to bfloat16 would change every logit by about 1%.
     model.logit_scale = torch.nn.Parameter(scale.to(device))
-    clip = PromptedCLIP(model, preprocessing.mean, preprocessing.std)
-    # Answers carry the name: do not disclose where a local directory is.
-    shown = directory.resolve().name if Path(name).is_dir() else name
-    return Checkpoint(shown, directory, clip, tokenizer, preprocessing, found)
+    return PromptedCLIP(model, source.preprocessing.mean, source.preprocessing.std)
 
 
-def _locate(name: str, revision: str) -> Path:
-    if name == "embedded" or Path(name).is_dir():
-        if revision:
-            raise LoadError(f"{name} is here and not on the hub, so it has no revision {revision}")
-        return EMBEDDED if name == "embedded" else Path(name)
-    patterns = ["*.json", "*.txt", "*.model", "model*.safetensors"]
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise LoadError(f"{name} is neither a directory nor a hub id") from error
-    except LocalEntryNotFoundError as error:
-        raise LoadError(f"{name} is no directory here, and no hub or cache holds it") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise LoadError(f"{name} cannot be fetched: {_first_line(error)}") from error
-
-
-def _check_names(directory: Path, config: dict[str, Any], files: list[Path], name: str) -> None:
-    """Refuse weight files, named by the config or an index, that are not hashed.
+def _find_weights(
+    place: str, directory: Path, name: str, pickled: bool
+) -> tuple[CheckpointFormat, tuple[Path, ...]]:
+    """The first format that the directory is of and has weights in, and these.
 
     Raises:
-        LoadError: another file is named, which might be a pickled one.
+        LoadError: there is none.
     """
-    named = {str(own)} if (own := config.get("transformers_weights")) else set()
-    if (directory / "model.safetensors.index.json").is_file():
-        index = _read_json(directory / "model.safetensors.index.json", name)
-        shards = index.get("weight_map")
-        named |= set(map(str, shards.values())) if isinstance(shards, dict) else {"nothing"}
-    if strange := named - {path.name for path in files}:
-        raise LoadError(f"{name} names weights that are none: {min(strange)[:64]}")
-
-
-def _load_tokenizer(directory: Path, name: str, vocabulary: int) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True
-        )
-        ids = tokenizer("a photo of a dog")["input_ids"]
-    except Exception as error:  # a tokenizer's own code may raise anything
-        raise LoadError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
-    # If the files are missing, transformers makes up a tokenizer without any words.
-    if len(set(ids)) < 4 or max(ids) >= vocabulary:
-        raise LoadError(f"{name} has no tokenizer that fits its {vocabulary} text embeddings")
-    return tokenizer
-
-
-def _read_preprocessing(directory: Path, name: str, image_size: int) -> Preprocessing:
-    """The image processor's settings from either file that may hold them; OpenAI's by default."""
-    values: dict[str, Any] = {}
-    if (directory / "preprocessor_config.json").is_file():
-        values = _read_json(directory / "preprocessor_config.json", name)
-    elif (directory / "processor_config.json").is_file():
-        values = _read_json(directory / "processor_config.json", name).get("image_processor", {})
-    config = _check(ImageProcessorConfig, values, name, "the image processor's settings")
-    short_side: int | None = image_size
-    square = None
-    if size := config.size:
-        short_side = size.shortest_edge
-        if size.height is not None and size.width is not None:
-            square = (size.height, size.width)
-    side = (config.crop_size and config.crop_size.height) or image_size
-    if not config.do_center_crop and square is not None:
-        side = square[0]
-    if not config.do_resize:
-        square = short_side = None
-    if side != image_size or config.resample not in FILTERS:
-        raise LoadError(
-            f"{name}: pictures are cropped to {side} with filter {config.resample}; "
-            f"this model takes {image_size}, and filters {sorted(FILTERS)} are known"
-        )
-    mean, std = config.image_mean or OPENAI_MEAN, config.image_std or OPENAI_STD
-    return Preprocessing(
-        side,
-        short_side,
-        square,
-        config.resample,
-        (mean[0], mean[1], mean[2]),
-        (std[0], std[1], std[2]),
+    recognized = [layout for layout in FORMATS if layout.recognizes(directory)]
+    if not recognized:
+        raise LoadError(_describe_unknown(directory, name))
+    for pattern in ("WEIGHTS", "PICKLED")[: 1 + pickled]:
+        for layout in recognized:
+            glob: str = getattr(layout, pattern)
+            if not Path(place).is_dir():
+                # The same commit as before, whatever its branch now is at.
+                find_directory(place, directory.name, (glob,))
+            if files := tuple(sorted(directory.glob(glob))):
+                return layout, files
+    wanted = " or ".join(layout.WEIGHTS for layout in recognized)
+    raise LoadError(
+        f"{name} holds no safetensors weights ({wanted}); pickled ones are never loaded, but "
+        "`tapt-serve convert` makes a safetensors checkpoint of them"
     )
 
 
-def _check(schema: type[Model], values: dict[str, Any], name: str, file: str) -> Model:
-    try:
-        return check(schema, values, file)
-    except ValueError as error:
-        raise LoadError(f"{name}: {error}") from None
+def _describe_unknown(directory: Path, name: str) -> str:
+    """Why a directory is of no format, in one sentence."""
+    if not (directory / "config.json").is_file():
+        names = " or ".join(layout.CONFIG for layout in FORMATS)
+        return f"{name} has no readable {names}, so it is no checkpoint of a known format"
+    kind = read_config(directory / "config.json", name).get("model_type")
+    return f"{name} is a {kind or 'unknown'} checkpoint, not a CLIP"
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except OSError as error:
-        raise LoadError(f"{name} has no readable {path.name}") from error
-    except ValueError as error:
-        raise LoadError(f"{name}: {error}") from error
-
-
-def _hash(files: list[Path]) -> str:
+def _hash(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -168,7 +168,7 @@ class DefendedClassifier:
 
     def without_resize(self) -> "DefendedClassifier":
         """The same for images of the model's own size, which it neither resizes nor crops."""
-        preprocessing = replace(self.checkpoint.preprocessing, short_side=None, size=None)
+        preprocessing = self.checkpoint.preprocessing.without_resize()
         checkpoint = replace(self.checkpoint, preprocessing=preprocessing)
         return DefendedClassifier(
             checkpoint, self.bundle, self.objective, self.selection_ratio, self.template

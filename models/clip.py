@@ -71,6 +71,14 @@ class PromptedCLIP:
             torch.backends.cudnn.allow_tf32 = False
         self._stop: Callable[[], bool] | None = None
 
+    def convert(self, dtype: torch.dtype) -> None:
+        """Compute in another dtype from now on."""
+        scale = self.model.logit_scale.detach().clone()
+        self.model.to(dtype)
+        # Rounding this exponent would change every logit by about 1%.
+        self.model.logit_scale = torch.nn.Parameter(scale, requires_grad=False)
+        self.dtype = dtype
+
     @contextmanager
     def interruptible(self, stop: Callable[[], bool]) -> Iterator[None]:
         """Call `stop` before every chunk that is computed in this context.

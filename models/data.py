@@ -4,7 +4,6 @@ Images are decoded on demand, and a parquet file is read one record batch at a t
 dataset may be larger than memory.
 """
 
-import io
 import json
 import random
 from collections.abc import Iterator
@@ -14,11 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
-from models.errors import install_extra
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+from models.errors import ImageError, install_extra
+from models.images.decode import SUFFIXES, decode
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -31,17 +28,12 @@ class DataError(Exception):
 class Example:
     """One image and its class.
 
-    `image` is RGB in its own size; `label` indexes the dataset's `names`, or is -1 if there is no
-    label.
+    `pixels` is uint8 RGB [height, width, 3], decoded as the service decodes it; `label` indexes the
+    dataset's `names`, or is -1 if there is no label.
     """
 
-    image: Image.Image
+    pixels: Pixels
     label: int
-
-    @property
-    def pixels(self) -> Pixels:
-        """The image as uint8 [height, width, 3]."""
-        return np.asarray(self.image)
 
 
 class Dataset(Protocol):
@@ -108,7 +100,7 @@ class FolderDataset:
     def examples(self, limit: int | None = None, seed: int | None = None) -> Iterator[Example]:
         for index in order(len(self), limit, seed):
             file, label = self._files[index]
-            yield Example(_decode(file, str(file)), label)
+            yield Example(decode_picture(read_file(file), str(file)), label)
 
 
 class ParquetDataset:
@@ -142,7 +134,7 @@ class ParquetDataset:
         picked = order(len(self), limit, seed)
         rows = self._stream(len(picked)) if seed is None else self._pick(list(picked))
         for where, data, label in rows:
-            yield Example(_decode(io.BytesIO(data), where), label)
+            yield Example(decode_picture(data, where), label)
 
     def _stream(self, count: int) -> Iterator[tuple[str, bytes, int]]:
         row = 0
@@ -225,9 +217,17 @@ def order(count: int, limit: int | None, seed: int | None) -> range | list[int]:
     return random.Random(seed).sample(range(count), kept)
 
 
-def _decode(source: Path | io.BytesIO, where: str) -> Image.Image:
+def read_file(file: Path) -> bytes:
+    """The bytes of a file. Raises DataError."""
     try:
-        with Image.open(source) as opened:
-            return opened.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where} is not a picture that can be decoded") from error
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def decode_picture(data: bytes, where: str) -> Pixels:
+    """As `models.images.decode.decode`. Raises DataError, which names the picture by `where`."""
+    try:
+        return decode(data)
+    except ImageError as error:
+        raise DataError(f"{where} is not a picture that can be decoded: {error}") from error

@@ -8,3 +8,31 @@ def install_extra(extra: str) -> str:
 
 class LoadError(ValueError):
     """A device, checkpoint or bundle that cannot be used; one sentence for the operator."""
+
+
+class ImageError(Exception):
+    """An image file cannot be used; the message is one sentence for whoever sent it."""
+
+
+class DamagedImage(ImageError):
+    """The file is empty, malformed or truncated."""
+
+
+class UnsupportedImage(ImageError):
+    """The file is not of an accepted format, or its samples have no defined range."""
+
+
+class TooManyPixels(ImageError):
+    """The file's header names more pixels than are accepted."""
+
+
+class ExtremeAspect(ImageError):
+    """The image is far longer than wide, or far wider than long."""
+
+
+class CostlyImage(ImageError):
+    """Decoding would take more time or memory than one image may have."""
+
+
+class OutOfMemory(CostlyImage):
+    """Decoding ran out of memory (then the cause is a MemoryError), or is expected to."""

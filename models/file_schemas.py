@@ -27,11 +27,11 @@ Side = Annotated[int, Field(ge=1, le=4096)]
 Finite = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
 
-class _Schema(BaseModel):
+class FileSchema(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
 
-Model = TypeVar("Model", bound=_Schema)
+Model = TypeVar("Model", bound=FileSchema)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _refuse_kernel(name: str | None) -> str | None:
 Attention = Annotated[str | None, AfterValidator(_refuse_kernel)]
 
 
-class _Tower(_Schema):
+class _Tower(FileSchema):
     """One of the two transformers. What is absent, transformers fills in."""
 
     hidden_size: int = Field(default=512, ge=1, le=16_384)
@@ -118,7 +118,7 @@ def _refuse(value: object) -> object:
     return value
 
 
-class CheckpointConfig(_Schema):
+class CheckpointConfig(FileSchema):
     """`config.json` of a CLIP, as far as sizes follow from it. Where an old one has `*_dict` as
     well, transformers lets that win."""
 
@@ -131,39 +131,49 @@ class CheckpointConfig(_Schema):
     quantization_config: Annotated[Any, AfterValidator(_refuse)] = None
 
 
-class _Edges(_Schema):
+class _Size(FileSchema):
+    """A size as transformers names it: by a set of keys."""
+
+    model_config = ConfigDict(extra="forbid")
+
     shortest_edge: Side | None = None
+    longest_edge: Side | None = None
     height: Side | None = None
     width: Side | None = None
+    max_height: Side | None = None
+    max_width: Side | None = None
 
-    @model_validator(mode="after")
-    def _check_edges(self) -> Self:
-        if (self.height is None) != (self.width is None):
-            raise ValueError("height and width belong together")
-        return self
-
-
-def _square(value: object) -> object:
-    return {"height": value, "width": value} if isinstance(value, int) else value
+    @property
+    def named(self) -> dict[str, int]:
+        """The keys that are there."""
+        return self.model_dump(exclude_none=True)
 
 
-def _shortest(value: object) -> object:
-    return {"shortest_edge": value} if isinstance(value, int) else value
+def _each_channel(value: object) -> object:
+    """One value for all channels, as three."""
+    return (value,) * 3 if isinstance(value, int | float) else value
 
 
 Deviation = Annotated[Finite, Field(gt=0)]
 
 
-class ImageProcessorConfig(_Schema):
-    """`preprocessor_config.json`, or `image_processor` in `processor_config.json`."""
+class ImageProcessorConfig(FileSchema):
+    """The attributes of an image processor of transformers that its result depends on. None for
+    `do_*` is false."""
 
-    size: Annotated[_Edges | None, BeforeValidator(_shortest)] = None
-    crop_size: Annotated[_Edges | None, BeforeValidator(_square)] = None
-    do_resize: bool = True
-    do_center_crop: bool = True
-    resample: int = 3
-    image_mean: Annotated[list[Finite], Field(min_length=3, max_length=3)] | None = None
-    image_std: Annotated[list[Deviation], Field(min_length=3, max_length=3)] | None = None
+    size: _Size
+    crop_size: _Size
+    pad_size: _Size
+    do_resize: bool | None
+    do_center_crop: bool | None
+    do_rescale: bool | None
+    do_normalize: bool | None
+    resample: Annotated[int, Field(strict=False)] | None
+    rescale_factor: Annotated[Finite, Field(gt=0)] | None
+    image_mean: Annotated[tuple[Finite, Finite, Finite] | None, BeforeValidator(_each_channel)]
+    image_std: Annotated[
+        tuple[Deviation, Deviation, Deviation] | None, BeforeValidator(_each_channel)
+    ]
 
 
 # A bundle.
@@ -179,7 +189,7 @@ Share = Annotated[Finite, Field(ge=0, le=1)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class BundleMetadata(_Schema):
+class BundleMetadata(FileSchema):
     """`bundle.json`."""
 
     format: Literal[2]

@@ -4,13 +4,12 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from models.bundle import DefenseBundle, load_bundle
+from models.bundle import FOLDER, DefenseBundle, find_bundle, load_bundle
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier
 from models.device import pick_device
 from models.errors import LoadError
+from models.precision import choose_precision, compare_precisions
 from models.tapt import Adapts, Objective
 from models.views import AREA
 
@@ -25,6 +24,8 @@ def load_classifier(
     dtype: str = "auto",
     revision: str = "",
     sha256: str = "",
+    tokenizer: str = "",
+    quick_gelu: bool | None = None,
     bundle: str | Path | None = None,
     design: str | None = None,
     template: str = DEFAULT_TEMPLATE,
@@ -40,10 +41,11 @@ def load_classifier(
     """Load a checkpoint with its bundle and set up the objective.
 
     Args:
-        model, revision, sha256: see `load_checkpoint`.
+        model, revision, sha256, tokenizer, quick_gelu: see `load_checkpoint`.
         device, device_index: see `pick_device`.
-        dtype: `float32`, `bfloat16`, or `auto`: float32 on a CPU, bfloat16 on CUDA.
-        bundle: directory of a defense bundle; by default the one beside the checkpoint, if any.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`, see `choose_precision`.
+        bundle: directory or hub id of a defense bundle, see `find_bundle`; by default the one
+            beside the checkpoint, if any.
         design: the design that the bundle must have; None takes any.
         template, selection_ratio: see `DefendedClassifier`.
         view_area: see `Preprocessing`.
@@ -53,11 +55,15 @@ def load_classifier(
         LoadError: the device is missing, or the checkpoint or bundle cannot be used.
     """
     place = pick_device(device, device_index)
-    if dtype == "auto":
-        dtype = "float32" if place.type == "cpu" else "bfloat16"
-    checkpoint = load_checkpoint(model, place, getattr(torch, dtype), revision, sha256)
+    precision = choose_precision(dtype, place)
+    checkpoint = load_checkpoint(
+        model, place, precision.dtype, revision, sha256, tokenizer, quick_gelu
+    )
+    if precision.tentative:
+        precision = compare_precisions(checkpoint.clip)
+        checkpoint.clip.convert(precision.dtype)
     preprocessing = replace(checkpoint.preprocessing, area=view_area)
-    checkpoint = replace(checkpoint, preprocessing=preprocessing)
+    checkpoint = replace(checkpoint, preprocessing=preprocessing, dtype_reason=precision.reason)
     found = _find_bundle(checkpoint, bundle, design)
     objective = Objective(
         reference=None if found is None else found.statistics,
@@ -75,15 +81,15 @@ def load_classifier(
 def _find_bundle(
     checkpoint: Checkpoint, directory: str | Path | None, design: str | None
 ) -> DefenseBundle | None:
-    beside = checkpoint.directory / "bundle"
+    beside = checkpoint.directory / FOLDER
     if not directory and not beside.is_dir():
         log.warning(
             "no defense bundle for %s: only the template's words adapt, by the entropy alone",
             checkpoint.name,
         )
         return None
-    directory = directory or beside
-    bundle = load_bundle(Path(directory), checkpoint.clip, checkpoint.sha256)
+    directory = find_bundle(str(directory)) if directory else beside
+    bundle = load_bundle(directory, checkpoint.clip, checkpoint.sha256)
     if design is not None and bundle.prompts.design != design:
         raise LoadError(
             f"the bundle {directory} is of design {bundle.prompts.design}, "

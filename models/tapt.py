@@ -94,6 +94,11 @@ class Objective:
         model without a bundle has the template's words alone.)"""
         return (MOVING[self.adapts] & prompts.tensors.keys()) or frozenset(prompts.tensors)
 
+    def moves_images(self, prompts: DefensePrompts) -> bool:
+        """Whether a step changes the views' features. The visual prompts of design VLJ follow from
+        its text prompts."""
+        return prompts.design == "vlj" or not VISION.isdisjoint(self.moving(prompts))
+
 
 @dataclass(frozen=True, slots=True)
 class Losses:
@@ -164,21 +169,26 @@ def losses(
     text: Tensor,
     prompts: DefensePrompts,
     objective: Objective,
+    images: Tensor | None = None,
 ) -> tuple[Losses, Tensor]:
     """The terms of a step's loss, and the loss [B] with its graph.
 
     Args:
         views: the kept views [B, k, 3, S, S] in [0, 1].
         text: the labels' features [R, D] at `prompts`.
+        images: the views' features [B, k, D] at `prompts`, where no step changes them. The
+            alignment is a constant then and left out. None encodes the views.
     """
-    reference = objective.reference
-    images = clip.encode_images(views, prompts.vision, max(0, objective.layers - 1))
+    reference, inputs = objective.reference, list[Tensor]()
+    if images is None:
+        encoded = clip.encode_images(views, prompts.vision, max(0, objective.layers - 1))
+        images, inputs = encoded.features, encoded.inputs
     entropy = align_adv = align_clean = torch.zeros(len(views), device=views.device)
     if objective.entropy:
-        logits = clip.class_logits(images.features, text, labels)
+        logits = clip.class_logits(images, text, labels)
         entropy = view_entropy(logits) if objective.of_mean else entropies(logits).mean(dim=1)
-    if reference is not None and images.inputs:
-        moments = token_moments(images.inputs)
+    if reference is not None and inputs:
+        moments = token_moments(inputs)
         align_adv = alignment_loss(moments, reference.adv_mean, reference.adv_var)
         align_clean = alignment_loss(moments, reference.clean_mean, reference.clean_var)
     align = objective.gamma * align_adv + (1 - objective.gamma) * align_clean
@@ -227,12 +237,13 @@ def gradients(
     text: Tensor,
     prompts: DefensePrompts,
     objective: Objective,
+    images: Tensor | None = None,
 ) -> tuple[Losses, dict[str, Tensor]]:
     """One step's losses and its gradients by prompt name; arguments as in `losses`."""
     terms: list[Losses] = []
 
     def loss(leaves: DefensePrompts, features: Tensor) -> Tensor:
-        term, each = losses(clip, views, labels, features, leaves, objective)
+        term, each = losses(clip, views, labels, features, leaves, objective, images)
         terms.append(term)
         return each.sum()
 
@@ -268,6 +279,7 @@ def adapt(
     prompts: DefensePrompts,
     objective: Objective,
     leaving: Leaving,
+    images: Tensor | None = None,
 ) -> Iterator[Departure]:
     """Adapt the prompts of all requests together and yield requests as they leave.
 
@@ -276,8 +288,11 @@ def adapt(
     Args:
         views, labels, text, prompts: as in `losses`; `prompts` are those to start from.
         leaving: asked at each step boundary, before the first step too.
+        images: the views' features [B, k, D] at `prompts`, if known. Where no step changes them,
+            the views are not encoded again.
     """
     views = views.detach()
+    images = None if images is None or objective.moves_images(prompts) else images.detach()
     rows, steps, moments = list(range(len(views))), 0, adamw.begin(prompts.tensors)
     stopping = EarlyStopping(objective.early_stop)
     while rows:
@@ -289,12 +304,13 @@ def adapt(
         stay = [place for place, row in enumerate(rows) if row not in gone]
         if len(stay) < len(rows):
             rows, views, prompts = [rows[i] for i in stay], views[stay], prompts.select(stay)
+            images = None if images is None else images[stay]
             text, labels = labels.take(text, stay), labels.select(stay)
             moments = {k: (first[stay], second[stay]) for k, (first, second) in moments.items()}
         if rows:
             if steps and "text" in objective.moving(prompts):
                 text = clip.encode_labels(labels, prompts.text)
-            terms, found = gradients(clip, views, labels, text, prompts, objective)
+            terms, found = gradients(clip, views, labels, text, prompts, objective, images)
             stopping.update(rows, terms)
             steps += 1
             rate, decay = objective.learning_rate, objective.weight_decay
@@ -303,7 +319,7 @@ def adapt(
 
 
 Adapt = Callable[
-    [PromptedCLIP, Tensor, LabelBatch, Tensor, DefensePrompts, Objective, Leaving],
+    [PromptedCLIP, Tensor, LabelBatch, Tensor, DefensePrompts, Objective, Leaving, Tensor | None],
     Iterator[Departure],
 ]
 """The signature of `adapt`."""

@@ -7,19 +7,21 @@ weights: no loop over views, and the same pixels as Pillow up to rounding.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.image_utils import get_image_size_for_max_height_width
 
 from models.device import upload
 
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # area and aspect ratio of the crops, as published
 ATTEMPTS = 10  # tries for a crop that fits before falling back to the center
-BILINEAR = 2
+NEAREST, LANCZOS, BILINEAR, BICUBIC, BOX, HAMMING = range(6)  # Pillow's numbers of filters
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +31,14 @@ class Preprocessing:
     Attributes:
         crop: side of the center crop, padded with black where the image is smaller.
         short_side: resize the shorter side to this; None for `size`.
-        size: resize to this (height, width); None to keep the size.
+        size: resize to this (height, width); None for `within`.
         resample: Pillow's filter number.
         mean, std: normalize the channels.
         area: smallest and largest share of the image that a random crop shows, in (0, 1].
+        long_side: most that the longer side may become with `short_side`; the shorter one becomes
+            shorter where it would exceed this.
+        within: resize to the largest (height, width) within these, keeping the aspect ratio; None
+            to keep the size.
     """
 
     crop: int
@@ -42,13 +48,25 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     area: tuple[float, float] = AREA
+    long_side: int | None = None
+    within: tuple[int, int] | None = None
+
+    def without_resize(self) -> "Preprocessing":
+        """The same for images that keep their size."""
+        return replace(self, short_side=None, long_side=None, size=None, within=None)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of an image after the resize."""
-        if self.short_side is None:
-            return self.size or (height, width)
-        short = min(height, width)
-        return self.short_side * height // short, self.short_side * width // short
+        """Height and width of an image after the resize, at least 1."""
+        if self.short_side is not None and self.long_side is not None:
+            found = get_size_with_aspect_ratio((height, width), self.short_side, self.long_side)
+        elif self.short_side is not None:
+            short = min(height, width)
+            found = self.short_side * height // short, self.short_side * width // short
+        elif self.within is not None:
+            found = get_image_size_for_max_height_width((height, width), *self.within)
+        else:
+            found = self.size or (height, width)
+        return max(1, found[0]), max(1, found[1])
 
 
 def make_views(
@@ -111,11 +129,15 @@ def _whole(pixels: Tensor, preprocessing: Preprocessing) -> list[Tensor]:
     weights = []
     sides = pixels.shape[1:]
     for side, resized in zip(sides, preprocessing.resized(*sides), strict=True):
-        start, length = pixels.new_zeros(1), pixels.new_full((1,), side)
         margin = (resized - preprocessing.crop) // 2
         wanted = torch.arange(preprocessing.crop, device=pixels.device) + margin
         places = wanted.clamp(0, resized - 1)
-        full = _weights(start, length, places, resized, side, preprocessing.resample)[0]
+        if preprocessing.resample in (NEAREST, BOX):
+            at = np.clip(np.arange(preprocessing.crop) + margin, 0, resized - 1)
+            full = upload(_abrupt(at, resized, side, preprocessing.resample), pixels.device)
+        else:
+            start, length = pixels.new_zeros(1), pixels.new_full((1,), side)
+            full = _weights(start, length, places, resized, side, preprocessing.resample)[0]
         weights.append(full * (wanted == places).unsqueeze(1))
     return weights
 
@@ -136,6 +158,28 @@ def _weights(
     inside = (pixels > begin) & (pixels < begin + length.view(-1, 1, 1))
     weights = kernel(offset) * (inside & (offset.abs() < support))
     return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def _abrupt(places: NDArray[np.int64], size: int, side: int, resample: int) -> NDArray[np.float32]:
+    """As `_weights` for a whole side, [p, side], under filters by which a pixel counts or does not.
+
+    Rounding decides which do, so the arithmetic and its order are Pillow's, in double precision.
+    """
+    scale = side / size
+    pixels = np.arange(side)
+    if resample == NEAREST:
+        steps = np.full(size, scale)
+        steps[0] /= 2
+        picked = np.add.accumulate(steps)[places].astype(int)
+        counted = pixels == picked[:, None]
+    else:
+        wide = max(1.0, scale)
+        centers = (places[:, None] + 0.5) * scale
+        first, last = (np.floor(centers + sign * wide / 2 + 0.5) for sign in (-1, 1))
+        offset = (pixels - centers + 0.5) * (1 / wide)
+        counted = (first <= pixels) & (pixels < last) & (offset > -0.5) & (offset <= 0.5)
+    weights: NDArray[np.float32] = (counted / counted.sum(axis=1, keepdims=True)).astype(np.float32)
+    return weights
 
 
 def _resample(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -183,9 +227,15 @@ def _lanczos(x: Tensor) -> Tensor:
     return torch.sinc(x) * torch.sinc(x / 3)
 
 
+def _hamming(x: Tensor) -> Tensor:
+    return torch.sinc(x) * (0.54 + 0.46 * torch.cos(math.pi * x))
+
+
 # By Pillow's number: the kernel, and its support in output pixels.
 FILTERS: dict[int, tuple[Callable[[Tensor], Tensor], float]] = {
-    1: (_lanczos, 3.0),
+    LANCZOS: (_lanczos, 3.0),
     BILINEAR: (_bilinear, 1.0),
-    3: (_bicubic, 2.0),
+    BICUBIC: (_bicubic, 2.0),
+    HAMMING: (_hamming, 1.0),
 }
+KNOWN_FILTERS = FILTERS.keys() | {NEAREST, BOX}

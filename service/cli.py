@@ -1,6 +1,7 @@
 """`tapt-serve serve | classify | info | key`, with a flag for each setting of the service.
 
-`calibrate`, `harden` and `evaluate` have flags of their own and are passed on unchanged.
+`bundle`, `calibrate`, `convert`, `harden` and `evaluate` have flags of their own and are passed on
+unchanged.
 """
 
 import argparse
@@ -48,10 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from models.calibration.calibrate import main as calibrate
 
         return calibrate(rest)
+    if command == ["bundle"]:
+        from models.bundle_command import main as bundle
+
+        return bundle(arguments[1:])
+    if command == ["convert"]:
+        from models.conversion import main as convert
+
+        return convert(arguments[1:])
     if command == ["harden"]:
         from models.calibration.harden import main as harden
 
-        return harden(arguments[1:])
+        return harden(rest)
     if command == ["evaluate"]:
         from models.evaluation.command import main as evaluate
 

@@ -86,6 +86,8 @@ def make_parser() -> argparse.ArgumentParser:
     key.add_argument("--stdin", action="store_true", help="read the key from standard input")
 
     commands.add_parser("calibrate", help="make a defense bundle for a checkpoint from images")
+    commands.add_parser("bundle", help="show a defense bundle, or push it to the hub")
+    commands.add_parser("convert", help="convert a checkpoint to safetensors for transformers")
     commands.add_parser("harden", help="fine-tune a checkpoint against attacks")
     commands.add_parser("evaluate", help="evaluate defenses under attack")
 

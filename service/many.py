@@ -21,11 +21,11 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from models.images.decode import SUFFIXES
 from service.client import Client
 from service.engine.engine import Engine
 from service.errors import Forbidden, ModelError, ServiceError, Unauthorized
 from service.http.response import build_response
-from service.intake.decode import FORMATS
 from service.intake.decoders import Decoders
 from service.intake.options import check_options, resolve_options
 from service.intake.requests import ClassifyOptions
@@ -51,13 +51,12 @@ concerns this image, ConnectionError if no other image would fare better."""
 def find_images(sources: Sequence[str], listed: Iterable[str]) -> list[str]:
     """The files that the arguments name: files as they are, the images of directories, sorted, and
     for `-` the names in `listed`, one a line."""
-    endings = {f".{kind.lower()}" for kind in FORMATS} | {".jpg", ".tif"}
     found: list[str] = []
     for source in sources:
         if source == "-":
             found += [line for each in listed if (line := each.rstrip("\r\n"))]
         elif Path(source).is_dir():
-            files = (path for path in Path(source).rglob("*") if path.suffix.lower() in endings)
+            files = (path for path in Path(source).rglob("*") if path.suffix.lower() in SUFFIXES)
             found += sorted(str(path) for path in files if path.is_file())
         else:
             found.append(source)

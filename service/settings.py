@@ -63,17 +63,29 @@ class Settings(BaseSettings):
     so that the proxy never sends a request on a connection that is being closed."""
 
     model: str = "embedded"
-    """`embedded`, a Hugging Face hub id, or a directory with a CLIP checkpoint."""
+    """`embedded`, a Hugging Face hub id, or a directory with a CLIP checkpoint, in the format of
+    transformers or of OpenCLIP; see [checkpoints](checkpoints.md)."""
     model_revision: str = ""
     """Commit, tag or branch of a hub id. Only a full commit hash is immutable."""
     model_sha256: str = Field("", pattern="^([0-9a-fA-F]{64})?$")
     """SHA-256 that the weights must have, as shown by `tapt-serve info`."""
+    tokenizer: str = ""
+    """Directory or hub id (`owner/name` or `owner/name@revision`) of the tokenizer; empty: the
+    model's own."""
+    quick_gelu: Literal["auto", "true", "false"] = "auto"
+    """Activation of the model: CLIP's approximate GELU (`true`) or the exact one (`false`). `auto`
+    follows the model's configuration."""
     bundle: str = ""
-    """Directory of the defense bundle; empty: `bundle` beside the model, if any."""
+    """Directory or hub id (`owner/name` or `owner/name@revision`) of the defense bundle; empty:
+    `bundle` beside the model, if any."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the model. `auto` is float32 on the CPU and bfloat16 on CUDA."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the model. `auto`: on CUDA, bfloat16, or float16 on GPUs before Ampere; on a
+    CPU, float32, or bfloat16 for a model of ViT-B's size and more if the processor computes it
+    natively and is measured to be at least 1.5 times as fast. `/info` says which and why. Replicas
+    may choose differently; name a precision if their answers must be equal. float16 is slow on a
+    CPU."""
 
     method: Method = "tapt"
     """Default defense."""

@@ -9,14 +9,18 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import parity
-from benchmarks.parity import rtpt, tapt, ttc
+from benchmarks.parity import openclip, rtpt, tapt, ttc
 from benchmarks.parity.figures import Difference, Figures, load_checkpoint, read
 from models.clip import PromptedCLIP
+from models.errors import LoadError
 
-METHODS: dict[str, Callable[[Figures, PromptedCLIP], Iterator[Difference]]] = {
+Compare = Callable[[Figures, PromptedCLIP], Iterator[Difference]]
+
+METHODS: dict[str, Compare] = {
     "tapt": tapt.compare,
     "rtpt": rtpt.compare,
     "ttc": ttc.compare,
+    "openclip": openclip.compare,
 }
 
 
@@ -27,16 +31,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--figures", type=Path, required=True, help="directory with the figures")
     directory: Path = parser.parse_args(argv).figures
     files = [(m, path) for m in METHODS for path in sorted(directory.glob(f"{m}_*.safetensors"))]
-    checkpoints = sorted(path for path in directory.glob("clip_*") if path.is_dir())
-    if not files or not checkpoints:
+    if not files:
         wanted = ", ".join(f"{method}_*.safetensors" for method in METHODS)
-        print(f"{directory} holds none of {wanted} beside a clip_* directory", file=sys.stderr)
+        print(f"{directory} holds none of {wanted}", file=sys.stderr)
         return 2
-    clips = {path.name.removeprefix("clip_"): load_checkpoint(path) for path in checkpoints}
     table = Table("file", "quantity", "largest difference", "tolerance", "")
     status = 0
     for method, path in files:
-        for found in METHODS[method](read(path), _checkpoint_of(path, clips)):
+        try:
+            clip = _load(method, path)
+        except LoadError as error:
+            print(f"{path.name}: {error}", file=sys.stderr)
+            return 2
+        for found in METHODS[method](read(path), clip):
             status |= found.beyond
             verdict = "[red]beyond[/red]" if found.beyond else "ok"
             if found.left_out:
@@ -47,10 +54,22 @@ def main(argv: list[str] | None = None) -> int:
     return int(status)
 
 
-def _checkpoint_of(path: Path, clips: dict[str, PromptedCLIP]) -> PromptedCLIP:
-    """The checkpoint that a file's name speaks of, or the only one."""
-    named = [name for name in clips if f"_{name}_" in f"{path.stem}_"]
-    return clips[max(named, key=len)] if named else next(iter(clips.values()))
+def _load(method: str, path: Path) -> PromptedCLIP:
+    """The checkpoint beside a file of figures.
+
+    Raises:
+        LoadError: there is none.
+    """
+    if method == "openclip":
+        return openclip.load(path.with_suffix(""))
+    checkpoints = sorted(found for found in path.parent.glob("clip_*") if found.is_dir())
+    if not checkpoints:
+        raise LoadError(f"{path.parent} holds no clip_* directory")
+    named = [found for found in checkpoints if f"_{found.name[5:]}_" in f"{path.stem}_"]
+    # Several names may match: "small" is part of "small_gelu".
+    return load_checkpoint(
+        max(named, key=lambda found: len(found.name)) if named else checkpoints[0]
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A file of figures: what the published code was given, and what it made of it."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -92,6 +93,8 @@ def read(path: Path) -> Figures:
     return Figures(path.name, metadata, given, expected)
 
 
+@cache
 def load_checkpoint(directory: Path) -> PromptedCLIP:
+    """A checkpoint of transformers', normalizing as OpenAI's."""
     model = CLIPModel.from_pretrained(directory, use_safetensors=True, dtype=torch.float32)
     return PromptedCLIP(model, CLIP_MEAN, CLIP_STD)

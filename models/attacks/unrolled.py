@@ -28,9 +28,10 @@ def adapt_unrolled(
     prompts: DefensePrompts,
     objective: Objective,
     leaving: Leaving,
+    images: Tensor | None = None,
 ) -> Iterator[Departure]:
     """As `tapt.adapt`, with the same values; the gradient is that of the smoothed steps."""
-    for departure in tapt.adapt(clip, views, labels, text, prompts, objective, leaving):
+    for departure in tapt.adapt(clip, views, labels, text, prompts, objective, leaving, images):
         if departure.steps and torch.is_grad_enabled():
             rows, steps = departure.rows, departure.steps
             own = views[rows], labels.select(rows), labels.take(text, rows), prompts.select(rows)

@@ -24,15 +24,16 @@ from rich.progress import Progress as Bar
 from torch import Tensor
 
 from models.calibration.decoded import decode_once
-from models.calibration.export import write_hardened
-from models.calibration.hardening import Hardening, HardeningTrainer
+from models.calibration.hardening import Hardening, HardeningTrainer, image_parameters
 from models.calibration.hardening_run import Run, Validation
 from models.calibration.options import read_number
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE
+from models.clip import PromptedCLIP
 from models.data import DataError, open_dataset
 from models.device import pick_device
 from models.errors import LoadError
+from models.export import stored_dtype, write_checkpoint
 from models.labels import tokenize
 from models.views import make_views
 
@@ -101,8 +102,26 @@ def harden(options: argparse.Namespace, settings: Hardening, bar: Bar) -> bool:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        write_hardened(checkpoint, trainer.average, options.out, provenance)
+        _write(checkpoint, trainer.average, options.out, provenance)
     return True
+
+
+def _write(
+    checkpoint: Checkpoint, hardened: PromptedCLIP, out: Path, provenance: dict[str, Any]
+) -> None:
+    """Write the image weights of `hardened` with everything else of `checkpoint`, in the dtype of
+    its files. `checkpoint` takes over the weights."""
+    with torch.no_grad():
+        own = image_parameters(checkpoint.clip)
+        for name, value in image_parameters(hardened).items():
+            own[name].copy_(value)
+    write_checkpoint(
+        checkpoint.clip.model.to(stored_dtype(checkpoint.directory)),
+        checkpoint.tokenizer,
+        checkpoint.preprocessing,
+        out,
+        {"hardening.json": provenance},
+    )
 
 
 def encode_names(checkpoint: Checkpoint, names: list[str]) -> Tensor:

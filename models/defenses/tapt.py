@@ -45,6 +45,7 @@ def tune(
         inputs.prompts,
         inputs.objective,
         inputs.adaptation.leaving,
+        gather_views(features, kept),
     )
     for departure in departures:
         adapted = time.perf_counter()
@@ -60,8 +61,8 @@ def tune(
                     counted = counted.scatter(1, kept[rows], True)
                 seen = _order_views(counted)
                 prompts = departure.prompts.select(places)
-                moved = departure.steps > 0 and "text" in inputs.objective.moving(prompts)
-                fresh = _look_again(clip, inputs.select(rows), prompts, seen, moved)
+                chosen = inputs.select(rows)
+                fresh = _look_again(clip, chosen, prompts, departure.steps, features[rows], seen)
                 if inputs.adaptation.all_logits:
                     index = seen.unsqueeze(-1).expand(-1, -1, fresh.shape[-1])
                     logits = logits[..., : fresh.shape[-1]].scatter(1, index, fresh)
@@ -87,13 +88,24 @@ def _order_views(wanted: Tensor) -> Tensor:
 
 
 def _look_again(
-    clip: PromptedCLIP, inputs: DefenseInput, prompts: DefensePrompts, seen: Tensor, moved: bool
+    clip: PromptedCLIP,
+    inputs: DefenseInput,
+    prompts: DefensePrompts,
+    steps: int,
+    features: Tensor,
+    seen: Tensor,
 ) -> Tensor:
-    """Logits [n, m, C] of the views `seen` [n, m] with the adapted prompts; `moved`: those of the
-    text have changed."""
+    """Logits [n, m, C] of the views `seen` [n, m] with the prompts adapted in `steps` steps.
+
+    Args:
+        features: [n, V, D] of all views before the steps.
+    """
     labels, text = inputs.prompted.batch, inputs.prompted.features
-    views = gather_views(inputs.views, seen)
-    features = clip.encode_images(views, prompts.vision).features
-    if moved:
+    if torch.is_grad_enabled() or inputs.objective.moves_images(prompts):
+        views = gather_views(inputs.views, seen)
+        images = clip.encode_images(views, prompts.vision).features
+    else:
+        images = gather_views(features, seen)
+    if steps and "text" in inputs.objective.moving(prompts):
         text = clip.encode_labels(labels, prompts.text)
-    return clip.class_logits(features, text, labels)
+    return clip.class_logits(images, text, labels)

@@ -257,7 +257,9 @@ def parser() -> argparse.ArgumentParser:
     )
     model("--bundle", type=Path, help="default: the one beside the model, if any")
     model("--device", default="cpu", help="cpu, cuda or cuda:N")
-    model("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision")
+    model(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="precision"
+    )
     model("--template", default=DEFAULT_TEMPLATE, help="template without learned prompts")
     model("--views", type=int, default=16, help="views per image")
     model("--view-area", default=AREA, help="share of the image in a view", **pair)

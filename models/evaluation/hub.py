@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from models.data import DataError, Dataset, Example, open_dataset, order
+from models.data import DataError, Dataset, Example, decode_picture, open_dataset, order, read_file
 
 IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label")
 
@@ -27,22 +27,27 @@ def open_anywhere(name: str) -> Dataset:
         ) from None
     path, _, split = name.partition(":")
     try:
-        return HubDataset(datasets.load_dataset(path, split=split or "test"), name)
+        loaded = datasets.load_dataset(path, split=split or "test")
+        return HubDataset(loaded, datasets.Image(decode=False), name)
     except Exception as error:  # the package's readers may raise anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"{name} cannot be loaded as a data set: {reason}") from error
 
 
 class HubDataset:
-    """A loaded split with a column of images and one of classes."""
+    """A loaded split with a column of images and one of classes.
 
-    def __init__(self, split: Any, name: str) -> None:
-        self._split = split
+    Args:
+        files: the package's column type of images that are left as files.
+    """
+
+    def __init__(self, split: Any, files: Any, name: str) -> None:
         try:
             self._image = next(column for column in IMAGES if column in split.features)
             self._label = next(column for column in LABELS if column in split.features)
         except StopIteration:
             raise DataError(f"{name} has no columns of pictures and labels") from None
+        self._name, self._split = name, split.cast_column(self._image, files)
 
     @property
     def names(self) -> list[str]:
@@ -57,4 +62,7 @@ class HubDataset:
     def examples(self, limit: int | None = None, seed: int | None = None) -> Iterator[Example]:
         for index in order(len(self), limit, seed):
             row = self._split[int(index)]
-            yield Example(row[self._image].convert("RGB"), int(row[self._label]))
+            file = row[self._image]
+            data = file["bytes"] or read_file(Path(file["path"]))
+            pixels = decode_picture(data, f"picture {index} of {self._name}")
+            yield Example(pixels, int(row[self._label]))

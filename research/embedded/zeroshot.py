@@ -34,7 +34,7 @@ def stack(
     """All images as uint8 [count, 3, size, size] and their labels as int64 [count]."""
     images, labels = [], []
     for example in dataset.examples(limit, seed):
-        images.append(np.asarray(fit(example.image, size)))
+        images.append(np.asarray(fit(Image.fromarray(example.pixels), size)))
         labels.append(example.label)
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return stacked, torch.tensor(labels)

@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from models.images.decode import FORMATS
 from service.errors import ServiceError
-from service.intake.decode import FORMATS, OutOfMemory, decode
+from service.intake.decode import OutOfMemory, decode
 from service.intake.malloc import keep_freed_memory
 
 REQUEST = struct.Struct(">QQQd?")

@@ -20,8 +20,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from models.images.decode import MAX_LONG_SIDE, MAX_SHORT_SIDE
 from service.errors import InternalError, ServiceError, make_error
-from service.intake.decode import MAX_LONG_SIDE, MAX_SHORT_SIDE, OutOfMemory
+from service.intake.decode import OutOfMemory
 from service.intake.decoder import REPLY, REQUEST, Status
 
 PROGRAM = ("-P", "-m", "service.intake.decoder")

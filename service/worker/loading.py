@@ -12,6 +12,7 @@ from service.errors import ModelError
 from service.messages import Ready
 from service.settings import Settings
 
+QUICK_GELU = {"auto": None, "true": True, "false": False}
 BATCH_SHARE = 0.5  # of the free memory, for the largest batch
 
 
@@ -29,6 +30,8 @@ def load(settings: Settings, index: int) -> DefendedClassifier:
             dtype=settings.dtype,
             revision=settings.model_revision,
             sha256=settings.model_sha256.lower(),
+            tokenizer=settings.tokenizer,
+            quick_gelu=QUICK_GELU[settings.quick_gelu],
             bundle=settings.bundle,
             design=settings.design,
             template=settings.hypothesis_template,
@@ -73,6 +76,7 @@ def describe(classifier: DefendedClassifier, settings: Settings) -> Ready:
                 "image_size": clip.image_size,
                 "context_length": clip.context_length,
                 "dtype": str(clip.dtype).removeprefix("torch."),
+                "dtype_reason": checkpoint.dtype_reason,
                 "device": str(clip.device),
             },
             "bundle": None if bundle is None else bundle.describe(),

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-import models.checkpoint
 from models.checkpoint import load_checkpoint
 from models.errors import LoadError
 from service.settings import Settings
@@ -114,17 +113,3 @@ def test_the_worker_checks_what_the_settings_name(original: Path) -> None:
         Runner(Settings(**knobs, model_revision="main"), 0)
     with pytest.raises(ValueError, match="model_sha256"):
         Settings(model_sha256="abc")
-
-
-def test_a_revision_is_what_is_downloaded(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str | None]] = []
-
-    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((name, revision))
-        assert not [pattern for pattern in allow_patterns if pattern.endswith((".bin", ".py"))]
-        return str(original)
-
-    monkeypatch.setattr(models.checkpoint, "snapshot_download", download)
-    load_checkpoint("some/clip", tiny.CPU, revision="0123abcd")
-    load_checkpoint("some/clip", tiny.CPU)
-    assert asked == [("some/clip", "0123abcd"), ("some/clip", None)]

@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from models.data import DataError, ParquetDataset, open_dataset
+from service.intake.decode import decode
+from service.settings import Settings
 
 COUNT = 7
 
@@ -103,6 +105,52 @@ def test_shuffled_pictures_keep_their_labels(shards: Path) -> None:
 def test_palette_pictures_come_as_rgb(tmp_path: Path) -> None:
     shade(3).convert("P").save(tmp_path / "palette.png")
     assert next(iter(open_dataset(tmp_path))).pixels.shape == (4, 6, 3)
+
+
+def phone_picture() -> bytes:
+    """A JPEG that lies on its side and says so."""
+    image = Image.new("RGB", (60, 40), (220, 40, 30))
+    image.paste((30, 60, 210), (0, 0, 30, 40))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return saved(image, "JPEG", exif=exif, quality=95)
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+PICTURES = {
+    "phone.jpg": phone_picture(),
+    "gray.png": saved(
+        Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)), "PNG"
+    ),
+    "clear.webp": saved(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "WEBP", lossless=True),
+    "large.jpeg": saved(Image.effect_noise((1300, 900), 64).convert("RGB"), "JPEG"),
+    "cmyk.tiff": saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"),
+    "small.avif": saved(Image.new("RGB", (16, 16), (9, 99, 199)), "AVIF"),
+    "old.bmp": saved(Image.new("RGB", (8, 8), (9, 99, 199)), "BMP"),
+    "one.gif": saved(Image.new("P", (8, 8), 3), "GIF"),
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_decoded_as_the_service_decodes_them(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    served = decode(PICTURES[name], Settings().max_image_pixels)
+    if kind == "folder":
+        (tmp_path / name).write_bytes(PICTURES[name])
+        data = open_dataset(tmp_path)
+    else:
+        rows = pa.array([{"bytes": PICTURES[name]}], pa.struct([("bytes", pa.binary())]))
+        pq.write_table(pa.table({"image": rows}), tmp_path / "a.parquet")
+        data = open_dataset(tmp_path / "a.parquet")
+    (example,) = data
+    np.testing.assert_array_equal(example.pixels, served)
 
 
 @pytest.mark.parametrize(

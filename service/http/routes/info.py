@@ -7,9 +7,9 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from prometheus_client.exposition import choose_encoder
 
+from models.images.decode import FORMATS, MAX_ASPECT, MAX_LONG_SIDE, MAX_SHORT_SIDE
 from service.http.authentication import ANYONE, Caller, check_key, check_metrics
 from service.http.routes.docs import describe_errors
-from service.intake.decode import FORMATS, MAX_ASPECT, MAX_LONG_SIDE, MAX_SHORT_SIDE
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 

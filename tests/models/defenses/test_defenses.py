@@ -13,7 +13,7 @@ from models.classifier import DefendedClassifier, ImageQuery, Prediction
 from models.clip import ImageFeatures
 from models.defenses import gate, rtpt, thrift, ttc
 from models.defenses.catalog import DEFENSES
-from models.tapt import Exit, Objective, entropies, gradients, leaves_after
+from models.tapt import Adapts, Exit, Objective, entropies, gradients, leaves_after
 from tests import tiny
 from tests.tiny import make_queries
 
@@ -162,6 +162,51 @@ def test_the_dropped_are_not_read_out(
     (left,) = classifier.classify(batch, VIEWS, leaving)
     assert (left.row, left.steps) == (1, 2)
     assert sizes == [3, 3, 3, 1, 1]  # plain CLIP, first look, two steps, readout
+
+
+@pytest.mark.parametrize(
+    ("method", "bundled", "adapts"),
+    [
+        ("tapt", False, "vision"),
+        ("tpt", False, "vision"),
+        ("rtpt", True, "vision"),
+        ("tapt", True, "text"),
+        ("tapt", True, "all"),
+    ],
+)
+def test_views_are_encoded_once_where_only_the_text_moves(
+    checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    bundled: bool,
+    adapts: Adapts,
+) -> None:
+    bundle = tiny.make_bundle(checkpoint) if bundled else None
+    reference = bundle.statistics if bundle else None
+    objective = Objective(reference=reference, layers=2, learning_rate=5e-3, adapts=adapts)
+    classifier = DefendedClassifier(checkpoint, bundle, objective, selection_ratio=0.3)
+    queries, steps = make_queries(4), [1, 3, 0, 2]
+    encoded: list[int] = []
+    encode = checkpoint.clip._encode_views
+
+    def record(pixels: Tensor, *others: Any) -> Any:
+        encoded.append(len(pixels))
+        return encode(pixels, *others)
+
+    monkeypatch.setattr(checkpoint.clip, "_encode_views", record)
+    (batch,) = classifier.prepare([replace(q, readout="all") for q in queries], method)
+    undefended = len(queries) if batch.plain is not batch.prompted else 0
+    found = classify(classifier, queries, method, steps)
+    if adapts == "all":
+        assert sum(encoded) > undefended + len(queries) * VIEWS
+        return
+    assert sum(encoded) == undefended + len(queries) * VIEWS
+    monkeypatch.setattr(Objective, "moves_images", lambda *_: True)
+    again = classify(classifier, queries, method, steps)
+    assert sum(encoded) > 2 * (undefended + len(queries) * VIEWS)
+    assert largest_gap(probabilities(found), probabilities(again)) < 1e-5
+    start = classify(classifier, queries, method, [0] * 4)
+    assert largest_gap(probabilities(found), probabilities(start)) > 1e-4
 
 
 def test_the_mean_of_entropies_is_another_loss_than_the_entropy_of_the_mean(

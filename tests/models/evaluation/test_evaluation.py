@@ -1,5 +1,6 @@
 """Accuracy under attack is counted honestly, with intervals, and survives a kill."""
 
+import io
 import json
 import math
 import sys
@@ -354,12 +355,29 @@ def test_the_attacked_pixels_are_the_models_own(classifier: DefendedClassifier) 
     assert np.array_equal((view * 255).round().byte().permute(1, 2, 0).numpy(), image)
 
 
-def test_a_data_sets_id_is_opened_where_the_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_sets_id_is_opened_where_the_package_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     class Split(list[dict[str, Any]]):
         features: ClassVar[dict[str, Any]] = {
             "img": None,
             "label": SimpleNamespace(names=["cat", "dog"]),
         }
+
+        def cast_column(self, column: str, kind: bool) -> "Split":
+            """With the files as they are stored: bytes, or a path."""
+            assert (column, kind) == ("img", False)
+            rows = Split()
+            for place, row in enumerate(self):
+                file = io.BytesIO()
+                row["img"].save(file, "PNG")
+                stored: dict[str, Any] = {"bytes": file.getvalue(), "path": None}
+                if place % 2:
+                    path = tmp_path / f"{place}.png"
+                    path.write_bytes(file.getvalue())
+                    stored = {"bytes": None, "path": str(path)}
+                rows.append(row | {"img": stored})
+            return rows
 
     def load_dataset(path: str, split: str) -> Split:
         if path == "owner/missing":
@@ -367,7 +385,8 @@ def test_a_data_sets_id_is_opened_where_the_package_is(monkeypatch: pytest.Monke
         assert (path, split) == ("owner/pets", "train")
         return Split({"img": Image.new("L", (8, 8), k), "label": k % 2} for k in range(6))
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    package = SimpleNamespace(load_dataset=load_dataset, Image=lambda decode: decode)
+    monkeypatch.setitem(sys.modules, "datasets", package)
     data = open_anywhere("owner/pets:train")
     assert data.names == ["cat", "dog"]
     assert len(data) == 6

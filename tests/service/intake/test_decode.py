@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, features
+from PIL import Image, ImageDraw, features
 from skimage import data
 
+from models.images.decode import FORMATS, MAX_ASPECT, MAX_LONG_SIDE, MAX_PIXELS, MAX_SHORT_SIDE
 from service.errors import BadRequest, ServiceError, TooLarge, Unprocessable, UnsupportedImage
-from service.intake.decode import FORMATS, MAX_ASPECT, MAX_LONG_SIDE, MAX_SHORT_SIDE, decode
+from service.intake.decode import decode
+from service.settings import Settings
 
 PIXELS = 40_000_000
 PHOTO = Image.fromarray(data.chelsea()).resize((96, 64))  # a photograph, wider than tall
@@ -59,16 +61,51 @@ def test_png_modes_equal_the_pipelines_conversion(mode: str) -> None:
     np.testing.assert_array_equal(decode(file, PIXELS), expected)
 
 
-def test_alpha_is_dropped_not_composited() -> None:
-    image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
-    assert (decode(encode(image, "PNG"), PIXELS) == (10, 20, 30)).all()
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF", "GIF"])
+def test_a_black_disc_on_transparent_ground_is_seen_on_white(kind: str) -> None:
+    disc = Image.new("RGBA", (60, 60), (0, 0, 0, 0))
+    ImageDraw.Draw(disc).ellipse((15, 15, 45, 45), fill=(0, 0, 0, 255))
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind == "AVIF" else {}
+    pixels = decode(encode(disc, kind, **options), PIXELS).astype(int)
+    assert np.abs(pixels[30, 30]).max() < 4
+    assert np.abs(pixels[2, 2] - 255).max() < 4
 
 
-@pytest.mark.parametrize("transparency", [0, bytes(range(256))])
-def test_palette_with_transparency_keeps_its_colors(transparency: int | bytes) -> None:
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "PA", "L", "RGB", "1"])
+def test_transparency_is_composited_on_white(mode: str) -> None:
+    if mode in ("LA", "RGBA"):
+        image = PHOTO.convert(mode)
+        image.putalpha(Image.linear_gradient("L").resize(PHOTO.size))
+        file = encode(image, "PNG")
+    elif mode == "PA":
+        image = PHOTO.quantize(16).convert("PA")
+        image.putalpha(Image.linear_gradient("L").resize(PHOTO.size))
+        file = encode(image, "TIFF")
+    elif mode == "P":
+        file = encode(PHOTO.quantize(16), "PNG", transparency=bytes(range(0, 256, 16)))
+    else:
+        image = PHOTO.convert(mode)
+        file = encode(image, "PNG", transparency=image.getpixel((5, 5)))
+    rgba = np.asarray(Image.open(io.BytesIO(file)).convert("RGBA")).astype(float)
+    colors, alpha = rgba[..., :3], rgba[..., 3:] / 255
+    assert 0 < alpha.mean() < 1
+    expected = colors * alpha + 255 * (1 - alpha)
+    assert np.abs(decode(file, PIXELS) - expected).max() <= 1
+
+
+def test_colors_behind_full_transparency_do_not_show_after_a_resize() -> None:
+    image = Image.new("RGBA", (1200, 1200), (255, 0, 0, 0))
+    assert (decode(encode(image, "PNG"), PIXELS) == 255).all()
+
+
+def test_an_opaque_palette_keeps_its_colors() -> None:
     palette = PHOTO.quantize(16)
-    file = encode(palette, "PNG", transparency=transparency)
+    file = encode(palette, "PNG", transparency=bytes([255] * 16))
     np.testing.assert_array_equal(decode(file, PIXELS), np.asarray(palette.convert("RGB")))
+
+
+def test_data_sets_and_the_service_accept_images_of_one_size() -> None:
+    assert Settings().max_image_pixels == MAX_PIXELS
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.fuzz import seeds
+from models.images.decode import FORMATS
 from service.errors import (
     BadRequest,
     ImageTooCostly,
@@ -30,7 +31,7 @@ from service.errors import (
 )
 from service.intake import decoder_process
 from service.intake import decoders as module
-from service.intake.decode import FORMATS, decode
+from service.intake.decode import decode
 from service.intake.decoder import DESCRIPTORS, REPLY, Status
 from service.intake.decoders import Decoders
 from service.settings import Settings

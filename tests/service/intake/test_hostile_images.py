@@ -16,15 +16,9 @@ from benchmarks.bombs.build import encode
 from benchmarks.bombs.containers import avif_items, riff, tiff, webp
 from benchmarks.bombs.streams import bmp, chunk, jpeg_frame, segment
 from benchmarks.fuzz import Misbehaved, fuzz, judge, mutate, seeds
-from service.errors import (
-    BadRequest,
-    ImageTooCostly,
-    ServiceError,
-    TooLarge,
-    UnsupportedImage,
-)
-from service.intake.decode import FORMATS, decode
-from service.intake.structure import (
+from models.errors import ImageError
+from models.images.decode import FORMATS
+from models.images.structure import (
     MAX_ENTRIES,
     MAX_ITEMS,
     MAX_PIECES,
@@ -33,6 +27,14 @@ from service.intake.structure import (
     MAX_STRIPS,
     check_structure,
 )
+from service.errors import (
+    BadRequest,
+    ImageTooCostly,
+    ServiceError,
+    TooLarge,
+    UnsupportedImage,
+)
+from service.intake.decode import ERRORS, decode
 
 PIXELS = 40_000_000
 PATIENCE = 10.0  # seconds of one core; the worst that is let through takes about one
@@ -224,7 +226,7 @@ def test_damaged_files_write_nothing_into_the_log(kind: str) -> None:
 
 def test_structures_are_bounded_before_any_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the header shows to be absurd costs milliseconds, and Pillow never sees it."""
-    monkeypatch.setattr("service.intake.decode.Image.open", None)
+    monkeypatch.setattr("models.images.decode.Image.open", None)
     for name in (
         "JPEG, arithmetic coding",
         "TIFF strips",
@@ -240,8 +242,9 @@ def test_structures_are_bounded_before_any_decoder(monkeypatch: pytest.MonkeyPat
         file, error = BOMBS[name]
         assert error, name
         began = time.process_time()
-        with pytest.raises(error):
+        with pytest.raises(ImageError) as caught:
             check_structure(file)
+        assert ERRORS[type(caught.value)] is error, name
         assert time.process_time() - began < 1, name
 
 

@@ -68,6 +68,16 @@ def test_the_files_load_as_they_are(directory: Path) -> None:
     assert load(directory) is None
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_info_says_the_precision_and_why(directory: Path, dtype: Any) -> None:
+    settings = Settings(model=str(directory), device="cpu", views=2, dtype=dtype)
+    model = Runner(settings, 0).ready.info["model"]
+    assert (model["dtype"], model["dtype_reason"]) == (dtype, "as configured")
+    chosen = Runner(settings.model_copy(update={"dtype": "auto"}), 0).ready.info["model"]
+    assert chosen["dtype"] == "float32"
+    assert "float32" in chosen["dtype_reason"] or "bfloat16" in chosen["dtype_reason"]
+
+
 CONFIGS: dict[str, Edit] = {
     "quantized by AWQ": lambda v: v.update(quantization_config={"quant_method": "awq", "bits": 4}),
     "quantized by itself": lambda v: v.update(quantization_config={"quant_method": "evil"}),

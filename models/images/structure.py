@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
-from service.errors import BadRequest, ImageTooCostly, UnsupportedImage
+from models.errors import CostlyImage, DamagedImage, UnsupportedImage
 
 MAX_SEGMENTS = 512
 """Segments, chunks or extensions that hold no pixels; 64 KiB each, a JPEG has 256 in 16 MiB."""
@@ -59,8 +59,13 @@ _TABLES = {b"iinf": 4, b"iloc": 6, b"ipma": 4, b"stsz": 8} | dict.fromkeys(
 
 
 def check_structure(data: bytes) -> None:
-    """Raise BadRequest for a file past one of the bounds, UnsupportedImage for an arithmetic-coded
-    JPEG, ImageTooCostly for a large run-length encoded BMP."""
+    """Check a file of any format.
+
+    Raises:
+        DamagedImage: it is past one of the bounds.
+        UnsupportedImage: it is an arithmetic-coded JPEG.
+        CostlyImage: it is a large run-length encoded BMP.
+    """
     if data.startswith(b"\xff\xd8"):
         _walk_jpeg(data)
     elif data.startswith(b"\x89PNG"):
@@ -185,7 +190,7 @@ def _check_bmp(data: bytes) -> None:
     # The older header of 12 bytes knows no compression.
     packed = _little(data[14:18]) > 12 and _little(data[30:34]) in (1, 2)
     if packed and width * height > MAX_RLE_PIXELS:
-        raise ImageTooCostly(
+        raise CostlyImage(
             f"The image is a run-length encoded BMP of {width * height} pixels; the limit for "
             f"these is {MAX_RLE_PIXELS}."
         )
@@ -242,4 +247,4 @@ def _signed(field: bytes) -> int:
 
 def _bound(count: int, limit: int, what: str) -> None:
     if count > limit:
-        raise BadRequest(f"The image is malformed: it has more than {limit} {what}.")
+        raise DamagedImage(f"The image is malformed: it has more than {limit} {what}.")

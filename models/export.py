@@ -1,52 +1,52 @@
-"""Write a hardened CLIP as a checkpoint directory, for `load_checkpoint` and `from_pretrained`."""
+"""Write a CLIP as a checkpoint directory that `load_checkpoint` and `from_pretrained` read."""
 
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import CLIPModel, PreTrainedTokenizerBase
 
-from models.calibration.hardening import image_parameters
-from models.checkpoint import Checkpoint
-from models.clip import PromptedCLIP
 from models.views import Preprocessing
 
 
-def write_hardened(
-    checkpoint: Checkpoint, hardened: PromptedCLIP, out: Path, provenance: dict[str, Any]
+def write_checkpoint(
+    model: CLIPModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    preprocessing: Preprocessing,
+    out: Path,
+    records: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Write a complete checkpoint in one move: the image weights of `hardened`, everything else of
-    `checkpoint`, and the provenance as `hardening.json`.
+    """Write a complete checkpoint in one move, its weights in the model's dtype. What `out` held
+    before is replaced.
 
-    The weights have the dtype of the files that `checkpoint` was loaded from. What `out` held
-    before is replaced. `checkpoint` takes over the weights.
+    Args:
+        records: JSON files to write beside it, by name.
     """
-    with torch.no_grad():
-        own = image_parameters(checkpoint.clip)
-        for name, value in image_parameters(hardened).items():
-            own[name].copy_(value)
     fresh, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
-    checkpoint.clip.model.to(_stored_dtype(checkpoint.directory)).save_pretrained(fresh)
-    tokenizer = checkpoint.tokenizer
-    # Padding and truncation of the last call would be saved with the vocabulary.
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.save_pretrained(fresh)
-    _write_json(fresh / "preprocessor_config.json", _preprocessor(checkpoint.preprocessing))
-    _write_json(fresh / "hardening.json", provenance)
+    model.save_pretrained(fresh)
+    if tokenizer is not None:
+        # Padding and truncation of the last call would be saved with the vocabulary.
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.save_pretrained(fresh)
+    _write_json(fresh / "preprocessor_config.json", _preprocessor(preprocessing))
+    for name, record in records.items():
+        _write_json(fresh / name, record)
     if out.exists():
         os.replace(out, old)
     os.replace(fresh, out)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _stored_dtype(directory: Path) -> torch.dtype:
+def stored_dtype(directory: Path) -> torch.dtype:
     """The narrowest dtype that holds every weight of a checkpoint's files exactly."""
     found: set[torch.dtype] = set()
     for file in directory.glob("*.safetensors"):
@@ -56,11 +56,24 @@ def _stored_dtype(directory: Path) -> torch.dtype:
     return found.pop() if len(found) == 1 else torch.float32
 
 
+def exact_dtype(model: CLIPModel) -> torch.dtype:
+    """The narrowest dtype that holds every weight of a model exactly."""
+    weights = [weight.detach() for weight in model.parameters()]
+    for dtype in (torch.float16, torch.bfloat16):
+        if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights):
+            return dtype
+    return torch.float32
+
+
 def _preprocessor(preprocessing: Preprocessing) -> dict[str, Any]:
     """The settings of transformers' `CLIPImageProcessor` that do the same."""
     size: dict[str, int] | None = None
     if preprocessing.short_side is not None:
         size = {"shortest_edge": preprocessing.short_side}
+        if preprocessing.long_side is not None:
+            size["longest_edge"] = preprocessing.long_side
+    elif preprocessing.within is not None:
+        size = {"max_height": preprocessing.within[0], "max_width": preprocessing.within[1]}
     elif preprocessing.size is not None:
         size = {"height": preprocessing.size[0], "width": preprocessing.size[1]}
     crop = {"height": preprocessing.crop, "width": preprocessing.crop}
@@ -80,5 +93,5 @@ def _preprocessor(preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,235 @@
+"""Preprocessing as transformers does it: the same pixels, the same scores, or a refusal."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+from transformers import AutoImageProcessor, CLIPModel, pipeline
+
+from models.checkpoint import EMBEDDED, load_checkpoint
+from models.classifier import DefendedClassifier, ImageQuery
+from models.errors import LoadError
+from models.export import write_checkpoint
+from models.views import Preprocessing, make_views
+from tests import tiny
+
+SIDE = 64  # pixels of the embedded model
+LABELS = ("a cat", "an astronaut", "a rocket", "a cup of coffee")
+PHOTOS = [data.chelsea(), data.astronaut()[:, 150:340]]
+TINY = np.random.default_rng(0).integers(0, 256, (37, 21, 3), dtype=np.uint8)
+
+RESIZES: dict[str, dict[str, Any]] = {
+    "the shortest edge": {"size": {"shortest_edge": 64}},
+    "the shortest edge to more than the crop": {"size": {"shortest_edge": 73}},
+    "the shortest edge to less than the crop": {"size": {"shortest_edge": 41}},
+    "the shortest edge, old style": {"size": 70},
+    "the longest edge bounded": {"size": {"shortest_edge": 64, "longest_edge": 80}},
+    "height and width": {"size": {"height": 64, "width": 64}},
+    "height and width without a crop": {
+        "size": {"height": 64, "width": 64},
+        "do_center_crop": False,
+    },
+    "a list": {"size": [64, 64], "do_center_crop": False},
+    "a list of three": {"size": [70, 90, 3]},
+    "height and width, not square": {"size": {"height": 90, "width": 70}},
+    "the longest edge, padded": {"size": {"max_height": 64, "max_width": 64}},
+    "within a wide frame": {"size": {"max_height": 70, "max_width": 200}},
+    "no resize": {"do_resize": False},
+}
+SCALES: dict[str, dict[str, Any]] = {
+    "no normalization": {"do_normalize": False},
+    "no rescale": {"do_rescale": False, "image_mean": [120, 115, 105], "image_std": [65, 66, 67]},
+    "levels in [-1, 1]": {"rescale_factor": 1 / 127.5, "image_mean": 1.0, "image_std": 1.0},
+    "neither rescale nor normalization": {"do_rescale": False, "do_normalize": False},
+    "one mean for all channels": {"image_mean": 0.5, "image_std": 0.5},
+}
+NULLS: dict[str, dict[str, Any]] = {
+    name: {name: None}
+    for name in (
+        "do_resize",
+        "do_rescale",
+        "do_normalize",
+        "do_convert_rgb",
+        "image_processor_type",
+    )
+}
+CASES: dict[str, dict[str, Any]] = {
+    **RESIZES,
+    **SCALES,
+    **{f"{name}: null": values for name, values in NULLS.items()},
+    **{f"filter {number}": {"resample": number} for number in range(6)},
+    "filter 0, not square": {"resample": 0, "size": {"height": 100, "width": 80}},
+    "filter 4, enlarged": {"resample": 4, "size": {"shortest_edge": 700}},
+    "an old class name": {"feature_extractor_type": "CLIPFeatureExtractor"},
+    "a fast class": {"image_processor_type": "CLIPImageProcessorFast"},
+    "another class": {"image_processor_type": "ViTImageProcessor", "do_center_crop": True},
+    "code of its own, beside a class of transformers": {
+        "image_processor_type": None,
+        "auto_map": {"AutoImageProcessor": "evil.Evil"},
+    },
+    "a padding that pads nothing": {"do_pad": True, "pad_size": {"height": 64, "width": 64}},
+}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another size": ({"crop_size": 32}, r"prepared as 32x32 pixels, but the model takes 64x64"),
+    "no crop": ({"do_center_crop": False}, "keep their shape"),
+    "not square": ({"do_center_crop": False, "size": {"height": 64, "width": 32}}, "64x32"),
+    "size null": ({"size": None}, "`size`"),
+    "the longest edge alone": ({"size": {"longest_edge": 64}}, "Size must contain"),
+    "an area": ({"size": {"min_pixels": 9, "max_pixels": 99}}, "min_pixels"),
+    "a class that there is not": ({"image_processor_type": "Evil"}, "Unrecognized"),
+    "mean null": ({"image_mean": None}, "`image_mean`"),
+    "deviation null": ({"image_std": None}, "`image_std`"),
+    "crop_size null": ({"crop_size": None}, "`crop_size`"),
+    "crop null": ({"do_center_crop": None}, "keep their shape"),
+    "filter null": ({"resample": None}, "`resample`"),
+    "factor null": ({"rescale_factor": None}, "`rescale_factor`"),
+    "no such key": ({"size": {"shortest": 64}}, "image preprocessing"),
+    "no such filter": ({"resample": 9}, "image preprocessing: .*9"),
+    "a huge padding": ({"do_pad": True, "pad_size": {"height": 10**6, "width": 10**6}}, "pad_size"),
+    "padding beyond": (
+        {"do_pad": True, "pad_size": {"height": 65, "width": 65}},
+        r"shape \(3, 65, 65\)",
+    ),
+    "a huge size": ({"size": {"height": 10**6, "width": 10**6}}, "size.height"),
+    "a mean of two channels": ({"image_mean": [0.5, 0.5]}, "image_mean"),
+    "a scale of zero": ({"rescale_factor": 0}, "rescale_factor"),
+    "padding": (
+        {
+            "size": {"height": 32, "width": 32},
+            "crop_size": 32,
+            "do_pad": True,
+            "pad_size": {"height": 64, "width": 64},
+        },
+        "32x32",
+    ),
+    "a class that does otherwise": (
+        {"image_processor_type": "ConvNextImageProcessor", "do_center_crop": True},
+        "image preprocessing",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> CLIPModel:
+    return CLIPModel.from_pretrained(EMBEDDED).eval()
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    kept = ("config.json", "model.safetensors", "tokenizer*", "preprocessor_config.json")
+    for pattern in kept:
+        for file in EMBEDDED.glob(pattern):
+            shutil.copy(file, tmp_path / file.name)
+    return tmp_path
+
+
+def change(directory: Path, values: dict[str, Any]) -> None:
+    file = directory / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def prepare(preprocessing: Preprocessing, image: np.ndarray) -> torch.Tensor:
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    return (make_views(image, 1, 0, preprocessing, tiny.CPU)[0] - mean) / std
+
+
+@pytest.mark.parametrize("values", CASES.values(), ids=CASES)
+def test_pixels_are_the_processors_and_scores_the_pipelines(
+    directory: Path, model: CLIPModel, values: dict[str, Any]
+) -> None:
+    change(directory, values)
+    checkpoint = load_checkpoint(str(directory), tiny.CPU)
+    classifier = DefendedClassifier(checkpoint, None)
+    processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
+    theirs = pipeline(
+        "zero-shot-image-classification",
+        model=model,
+        tokenizer=checkpoint.tokenizer,
+        image_processor=processor,
+    )
+    for image in (*PHOTOS, TINY, PHOTOS[0][:SIDE, :SIDE]):
+        picture = Image.fromarray(image)
+        expected = processor(images=[picture], return_tensors="pt")["pixel_values"][0]
+        level = 1 / 255 / min(checkpoint.preprocessing.std)
+        difference = (prepare(checkpoint.preprocessing, image) - expected).abs()
+        assert (difference > 1.1 * level).float().mean() < 0.01  # rounding, or clipped overshoot
+        (batch,) = classifier.prepare([ImageQuery(image, LABELS)], "plain")
+        (found,) = classifier.classify(batch, 1)
+        scores = theirs(picture, candidate_labels=LABELS, hypothesis_template="a photo of a {}.")
+        pairs = {one["label"]: one["score"] for one in scores}
+        ours = dict(zip(LABELS, found.probabilities.tolist(), strict=True))
+        assert ours == pytest.approx(pairs, abs=1e-2)
+
+
+@pytest.mark.parametrize(("values", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_done_is_refused_in_a_sentence(
+    directory: Path, values: dict[str, Any], reason: str
+) -> None:
+    change(directory, values)
+    with pytest.raises(LoadError, match=reason) as caught:
+        load_checkpoint(str(directory), tiny.CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_option_that_nobody_knows_is_found_by_comparing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load_checkpoint(str(directory), tiny.CPU)
+    processor = type(AutoImageProcessor.from_pretrained(directory, backend="pil"))
+    resize = processor.resize
+    monkeypatch.setattr(processor, "resize", lambda *a, **k: resize(*a, **k)[:, ::-1])
+    with pytest.raises(LoadError, match=r"not supported: images differ by \d+\.\d gray"):
+        load_checkpoint(str(directory), tiny.CPU)
+    assert checkpoint.preprocessing.crop == SIDE
+
+
+@pytest.mark.parametrize(
+    ("values", "warned"), [({}, False), ({"resample": 0}, True), ({"do_resize": False}, True)]
+)
+def test_what_large_images_change_is_warned_of(
+    directory: Path, caplog: pytest.LogCaptureFixture, values: dict[str, Any], warned: bool
+) -> None:
+    change(directory, values)
+    load_checkpoint(str(directory), tiny.CPU)
+    assert ("scores of images over 512 pixels" in caplog.text) is warned
+
+
+def test_a_processor_inside_the_other_file_is_read(directory: Path) -> None:
+    own = directory / "preprocessor_config.json"
+    values = json.loads(own.read_text()) | {"size": {"shortest_edge": 80}}
+    (directory / "processor_config.json").write_text(json.dumps({"image_processor": values}))
+    own.unlink()
+    assert load_checkpoint(str(directory), tiny.CPU).preprocessing.short_side == 80
+
+
+@pytest.mark.parametrize("shared", [None, {"processor_class": "CLIPProcessor"}])
+def test_without_a_processor_the_settings_are_openais(
+    directory: Path, shared: dict[str, Any] | None
+) -> None:
+    found = load_checkpoint(str(directory), tiny.CPU).preprocessing
+    (directory / "preprocessor_config.json").unlink()
+    if shared is not None:
+        (directory / "processor_config.json").write_text(json.dumps(shared))
+    assert load_checkpoint(str(directory), tiny.CPU).preprocessing == found
+
+
+@pytest.mark.parametrize("values", [*RESIZES.values(), *SCALES.values(), {"resample": 0}])
+def test_a_hardened_checkpoint_prepares_images_as_its_base(
+    directory: Path, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    change(directory, values)
+    checkpoint = load_checkpoint(str(directory), tiny.CPU)
+    write_checkpoint(
+        checkpoint.clip.model, checkpoint.tokenizer, checkpoint.preprocessing, tmp_path / "out", {}
+    )
+    again = load_checkpoint(str(tmp_path / "out"), tiny.CPU).preprocessing
+    for image in (PHOTOS[0], TINY):
+        torch.testing.assert_close(
+            prepare(again, image), prepare(checkpoint.preprocessing, image), rtol=1e-5, atol=1e-4
+        )
