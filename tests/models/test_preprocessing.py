@@ -1,5 +1,6 @@
 """Preprocessing as transformers does it: the same pixels, the same scores, or a refusal."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from models.checkpoint import EMBEDDED, load_checkpoint
 from models.classifier import DefendedClassifier, ImageQuery
 from models.errors import LoadError
 from models.export import write_checkpoint
+from models.images.decode import MAX_SHORT_SIDE, decode
 from models.views import Preprocessing, make_views
 from tests import tiny
 
@@ -117,7 +119,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module")
 def model() -> CLIPModel:
-    return CLIPModel.from_pretrained(EMBEDDED).eval()
+    return CLIPModel.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
 
 
 @pytest.fixture
@@ -165,6 +167,31 @@ def test_pixels_are_the_processors_and_scores_the_pipelines(
         pairs = {one["label"]: one["score"] for one in scores}
         ours = dict(zip(LABELS, found.probabilities.tolist(), strict=True))
         assert ours == pytest.approx(pairs, abs=1e-2)
+
+
+@pytest.mark.parametrize("resample", [1, 2, 3, 5])
+def test_large_images_that_are_scaled_down_first_score_as_in_the_pipeline(
+    directory: Path, model: CLIPModel, resample: int
+) -> None:
+    change(directory, {"resample": resample})
+    checkpoint = load_checkpoint(str(directory), tiny.CPU)
+    theirs = pipeline(
+        "zero-shot-image-classification",
+        model=model,
+        tokenizer=checkpoint.tokenizer,
+        image_processor=AutoImageProcessor.from_pretrained(directory, backend="pil"),
+    )
+    picture = Image.fromarray(data.astronaut()).resize((1600, 1200), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    pixels = decode(file.getvalue())
+    assert min(pixels.shape[:2]) == MAX_SHORT_SIDE
+    (batch,) = DefendedClassifier(checkpoint, None).prepare([ImageQuery(pixels, LABELS)], "plain")
+    (found,) = DefendedClassifier(checkpoint, None).classify(batch, 1)
+    scores = theirs(picture, candidate_labels=LABELS, hypothesis_template="a photo of a {}.")
+    pairs = {one["label"]: one["score"] for one in scores}
+    ours = dict(zip(LABELS, found.probabilities.tolist(), strict=True))
+    assert ours == pytest.approx(pairs, abs=1e-2)
 
 
 @pytest.mark.parametrize(("values", "reason"), REFUSED.values(), ids=REFUSED)
