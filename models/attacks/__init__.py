@@ -5,10 +5,12 @@ from models.attacks.attack import Attack
 from models.attacks.autoattack import autoattack
 from models.attacks.pgd import pgd
 from models.attacks.square import square
+from models.attacks.strong import STRONG
 
 ATTACKS: dict[str, Attack] = {
     "pgd": pgd,
     "apgd": apgd,
     "square": square,
     "autoattack": autoattack,
+    **{name: part.attack for name, part in STRONG.items()},
 }

@@ -28,6 +28,7 @@ from models.attacks.adaptive import surrogates
 from models.attacks.attack import LEVELS, Budget
 from models.attacks.autoattack import MissingExtra, require
 from models.attacks.preflight import preflight
+from models.attacks.strong import STRONG, STRONG_ANSWERS, STRONG_STEPS, ways_of
 from models.attacks.threats import THREATS
 from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier
 from models.data import DataError
@@ -134,7 +135,7 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
     known = {
         "--defenses": (options.defenses, list(DEFENSES)),
         "--threats": (options.threats, [CLEAN, *THREATS]),
-        "--attacks": (options.attacks, list(ATTACKS)),
+        "--attacks": (options.attacks, [*ATTACKS, "strong"]),
     }
     for flag, (given, names) in known.items():
         if strange := [name for name in given if name not in names]:
@@ -142,9 +143,11 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
     epsilons = [float(Fraction(text) * LEVELS) for text in options.eps]
     if min(epsilons) < 1:
         raise ValueError("--eps: below 1/255, one level of an 8-bit picture")
+    strong = "strong" in options.attacks
+    attacks = [n for name in options.attacks for n in (STRONG if name == "strong" else [name])]
     budget = Budget(
         epsilon=0,
-        steps=options.attack_steps,
+        steps=options.attack_steps or (STRONG_STEPS if strong else 20),
         restarts=options.restarts,
         draws=options.eot,
         targets=options.targets,
@@ -153,7 +156,7 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
     return Protocol(
         options.defenses,
         options.threats,
-        options.attacks,
+        list(dict.fromkeys(attacks)),
         epsilons,
         budget,
         options.views,
@@ -161,6 +164,7 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
         options.readout,
         options.seed,
         options.batch,
+        options.answers or (STRONG_ANSWERS if strong else 1),
     )
 
 
@@ -185,10 +189,11 @@ def check(
             protocol.views,
             protocol.steps_of(defense),
             protocol.readout,
-            protocol.seed,
+            [protocol.seed + number for number in range(len(subjects))],
         )
         clean: Tensor = pixels.to(device).float() / LEVELS
-        for way, model in targets.items():
+        for way in ways_of("pgd", list(targets)):
+            model = targets[way]
             spent = budget if model.random else replace(budget, draws=1)
             for sentence in preflight(model, clean, labels, spent, range(len(subjects))):
                 found.append(f"{defense}, {way}: {sentence}")
@@ -235,7 +240,12 @@ def parser() -> argparse.ArgumentParser:
     add("--labels", default="", help="comma-separated class names instead of the data's own")
     add("--defenses", default="plain,ensemble,tapt", help=",".join(DEFENSES), **lists)
     add("--threats", default="clean,transfer", help=",".join([CLEAN, *THREATS]), **lists)
-    add("--attacks", default="pgd,apgd,square", help=",".join(ATTACKS), **lists)
+    add(
+        "--attacks",
+        default="pgd,apgd,square",
+        help=f"{','.join(ATTACKS)}; strong: {','.join(STRONG)}, to be trusted and slow",
+        **lists,
+    )
     add(
         "--eps",
         default="2/255",
@@ -278,7 +288,17 @@ def parser() -> argparse.ArgumentParser:
         help="share of the adversarial statistics",
     )
     attack = flags.add_argument_group("attack").add_argument
-    attack("--attack-steps", type=int, default=20, help="steps of a gradient attack")
+    attack(
+        "--attack-steps",
+        type=int,
+        help=f"steps of a gradient attack; 20, or {STRONG_STEPS} with strong",
+    )
+    attack(
+        "--answers",
+        type=int,
+        help="answers of a random defense to each image, with other draws; 1, or "
+        f"{STRONG_ANSWERS} with strong",
+    )
     attack("--restarts", type=int, default=1, help="random restarts of an attack")
     attack("--eot", type=int, default=1, help="draws of views to average gradients over")
     attack("--targets", type=int, default=3, help="classes that APGD aims at")

@@ -20,19 +20,27 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Whether a defense's answer to one image under one attack was right.
+    """A defense's answers to one image under one attack.
 
-    `doubt` is the suspicion in [0, 1]; `ms` is the defense's time per image, `attack_ms` the
-    attack's.
+    Attributes:
+        right: how many of the answers were right, of `asked`. A random defense draws anew for each.
+        doubt: the mean suspicion in [0, 1].
+        ms, attack_ms: the defense's time per answer and the attack's per image.
     """
 
     picture: str
     cell: Cell
     attack: str
-    right: bool
+    right: int
     doubt: float
     ms: float
     attack_ms: float
+    asked: int = 1
+
+    @property
+    def share(self) -> float:
+        """How likely one answer is right."""
+        return self.right / self.asked
 
 
 class Journal:
@@ -64,10 +72,10 @@ class Journal:
         """An image's outcomes in a cell, by attack."""
         return self._known.get((picture, cell), {})
 
-    def right(self, picture: str, cell: Cell) -> bool:
-        """Whether an image counts: right clean, and right under every attack tried that the cell's
-        attacker could have made."""
-        return all(outcome.right for outcome in self.weighing(picture, cell))
+    def right(self, picture: str, cell: Cell) -> float:
+        """How likely one answer to an image is right: clean, or under the worst attack tried that
+        the cell's attacker could have made."""
+        return min((outcome.share for outcome in self.weighing(picture, cell)), default=1.0)
 
     def weighing(self, picture: str, cell: Cell) -> list[Outcome]:
         """The outcomes that decide on an image in a cell, the cell's own last.

@@ -3,7 +3,7 @@
 All defenses answer the same images, cropped to the model's own S x S pixels, in which epsilon is
 measured: view 0 of the original is attacked, rounded to 8 bits and given to the defense as its
 image. An image counts as robust only if the defense is right on it clean and under every attack;
-once it is broken it is not attacked any further.
+once no answer to it is right it is not attacked any further.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import mean
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from models.attacks import ATTACKS
 from models.attacks.adaptive import AttackableDefense, surrogates
 from models.attacks.attack import LEVELS, Budget, Model
+from models.attacks.strong import STRONG, ways_of
 from models.attacks.threats import static, transfer
 from models.classifier import DefendedClassifier, ImageQuery
 from models.data import DataError, Dataset
@@ -29,6 +31,16 @@ from models.views import make_views
 
 # Shared attacks that already attack exactly this defense.
 ATTACKED_THEMSELVES = {("plain", "transfer"), ("apt", "static")}
+
+# Attacks that do not depend on the defense, by threat.
+SHARED: Mapping[str, Callable[[DefendedClassifier, tuple[str, ...]], Model]] = {
+    "transfer": transfer,
+    "static": static,
+}
+
+GRADIENTLESS = {"square"}  # all ways through an adaptation are the same to these
+
+VIEWS_AT_ONCE = 128  # of the images that are attacked adaptively together
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,7 @@ class Protocol:
         budget: what every attack may spend; its epsilon is ignored.
         views, steps, readout: the defense's.
         batch: images in one batch.
+        answers: how often a random defense is asked about each image, with other draws.
     """
 
     defenses: Sequence[str]
@@ -65,6 +78,16 @@ class Protocol:
     readout: str = "all"
     seed: int = 0
     batch: int = 8
+    answers: int = 1
+
+    def answers_of(self, defense: str) -> int:
+        """How often a defense is asked: once if its answers do not differ."""
+        return self.answers if DEFENSES[defense].random else 1
+
+    def attacks_of(self, threat: str) -> list[str]:
+        """The attacks that a threat's attacker makes, in order."""
+        shared = threat in SHARED
+        return [a for a in self.attacks if not (shared and a in STRONG and not STRONG[a].alone)]
 
     def steps_of(self, defense: str) -> int:
         """`steps`, unless the defense has a number of its own."""
@@ -119,16 +142,15 @@ class Trial:
     ) -> None:
         self._classifier, self._names, self._protocol = classifier, tuple(names), protocol
         self._journal, self._advance = journal, advance
-        self._shared: Mapping[str, Callable[[DefendedClassifier, tuple[str, ...]], Model]] = {
-            "transfer": transfer,
-            "static": static,
-        }
 
     def work(self, subjects: Sequence[Subject]) -> int:
         """The total that `advance` will be called with."""
         protocol = self._protocol
-        hurt = len(protocol.cells) - len(protocol.defenses)
-        return len(subjects) * (len(protocol.defenses) + hurt * len(protocol.attacks))
+        attacks = [
+            len(protocol.attacks_of(cell.threat)) if cell.threat != CLEAN else 1
+            for cell in protocol.cells
+        ]
+        return len(subjects) * sum(attacks)
 
     def run(self, subjects: Sequence[Subject]) -> None:
         protocol = self._protocol
@@ -138,8 +160,8 @@ class Trial:
                 self._judge(chunk, None, Cell(defense, CLEAN, 0), CLEAN, 0)
             for threat in protocol.threats:
                 for epsilon in protocol.epsilons if threat != CLEAN else ():
-                    for attack in protocol.attacks:
-                        if threat in self._shared:
+                    for attack in protocol.attacks_of(threat):
+                        if threat in SHARED:
                             self._attack_all(chunk, threat, epsilon, attack)
                         else:
                             self._attack_each(chunk, threat, epsilon, attack)
@@ -153,7 +175,7 @@ class Trial:
         hit = [s for s in chunk if any(self._open(s, cell, attack) for cell in cells)]
         if not hit:
             return
-        model = self._shared[threat](self._classifier, self._names)
+        model = SHARED[threat](self._classifier, self._names)
         pixels, ms = self._make(model, hit, threat, epsilon, attack)
         for cell in cells:
             places = [i for i, subject in enumerate(hit) if self._open(subject, cell, attack)]
@@ -162,36 +184,44 @@ class Trial:
     def _attack_each(
         self, chunk: Sequence[Subject], threat: str, epsilon: float, attack: str
     ) -> None:
-        """Attack each whole defense, one image at a time: each image has its own stream of seeds
-        for the views, and the views of one image already fill a batch."""
+        """Attack each whole defense, in batches that its views allow."""
         protocol = self._protocol
         for defense in protocol.defenses:
-            cell = Cell(defense, threat, epsilon)
-            for subject in chunk:
-                seed = self._seed(subject, threat, attack, f"{epsilon:g}", "views")
-                targets = surrogates(
-                    self._classifier,
-                    self._names,
-                    defense,
-                    protocol.views,
-                    protocol.steps_of(defense),
-                    protocol.readout,
-                    seed,
-                )
-                for way, model in targets.items():
-                    first = way == next(iter(targets))
-                    if not first and attack == "square":
-                        continue  # without gradients, all surrogates are the same
-                    label = attack if first else f"{attack} {way}"
-                    if self._open(subject, cell, label):
-                        pixels, ms = self._make(model, [subject], threat, epsilon, attack)
-                        self._judge([subject], pixels, cell, label, ms)
-                self._advance(1)
+            views = protocol.views if DEFENSES[defense].views == "all" else 1
+            count = max(1, VIEWS_AT_ONCE // views)
+            for start in range(0, len(chunk), count):
+                some = chunk[start : start + count]
+                self._attack_defense(some, Cell(defense, threat, epsilon), attack)
+                self._advance(len(some))
+
+    def _attack_defense(self, subjects: Sequence[Subject], cell: Cell, attack: str) -> None:
+        """Attack a whole defense in every way through its adaptation that the attack takes."""
+        protocol = self._protocol
+
+        def targets(hit: Sequence[Subject]) -> Mapping[str, AttackableDefense]:
+            return surrogates(
+                self._classifier,
+                self._names,
+                cell.defense,
+                protocol.views,
+                protocol.steps_of(cell.defense),
+                protocol.readout,
+                [self._seed(s, cell.threat, attack, f"{cell.epsilon:g}", "views") for s in hit],
+            )
+
+        ways = ways_of(attack, list(targets([])))
+        for way in ways if attack not in GRADIENTLESS else ways[:1]:
+            label = attack if way == ways[0] else f"{attack} {way}"
+            if hit := [subject for subject in subjects if self._open(subject, cell, label)]:
+                model = targets(hit)[way]
+                pixels, ms = self._make(model, hit, cell.threat, cell.epsilon, attack)
+                self._judge(hit, pixels, cell, label, ms)
 
     def _open(self, subject: Subject, cell: Cell, attack: str) -> bool:
         """Whether an attack on an image can still change its result."""
         journal = self._journal
-        return attack not in journal.seen(subject.name, cell) and journal.right(subject.name, cell)
+        seen = attack in journal.seen(subject.name, cell)
+        return not seen and journal.right(subject.name, cell) > 0
 
     def _make(
         self, model: Model, subjects: Sequence[Subject], threat: str, epsilon: float, attack: str
@@ -226,19 +256,31 @@ class Trial:
             images = list(levels.cpu().contiguous().numpy())
         if not subjects:
             return
-        start = time.perf_counter()
-        found = answers(
-            self._classifier,
-            self._names,
-            images,
-            cell.defense,
-            self._protocol,
-            [self._seed(subject, "answer") for subject in subjects],
-        )
-        ms = 1000 * (time.perf_counter() - start) / len(subjects)
+        start, asked = time.perf_counter(), self._protocol.answers_of(cell.defense)
+        found = [
+            answers(
+                self._classifier,
+                self._names,
+                images,
+                cell.defense,
+                self._protocol,
+                [self._seed(subject, "answer", *ask) for subject in subjects],
+            )
+            for ask in [(), *((str(number),) for number in range(1, asked))]
+        ]
+        ms = 1000 * (time.perf_counter() - start) / len(subjects) / asked
         self._journal.add(
-            Outcome(subject.name, cell, attack, answer == subject.label, doubt, ms, attack_ms)
-            for subject, (answer, doubt) in zip(subjects, found, strict=True)
+            Outcome(
+                subject.name,
+                cell,
+                attack,
+                sum(answer == subject.label for answer, _ in each),
+                round(mean(doubt for _, doubt in each), 4),
+                ms,
+                attack_ms,
+                asked,
+            )
+            for subject, each in zip(subjects, zip(*found, strict=True), strict=True)
         )
 
     def _seed(self, subject: Subject, *what: str) -> int:
@@ -277,7 +319,7 @@ def suspect(protocol: Protocol, subjects: Sequence[Subject], journal: Journal) -
         if cell.threat == "adaptive" or (cell.defense, cell.threat) in ATTACKED_THEMSELVES:
             tried = [journal.seen(subject.name, cell) for subject in subjects]
             last = [outcomes["square"].right for outcomes in tried if "square" in outcomes]
-            if (broken := last.count(False)) > max(1, 0.05 * len(last)):
+            if (broken := last.count(0)) > max(1, 0.05 * len(last)):
                 yield (
                     f"{cell.defense}, {cell.threat} {cell.epsilon:g}/255: Square breaks {broken} "
                     f"of the {len(last)} images that gradient attacks leave right, so its "

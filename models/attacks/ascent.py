@@ -1,0 +1,124 @@
+"""Momentum attacks on a defense that averages over random views, by loss and starting point.
+
+Gradients of random views are noisy. Aggregated momentum (Lucas et al., ICLR 2019) averages them
+over several horizons at once; with losses on the views' mean logits it is the attack that broke
+random transformations where expectation over transformation alone did not (Sitawarin et al., ICML
+2022). Steps are signs, and their size decays to 0.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.attacks.apgd import aim
+from models.attacks.attack import (
+    RESCORED,
+    Budget,
+    Loss,
+    Model,
+    Viewed,
+    cross_entropy,
+    draw_start,
+    hold,
+    pick,
+    slope,
+    strongest,
+)
+
+MOMENTA = (0.0, 0.9, 0.99)
+FIRST = 0.5  # length of the first step, in epsilons
+WARM = 1 / 3  # of the steps, for an attack on a weaker model that only makes a starting point
+
+LIKELIEST = 9  # classes that the targeted loss aims at, as published with AutoAttack
+
+Start = Literal["random", "transfer", "static", "stepless"]
+Aims = Callable[[Tensor, Tensor], list[Loss]]
+"""(mean logits [N, C] of the clean images, labels [N]) -> the losses to climb, a run each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ascent:
+    """An `Attack` that climbs one or several losses from one starting point.
+
+    Attributes:
+        aims: the losses. One of several gets a quarter of the steps.
+        of_logits: climb on the mean of the views' logits; else on their mean prediction.
+        start: a random point, or the result of a shorter attack on a weaker model (see `Viewed`).
+    """
+
+    aims: Aims
+    of_logits: bool = True
+    start: Start = "random"
+
+    def __call__(
+        self, model: Model, pixels: Tensor, labels: Tensor, budget: Budget, seeds: Sequence[int]
+    ) -> Tensor:
+        climbed = model
+        if self.of_logits and isinstance(model, Viewed):
+            climbed = model.averaging_logits()
+        with torch.no_grad():
+            losses = self.aims(hold(climbed, len(pixels), RESCORED)(pixels), labels)
+        steps = budget.steps if len(losses) == 1 else max(1, budget.steps // 4)
+
+        def runs() -> Iterator[Tensor]:
+            for run in range(budget.restarts):
+                for number, loss in enumerate(losses):
+                    start = draw_start(pixels, budget.epsilon, seeds, 1000 * run + number)
+                    if self.start != "random" and isinstance(model, Viewed):
+                        easier, warm = model.weaker(self.start), math.ceil(WARM * budget.steps)
+                        _, start = climb(easier, pixels, labels, cross_entropy, budget, start, warm)
+                    best, last = climb(climbed, pixels, labels, loss, budget, start, steps)
+                    yield last
+                    if len(losses) == 1:
+                        yield best
+
+        return strongest(model, pixels, labels, budget, runs())
+
+
+def climb(
+    model: Model,
+    pixels: Tensor,
+    labels: Tensor,
+    loss: Loss,
+    budget: Budget,
+    start: Tensor,
+    steps: int,
+) -> tuple[Tensor, Tensor]:
+    """One run: per image the pixels that scored highest on a draw, and the last ones."""
+    low, high = (pixels - budget.epsilon).clamp(min=0), (pixels + budget.epsilon).clamp(max=1)
+    here = best = start
+    most = torch.full((len(pixels),), -torch.inf, dtype=torch.float64, device=pixels.device)
+    velocities = [torch.zeros_like(pixels) for _ in MOMENTA]
+    for step in range(steps):
+        at = slope(model, here, labels, loss, budget.draws)
+        best, most = pick(at.score > most, here, best), torch.maximum(at.score, most)
+        scale = at.gradient.abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-30)
+        pairs = zip(MOMENTA, velocities, strict=True)
+        velocities = [share * velocity + at.gradient / scale for share, velocity in pairs]
+        size = FIRST * budget.epsilon * (1 + math.cos(math.pi * step / steps)) / 2
+        here = (here + size * torch.stack(velocities).sum(dim=0).sign()).clamp(low, high)
+    return best, here
+
+
+def untargeted(loss: Loss) -> Aims:
+    """Climb one loss away from the true class."""
+    return lambda clean, labels: [loss]
+
+
+def towards_likeliest(clean: Tensor, labels: Tensor) -> list[Loss]:
+    """The targeted difference of logits ratio, for each of the likeliest other classes."""
+    others = clean.scatter(1, labels.unsqueeze(1), -torch.inf).argsort(dim=1, descending=True)
+    count = min(LIKELIEST, clean.shape[1] - 1)
+    return [aim(target) for target in others[:, :count].unbind(dim=1)]
+
+
+def off_clean_feature(clean: Tensor, labels: Tensor) -> list[Loss]:
+    """The squared distance of the views' mean embedding from the clean one, whatever the labels.
+
+    Mean logits are that embedding times the labels' embeddings; the distance is measured in them.
+    """
+    return [lambda logits, labels: (logits - clean).square().mean(dim=1)]
