@@ -4,6 +4,7 @@ from models.attacks.apgd import apgd
 from models.attacks.attack import Attack
 from models.attacks.autoattack import autoattack
 from models.attacks.pgd import pgd
+from models.attacks.rays import rays
 from models.attacks.square import square
 from models.attacks.strong import STRONG
 
@@ -11,6 +12,7 @@ ATTACKS: dict[str, Attack] = {
     "pgd": pgd,
     "apgd": apgd,
     "square": square,
+    "rays": rays,
     "autoattack": autoattack,
     **{name: part.attack for name, part in STRONG.items()},
 }

@@ -7,7 +7,7 @@ everything but the seed of the views, and draws new views at every call.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -23,7 +23,7 @@ from models.attacks.unrolled import adapt_unrolled
 from models.classifier import DefendedClassifier, ImageQuery
 from models.defenses.catalog import DEFENSES
 from models.defenses.defense import Adaptation, DefenseOutput
-from models.readout import mean_log_prediction, mean_logits
+from models.readout import mean_log_prediction, mean_logits, suspicion
 from models.tapt import adapt, leaves_after
 from models.views import round_levels
 
@@ -61,13 +61,13 @@ class AttackableDefense:
         return DEFENSES[self.method].random
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        return self.answer(pixels, self._draw_seeds())
+        return self.answer(pixels, self.draw_seeds())
 
     def hold(self, images: int, draws: int) -> Model:
         """The mean over `draws` draws of views, which stay the same for all calls."""
         if not self.random:
             return self
-        seeds = [self._draw_seeds() for _ in range(draws)]
+        seeds = [self.draw_seeds() for _ in range(draws)]
 
         def held(pixels: Tensor) -> Tensor:
             answers = torch.stack([self.answer(pixels, each) for each in seeds])
@@ -93,6 +93,21 @@ class AttackableDefense:
 
     def answer(self, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
         """Log probabilities, or mean logits, [N, C] with these seeds, one per image."""
+        return self._gather(self._defend(pixels, seeds), self._read)
+
+    def observe(self, pixels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """`answer`, and the suspicion [N] of the image, see `readout.suspicion`. Its gradient is
+        that of the way `stepless`, where the views are looked at once."""
+        outputs = self._defend(pixels, seeds)
+        alone = self.weaker("transfer")(pixels).softmax(dim=1)
+
+        def doubt(output: DefenseOutput) -> Tensor:
+            views = output.logits if torch.is_grad_enabled() else output.initial
+            return suspicion(alone[output.rows], views.softmax(dim=-1))
+
+        return self._gather(outputs, self._read), self._gather(outputs, doubt)
+
+    def _defend(self, pixels: Tensor, seeds: Sequence[int]) -> Sequence[DefenseOutput]:
         images = round_levels(pixels * LEVELS)
         skipped = self.way == "stepless" and torch.is_grad_enabled()
         steps = 0 if skipped else self.steps
@@ -107,17 +122,23 @@ class AttackableDefense:
         )
         # Fused attention has no second derivative.
         with sdpa_kernel(SDPBackend.MATH) if unrolled else nullcontext():
-            outputs = list(self.classifier.defend(batch, self.views, adaptation))
-        rows = [row for output in outputs for row in output.rows]
-        answers = torch.cat([self._read(output) for output in outputs])
-        return answers[torch.tensor(rows, device=answers.device).argsort()]
+            return list(self.classifier.defend(batch, self.views, adaptation))
 
     def _read(self, output: DefenseOutput) -> Tensor:
         if self.of_logits:
             return mean_logits(output.logits, output.weights)
         return mean_log_prediction(output.logits, output.weights, output.averages_logits)
 
-    def _draw_seeds(self) -> list[int]:
+    @staticmethod
+    def _gather(
+        outputs: Sequence[DefenseOutput], read: Callable[[DefenseOutput], Tensor]
+    ) -> Tensor:
+        """What is read from each output, in the order of the images."""
+        rows = [row for output in outputs for row in output.rows]
+        values = torch.cat([read(output) for output in outputs])
+        return values[torch.tensor(rows, device=values.device).argsort()]
+
+    def draw_seeds(self) -> list[int]:
         return [int(source.integers(2**48)) for source in self.sources]
 
 

@@ -20,6 +20,7 @@ from models.attacks.attack import (
     Budget,
     Loss,
     Model,
+    Slope,
     Viewed,
     cross_entropy,
     draw_start,
@@ -45,14 +46,16 @@ class Ascent:
     """An `Attack` that climbs one or several losses from one starting point.
 
     Attributes:
-        aims: the losses. One of several gets a quarter of the steps.
+        aims: the losses.
         of_logits: climb on the mean of the views' logits; else on their mean prediction.
         start: a random point, or the result of a shorter attack on a weaker model (see `Viewed`).
+        share: of the budget's steps that one run takes.
     """
 
     aims: Aims
     of_logits: bool = True
     start: Start = "random"
+    share: float = 1.0
 
     def __call__(
         self, model: Model, pixels: Tensor, labels: Tensor, budget: Budget, seeds: Sequence[int]
@@ -62,16 +65,18 @@ class Ascent:
             climbed = model.averaging_logits()
         with torch.no_grad():
             losses = self.aims(hold(climbed, len(pixels), RESCORED)(pixels), labels)
-        steps = budget.steps if len(losses) == 1 else max(1, budget.steps // 4)
+        steps = math.ceil(self.share * budget.steps)
 
         def runs() -> Iterator[Tensor]:
             for run in range(budget.restarts):
                 for number, loss in enumerate(losses):
                     start = draw_start(pixels, budget.epsilon, seeds, 1000 * run + number)
                     if self.start != "random" and isinstance(model, Viewed):
-                        easier, warm = model.weaker(self.start), math.ceil(WARM * budget.steps)
-                        _, start = climb(easier, pixels, labels, cross_entropy, budget, start, warm)
-                    best, last = climb(climbed, pixels, labels, loss, budget, start, steps)
+                        easier = Objective(model.weaker(self.start), labels, cross_entropy, budget)
+                        warm = math.ceil(WARM * budget.steps)
+                        _, start = climb(easier, pixels, budget, start, warm)
+                    objective = Objective(climbed, labels, loss, budget)
+                    best, last = climb(objective, pixels, budget, start, steps)
                     yield last
                     if len(losses) == 1:
                         yield best
@@ -79,14 +84,21 @@ class Ascent:
         return strongest(model, pixels, labels, budget, runs())
 
 
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A loss of a model as a function of pixels, with its gradient."""
+
+    model: Model
+    labels: Tensor
+    loss: Loss
+    budget: Budget
+
+    def __call__(self, pixels: Tensor) -> Slope:
+        return slope(self.model, pixels, self.labels, self.loss, self.budget.draws)
+
+
 def climb(
-    model: Model,
-    pixels: Tensor,
-    labels: Tensor,
-    loss: Loss,
-    budget: Budget,
-    start: Tensor,
-    steps: int,
+    objective: Callable[[Tensor], Slope], pixels: Tensor, budget: Budget, start: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
     """One run: per image the pixels that scored highest on a draw, and the last ones."""
     low, high = (pixels - budget.epsilon).clamp(min=0), (pixels + budget.epsilon).clamp(max=1)
@@ -94,7 +106,7 @@ def climb(
     most = torch.full((len(pixels),), -torch.inf, dtype=torch.float64, device=pixels.device)
     velocities = [torch.zeros_like(pixels) for _ in MOMENTA]
     for step in range(steps):
-        at = slope(model, here, labels, loss, budget.draws)
+        at = objective(here)
         best, most = pick(at.score > most, here, best), torch.maximum(at.score, most)
         scale = at.gradient.abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-30)
         pairs = zip(MOMENTA, velocities, strict=True)

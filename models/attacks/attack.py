@@ -10,6 +10,7 @@ compared on the same fresh draws, never by the luck of single ones.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -43,6 +44,17 @@ class Viewed(Protocol):
         """What attackers who know less attack: `transfer` is undefended CLIP, `static` CLIP with
         the prompts, `stepless` the defense without its adaptation. A model without prompts or
         adaptation returns the next weaker one."""
+
+
+@runtime_checkable
+class Suspecting(Protocol):
+    """A model that also says how suspicious an image looks."""
+
+    def observe(self, pixels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What a call returns with these seeds, and the suspicion [N] in [0, 1]."""
+
+    def draw_seeds(self) -> list[int]:
+        """Fresh seeds, one for each image."""
 
 
 @runtime_checkable
@@ -152,15 +164,30 @@ def strongest(
     A random model scores all of them on the same `RESCORED` fresh draws: first by the share of
     draws that are wrong, then by the mean cross-entropy.
     """
-    judges, draws = [model], budget.draws
+    held = [model]
     if isinstance(model, Random):
-        judges, draws = [model.hold(len(pixels), 1) for _ in range(RESCORED)], 1
+        held = [model.hold(len(pixels), 1) for _ in range(RESCORED)]
+    draws = budget.draws if held == [model] else 1
+
+    def judge(asked: Model, attacked: Tensor) -> Tensor:
+        return look(asked, attacked, labels, cross_entropy, draws).score
+
+    return worst([partial(judge, each) for each in held], pixels, budget, candidates)
+
+
+def worst(
+    judges: Sequence[Callable[[Tensor], Tensor]],
+    pixels: Tensor,
+    budget: Budget,
+    candidates: Iterable[Tensor],
+) -> Tensor:
+    """Of the candidates, rounded to 8 bits, per image the one with the highest mean score, [N] in
+    fp64 from each judge."""
     most = torch.full((len(pixels),), -torch.inf, dtype=torch.float64, device=pixels.device)
     best = pixels
     for candidate in candidates:
         attacked = quantize(candidate, pixels, budget.epsilon)
-        seen = [look(judge, attacked, labels, cross_entropy, draws).score for judge in judges]
-        score = torch.stack(seen).mean(dim=0)
+        score = torch.stack([judge(attacked) for judge in judges]).mean(dim=0)
         best = pick(score > most, attacked, best)
         most = torch.maximum(score, most)
     return best

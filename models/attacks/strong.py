@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from models.attacks.adaptive import Way
 from models.attacks.ascent import Ascent, off_clean_feature, towards_likeliest, untargeted
 from models.attacks.attack import Attack, cross_entropy, margin
+from models.attacks.threats import STEALTHY
 
-STRONG_STEPS, STRONG_ANSWERS = 60, 10  # by default, with this recipe
+STEPS, ANSWERS = 40, 10  # by default, with this recipe
+QUERIES, QUERIED = 200, 40  # queries of Square and RayS, and images that these attack
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +32,21 @@ class Part:
 
 
 STRONG: Mapping[str, Part] = {
+    "quick": Part(Ascent(untargeted(margin), share=1 / 4), "stepless"),
     "logits-margin": Part(Ascent(untargeted(margin)), "stepless"),
     "logits-entropy": Part(
         Ascent(untargeted(cross_entropy), start="transfer"), "stepless", alone=True
     ),
     "prediction-margin": Part(Ascent(untargeted(margin), of_logits=False, start="static"), "bpda"),
-    "feature": Part(Ascent(off_clean_feature), "stepless"),
-    "dlr": Part(Ascent(towards_likeliest), "stepless", alone=True),
+    "feature": Part(Ascent(off_clean_feature, share=1 / 2), "stepless"),
+    "dlr": Part(Ascent(towards_likeliest, share=1 / 4), "stepless", alone=True),
     "prediction-entropy": Part(
-        Ascent(untargeted(cross_entropy), of_logits=False, start="stepless"), "unrolled"
+        Ascent(untargeted(cross_entropy), of_logits=False, start="stepless", share=1 / 2),
+        "unrolled",
     ),
 }
+RECIPE = (*STRONG, "square", "rays")
+"""The names of its attacks, in order."""
 
 
 def ways_of(attack: str, ways: Sequence[str]) -> list[str]:
@@ -50,4 +56,6 @@ def ways_of(attack: str, ways: Sequence[str]) -> list[str]:
         return list(ways)
     if attack in STRONG:
         return [STRONG[attack].way]
+    if attack == STEALTHY:
+        return ["stepless"]
     return [way for way in ways if way != "stepless"]

@@ -23,17 +23,17 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from models.attacks import ATTACKS
+from models.attacks import ATTACKS, strong
 from models.attacks.adaptive import surrogates
 from models.attacks.attack import LEVELS, Budget
 from models.attacks.autoattack import MissingExtra, require
 from models.attacks.preflight import preflight
-from models.attacks.strong import STRONG, STRONG_ANSWERS, STRONG_STEPS, ways_of
 from models.attacks.threats import THREATS
 from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier
 from models.data import DataError
 from models.defenses.catalog import DEFENSES, READOUTS
 from models.errors import LoadError
+from models.evaluation.check import cross_check
 from models.evaluation.detection import Detection, detect, write_detection
 from models.evaluation.hub import open_anywhere
 from models.evaluation.journal import CLEAN, Journal
@@ -83,6 +83,8 @@ def evaluate(options: argparse.Namespace, command: str) -> int:
         bar.update(task, total=trial.work(subjects))
         trial.run(subjects)
     warnings += suspect(protocol, subjects, journal)
+    checks = cross_check(shown, names, protocol, subjects, journal) if options.check else []
+    warnings += [sentence for check in checks for sentence in check.warnings()]
     pictures = [subject.name for subject in subjects]
     rows = tally(protocol.cells, pictures, journal)
     detections = detect(protocol.cells, pictures, journal)
@@ -95,6 +97,7 @@ def evaluate(options: argparse.Namespace, command: str) -> int:
         "attacks": protocol.attacks,
         "batch": protocol.batch,
         "machine": describe_machine(classifier),
+        "checks": [check.describe() for check in checks],
         "warnings": warnings,
         "pictures": pictures,
     }
@@ -143,15 +146,17 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
     epsilons = [float(Fraction(text) * LEVELS) for text in options.eps]
     if min(epsilons) < 1:
         raise ValueError("--eps: below 1/255, one level of an 8-bit picture")
-    strong = "strong" in options.attacks
-    attacks = [n for name in options.attacks for n in (STRONG if name == "strong" else [name])]
+    recipe = "strong" in options.attacks
+    attacks = [
+        n for name in options.attacks for n in (strong.RECIPE if name == "strong" else [name])
+    ]
     budget = Budget(
         epsilon=0,
-        steps=options.attack_steps or (STRONG_STEPS if strong else 20),
+        steps=options.attack_steps or (strong.STEPS if recipe else 20),
         restarts=options.restarts,
         draws=options.eot,
         targets=options.targets,
-        queries=options.queries,
+        queries=options.queries or (strong.QUERIES if recipe else 500),
     )
     return Protocol(
         options.defenses,
@@ -164,7 +169,8 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
         options.readout,
         options.seed,
         options.batch,
-        options.answers or (STRONG_ANSWERS if strong else 1),
+        options.answers or (strong.ANSWERS if recipe else 1),
+        options.queried or (strong.QUERIED if recipe else None),
     )
 
 
@@ -192,7 +198,7 @@ def check(
             [protocol.seed + number for number in range(len(subjects))],
         )
         clean: Tensor = pixels.to(device).float() / LEVELS
-        for way in ways_of("pgd", list(targets)):
+        for way in strong.ways_of("pgd", list(targets)):
             model = targets[way]
             spent = budget if model.random else replace(budget, draws=1)
             for sentence in preflight(model, clean, labels, spent, range(len(subjects))):
@@ -243,7 +249,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--attacks",
         default="pgd,apgd,square",
-        help=f"{','.join(ATTACKS)}; strong: {','.join(STRONG)}, to be trusted and slow",
+        help=f"{','.join(ATTACKS)}; strong: {','.join(strong.RECIPE)} with their own settings",
         **lists,
     )
     add(
@@ -291,18 +297,34 @@ def parser() -> argparse.ArgumentParser:
     attack(
         "--attack-steps",
         type=int,
-        help=f"steps of a gradient attack; 20, or {STRONG_STEPS} with strong",
+        help=f"steps of a gradient attack; 20, or {strong.STEPS} with strong",
     )
     attack(
         "--answers",
         type=int,
         help="answers of a random defense to each image, with other draws; 1, or "
-        f"{STRONG_ANSWERS} with strong",
+        f"{strong.ANSWERS} with strong",
     )
     attack("--restarts", type=int, default=1, help="random restarts of an attack")
     attack("--eot", type=int, default=1, help="draws of views to average gradients over")
     attack("--targets", type=int, default=3, help="classes that APGD aims at")
-    attack("--queries", type=int, default=500, help="queries of the Square attack")
+    attack(
+        "--queries",
+        type=int,
+        help=f"queries of square and rays; 500, or {strong.QUERIES} with strong",
+    )
+    attack(
+        "--queried",
+        type=int,
+        metavar="N",
+        help=f"images that square and rays attack; all, or {strong.QUERIED} with strong",
+    )
+    attack(
+        "--check",
+        action="store_true",
+        help="afterwards, check that twice the steps break less than 2 points more and that a "
+        "large epsilon leaves nothing",
+    )
     return flags
 
 

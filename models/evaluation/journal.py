@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 CLEAN = "clean"
+DOUBLED, LARGE = "doubled", "large"
+CHECKS = (DOUBLED, LARGE)  # cells that check an attack and count in no other
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -89,6 +91,7 @@ class Journal:
             if other.defense == cell.defense
             and other.epsilon <= cell.epsilon
             and (other.threat in (CLEAN, cell.threat) or cell.threat == "adaptive")
+            and (other.threat not in CHECKS or other == cell)
         ]
         cells.sort(key=lambda other: (other == cell, other.threat == cell.threat, other))
         return [outcome for other in cells for outcome in self.seen(picture, other).values()]

@@ -21,8 +21,9 @@ from torch import Tensor
 from models.attacks import ATTACKS
 from models.attacks.adaptive import AttackableDefense, surrogates
 from models.attacks.attack import LEVELS, Budget, Model
+from models.attacks.stealthy import stealthy
 from models.attacks.strong import STRONG, ways_of
-from models.attacks.threats import static, transfer
+from models.attacks.threats import STEALTHY, static, transfer
 from models.classifier import DefendedClassifier, ImageQuery
 from models.data import DataError, Dataset
 from models.defenses.catalog import DEFENSES
@@ -38,7 +39,7 @@ SHARED: Mapping[str, Callable[[DefendedClassifier, tuple[str, ...]], Model]] = {
     "static": static,
 }
 
-GRADIENTLESS = {"square"}  # all ways through an adaptation are the same to these
+BY_QUERIES = {"square", "rays"}  # without gradients: all ways through an adaptation are the same
 
 VIEWS_AT_ONCE = 128  # of the images that are attacked adaptively together
 
@@ -66,6 +67,7 @@ class Protocol:
         views, steps, readout: the defense's.
         batch: images in one batch.
         answers: how often a random defense is asked about each image, with other draws.
+        queried: images that attacks by queries attack, the first of the sample; None: all.
     """
 
     defenses: Sequence[str]
@@ -79,6 +81,7 @@ class Protocol:
     seed: int = 0
     batch: int = 8
     answers: int = 1
+    queried: int | None = None
 
     def answers_of(self, defense: str) -> int:
         """How often a defense is asked: once if its answers do not differ."""
@@ -86,6 +89,8 @@ class Protocol:
 
     def attacks_of(self, threat: str) -> list[str]:
         """The attacks that a threat's attacker makes, in order."""
+        if threat == STEALTHY:
+            return [STEALTHY]
         shared = threat in SHARED
         return [a for a in self.attacks if not (shared and a in STRONG and not STRONG[a].alone)]
 
@@ -161,10 +166,15 @@ class Trial:
             for threat in protocol.threats:
                 for epsilon in protocol.epsilons if threat != CLEAN else ():
                     for attack in protocol.attacks_of(threat):
+                        few = chunk
+                        if attack in BY_QUERIES and protocol.queried is not None:
+                            few = chunk[: max(0, protocol.queried - start)]
+                            self._advance((len(chunk) - len(few)) * len(protocol.defenses))
                         if threat in SHARED:
-                            self._attack_all(chunk, threat, epsilon, attack)
+                            self._attack_all(few, threat, epsilon, attack)
                         else:
-                            self._attack_each(chunk, threat, epsilon, attack)
+                            for defense in protocol.defenses:
+                                self.attack(few, Cell(defense, threat, epsilon), attack)
 
     def _attack_all(
         self, chunk: Sequence[Subject], threat: str, epsilon: float, attack: str
@@ -181,41 +191,37 @@ class Trial:
             places = [i for i, subject in enumerate(hit) if self._open(subject, cell, attack)]
             self._judge([hit[i] for i in places], pixels[places], cell, attack, ms)
 
-    def _attack_each(
-        self, chunk: Sequence[Subject], threat: str, epsilon: float, attack: str
-    ) -> None:
-        """Attack each whole defense, in batches that its views allow."""
+    def attack(self, subjects: Sequence[Subject], cell: Cell, attack: str) -> None:
+        """Attack a whole defense, in batches that its views allow, in every way through its
+        adaptation that the attack takes."""
         protocol = self._protocol
-        for defense in protocol.defenses:
-            views = protocol.views if DEFENSES[defense].views == "all" else 1
-            count = max(1, VIEWS_AT_ONCE // views)
-            for start in range(0, len(chunk), count):
-                some = chunk[start : start + count]
-                self._attack_defense(some, Cell(defense, threat, epsilon), attack)
-                self._advance(len(some))
+        views = protocol.views if DEFENSES[cell.defense].views == "all" else 1
+        count = max(1, VIEWS_AT_ONCE // views)
+        ways = ways_of(attack, list(self._targets([], cell, attack)))
+        for start in range(0, len(subjects), count):
+            some = subjects[start : start + count]
+            for way in ways if attack not in BY_QUERIES else ways[:1]:
+                label = attack if way == ways[0] else f"{attack} {way}"
+                if hit := [subject for subject in some if self._open(subject, cell, label)]:
+                    model = self._targets(hit, cell, attack)[way]
+                    pixels, ms = self._make(model, hit, cell.threat, cell.epsilon, attack)
+                    self._judge(hit, pixels, cell, label, ms)
+            self._advance(len(some))
 
-    def _attack_defense(self, subjects: Sequence[Subject], cell: Cell, attack: str) -> None:
-        """Attack a whole defense in every way through its adaptation that the attack takes."""
-        protocol = self._protocol
-
-        def targets(hit: Sequence[Subject]) -> Mapping[str, AttackableDefense]:
-            return surrogates(
-                self._classifier,
-                self._names,
-                cell.defense,
-                protocol.views,
-                protocol.steps_of(cell.defense),
-                protocol.readout,
-                [self._seed(s, cell.threat, attack, f"{cell.epsilon:g}", "views") for s in hit],
-            )
-
-        ways = ways_of(attack, list(targets([])))
-        for way in ways if attack not in GRADIENTLESS else ways[:1]:
-            label = attack if way == ways[0] else f"{attack} {way}"
-            if hit := [subject for subject in subjects if self._open(subject, cell, label)]:
-                model = targets(hit)[way]
-                pixels, ms = self._make(model, hit, cell.threat, cell.epsilon, attack)
-                self._judge(hit, pixels, cell, label, ms)
+    def _targets(
+        self, subjects: Sequence[Subject], cell: Cell, attack: str
+    ) -> Mapping[str, AttackableDefense]:
+        """A cell's defense as models to attack, by the way through its adaptation."""
+        purpose = (cell.threat, attack, f"{cell.epsilon:g}", "views")
+        return surrogates(
+            self._classifier,
+            self._names,
+            cell.defense,
+            self._protocol.views,
+            self._protocol.steps_of(cell.defense),
+            self._protocol.readout,
+            [self._seed(subject, *purpose) for subject in subjects],
+        )
 
     def _open(self, subject: Subject, cell: Cell, attack: str) -> bool:
         """Whether an attack on an image can still change its result."""
@@ -235,7 +241,8 @@ class Trial:
         budget = replace(self._protocol.budget, epsilon=epsilon / LEVELS)
         if not (isinstance(model, AttackableDefense) and model.random):
             budget = replace(budget, draws=1)  # nothing random to average over
-        attacked = ATTACKS[attack](model, pixels, labels, budget, seeds)
+        make = stealthy if attack == STEALTHY else ATTACKS[attack]
+        attacked = make(model, pixels, labels, budget, seeds)
         return attacked, 1000 * (time.perf_counter() - start) / len(subjects)
 
     def _judge(
