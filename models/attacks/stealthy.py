@@ -1,6 +1,6 @@
 """An attack that also keeps the suspicion score low: the wrong answer must not be noticed.
 
-It climbs the margin of the views' mean logits, as far as it needs to, less a penalty for suspicion.
+It climbs the margin of the mean prediction as far as it needs to, less a penalty for suspicion.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,9 +21,9 @@ from models.attacks.attack import (
     worst,
 )
 
-QUIET = 0.25  # suspicion that is not penalized: about the median of clean images
-ENOUGH = 2.0  # logits by which a wrong class should lead
-PENALTY = 20.0  # logits that a suspicion of 1 costs
+QUIET = 0.25  # suspicion that is not penalized: clean images have as much
+ENOUGH = 1.0  # nats by which a wrong class should lead
+PENALTY = 5.0  # nats that a suspicion of 1 costs
 
 
 def stealthy(

@@ -12,6 +12,7 @@ from models.attacks.apgd import climb
 from models.attacks.attack import Budget, Model, draw_start, margin, strongest
 from models.attacks.pgd import pgd
 from models.attacks.rays import search
+from models.attacks.stealthy import stealthy
 from models.attacks.strong import RECIPE, STRONG, ways_of
 
 EPSILON = 8 / 255
@@ -193,6 +194,32 @@ def test_apgd_decides_on_held_draws(pixels: Tensor) -> None:
 
     assert gap(noisy) < 1e-5  # rounding
     assert gap(unheld) > 1e-4
+
+
+class Watched:
+    """The net with a detector of half of the pixels: it suspects a move of their mean."""
+
+    def __init__(self, clean: Tensor) -> None:
+        self.clean = clean
+
+    def observe(self, pixels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        moved = (pixels - self.clean)[:, :, :4].mean(dim=(1, 2, 3)).abs()
+        return NET(pixels), (moved * 255 / 8).clamp(max=1)
+
+    def draw_seeds(self) -> list[int]:
+        return [0] * len(self.clean)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return NET(pixels)
+
+
+def test_a_stealthy_attack_is_wrong_and_not_suspected(pixels: Tensor) -> None:
+    model, labels, seeds = Watched(pixels + 8 / 255), NET(pixels).argmax(dim=1), range(len(pixels))
+    loud = ATTACKS["logits-margin"](model, pixels, labels, BUDGET, seeds)
+    quiet = stealthy(model, pixels, labels, BUDGET, seeds)
+    assert left(NET, quiet, labels) <= left(NET, loud, labels) + 0.1
+    (_, shown), (_, hidden) = (model.observe(found, []) for found in (loud, quiet))
+    assert hidden.mean() < 0.8 * shown.mean()
 
 
 def test_rays_finds_the_nearest_boundary() -> None:
