@@ -95,6 +95,7 @@ def evaluate(options: argparse.Namespace, command: str) -> int:
         "settings": settings,
         "command": command,
         "attacks": protocol.attacks,
+        "queried": protocol.queried,
         "batch": protocol.batch,
         "machine": describe_machine(classifier),
         "checks": [check.describe() for check in checks],

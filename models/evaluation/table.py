@@ -68,6 +68,12 @@ class Row:
         }
 
 
+def read_shares(row: Mapping[str, Any]) -> list[float]:
+    """The share of right answers to each image, of a described row. In files from before a defense
+    was asked several times, `pictures` is a string of 0 and 1."""
+    return [int(right) / row.get("answers", 1) for right in row["pictures"]]
+
+
 def tally(cells: Sequence[Cell], names: Sequence[str], journal: Journal) -> list[Row]:
     """One row per cell over the images of these names.
 

@@ -25,7 +25,7 @@ from models.evaluation.detection import detect, write_detection
 from models.evaluation.hub import open_anywhere
 from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
 from models.evaluation.scores import auroc, difference, threshold, wilson
-from models.evaluation.table import tally, write_markdown
+from models.evaluation.table import read_shares, tally, write_markdown
 from service.cli import main as cli
 from tests import tiny
 
@@ -202,6 +202,8 @@ def test_a_random_defense_is_asked_several_times(
     assert plain["answers"] == 1  # its answers do not differ
     assert mean["answers"] == 4
     assert mean["accuracy"] == pytest.approx(sum(mean["pictures"]) / 4 / 12)
+    assert sum(read_shares(mean)) == mean["right"]
+    assert read_shares({"pictures": "101"}) == [1, 0, 1]  # of a file from before
     assert mean["all_right"]["value"] == pytest.approx(mean["pictures"].count(4) / 12)
     assert mean["all_right"]["value"] < mean["accuracy"]  # some answers differ
     assert "transfer 8/255, all 4 |" in (tmp_path / "out.md").read_text()
