@@ -37,8 +37,8 @@ WARM = 1 / 3  # of the steps, for an attack on a weaker model that only makes a 
 LIKELIEST = 9  # classes that the targeted loss aims at, as published with AutoAttack
 
 Start = Literal["random", "transfer", "static", "stepless"]
-Aims = Callable[[Tensor, Tensor], list[Loss]]
-"""(mean logits [N, C] of the clean images, labels [N]) -> the losses to climb, a run each."""
+Aims = Callable[[Callable[[], Tensor], Tensor], list[Loss]]
+"""(asks for the mean logits [N, C] of the clean images, labels [N]) -> the losses, a run each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,12 @@ class Ascent:
         climbed = model
         if self.of_logits and isinstance(model, Viewed):
             climbed = model.averaging_logits()
-        with torch.no_grad():
-            losses = self.aims(hold(climbed, len(pixels), RESCORED)(pixels), labels)
+
+        @torch.no_grad()
+        def look_at_clean() -> Tensor:
+            return hold(climbed, len(pixels), RESCORED)(pixels)
+
+        losses = self.aims(look_at_clean, labels)
         steps = math.ceil(self.share * budget.steps)
 
         def runs() -> Iterator[Tensor]:
@@ -118,19 +122,21 @@ def climb(
 
 def untargeted(loss: Loss) -> Aims:
     """Climb one loss away from the true class."""
-    return lambda clean, labels: [loss]
+    return lambda look_at_clean, labels: [loss]
 
 
-def towards_likeliest(clean: Tensor, labels: Tensor) -> list[Loss]:
+def towards_likeliest(look_at_clean: Callable[[], Tensor], labels: Tensor) -> list[Loss]:
     """The targeted difference of logits ratio, for each of the likeliest other classes."""
+    clean = look_at_clean()
     others = clean.scatter(1, labels.unsqueeze(1), -torch.inf).argsort(dim=1, descending=True)
     count = min(LIKELIEST, clean.shape[1] - 1)
     return [aim(target) for target in others[:, :count].unbind(dim=1)]
 
 
-def off_clean_feature(clean: Tensor, labels: Tensor) -> list[Loss]:
+def off_clean_feature(look_at_clean: Callable[[], Tensor], labels: Tensor) -> list[Loss]:
     """The squared distance of the views' mean embedding from the clean one, whatever the labels.
 
     Mean logits are that embedding times the labels' embeddings; the distance is measured in them.
     """
+    clean = look_at_clean()
     return [lambda logits, labels: (logits - clean).square().mean(dim=1)]

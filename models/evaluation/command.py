@@ -250,7 +250,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--attacks",
         default="pgd,apgd,square",
-        help=f"{','.join(ATTACKS)}; strong: {','.join(strong.RECIPE)} with their own settings",
+        help=f"{','.join(ATTACKS)}; pgd is a quick look; strong, for figures to rely on, is "
+        f"{','.join(strong.RECIPE)} and takes up to {strong.COST} per image, before queries",
         **lists,
     )
     add(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from models.attacks import ATTACKS
 from models.attacks.apgd import climb
-from models.attacks.attack import Budget, Model, draw_start, margin, strongest
+from models.attacks.attack import RESCORED, Budget, Model, draw_start, margin, strongest
 from models.attacks.pgd import pgd
 from models.attacks.rays import search
 from models.attacks.stealthy import stealthy
-from models.attacks.strong import RECIPE, STRONG, ways_of
+from models.attacks.strong import COST, RECIPE, STEPS, STRONG, ways_of
 
 EPSILON = 8 / 255
 BUDGET = Budget(EPSILON, steps=12, queries=300)
@@ -234,6 +235,35 @@ def test_rays_finds_the_nearest_boundary() -> None:
     direction, radius = search(linear, pixels, label, Budget(1.0, queries=600))
     assert (direction == weights.sign()).float().mean() > 0.95
     assert radius == pytest.approx(6 / weights.abs().sum().item(), abs=0.01)
+
+
+def test_the_recipe_costs_what_is_told(pixels: Tensor) -> None:
+    passes = {True: 0, False: 0}  # with a backward pass, without
+
+    class Counted(Masked):
+        def hold(self, images: int, draws: int) -> Model:
+            held = super().hold(images, 1)
+
+            def counted(pixels: Tensor) -> Tensor:
+                passes[pixels.requires_grad] += draws
+                return held(pixels)
+
+            return counted
+
+        def averaging_logits(self) -> Model:
+            return Counted(self.mask, of_logits=True)
+
+        def weaker(self, threat: str) -> Model:
+            return self.averaging_logits() if threat == "stepless" else NET
+
+    labels, budget = NET(pixels[:1]).argmax(dim=1), Budget(EPSILON, steps=STEPS)
+    for part in STRONG.values():
+        part.attack(Counted(lambda p: p.log()), pixels[:1], labels, budget, [0])
+    lacking = 9 - 5  # the recipe aims at nine classes, of which the net has five others
+    told = [passes[True] + lacking * STEPS // 4, passes[False] + lacking * RESCORED]
+    assert [int(word) for word in COST.split() if word.isdigit()] == told
+    page = Path(__file__).parents[3] / "docs" / "robustness.md"
+    assert COST in " ".join(page.read_text().split())
 
 
 def test_each_attack_takes_its_way_through_the_adaptation() -> None:
