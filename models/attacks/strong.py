@@ -32,12 +32,16 @@ class Part:
 
 
 STRONG: Mapping[str, Part] = {
-    "quick": Part(Ascent(untargeted(margin), share=1 / 4), "stepless"),
-    "logits-margin": Part(Ascent(untargeted(margin)), "stepless"),
+    "quick": Part(
+        Ascent(untargeted(margin), of_logits=False, start="static", share=1 / 4), "stepless"
+    ),
+    "prediction-margin": Part(
+        Ascent(untargeted(margin), of_logits=False, start="static"), "stepless"
+    ),
     "logits-entropy": Part(
         Ascent(untargeted(cross_entropy), start="transfer"), "stepless", alone=True
     ),
-    "prediction-margin": Part(Ascent(untargeted(margin), of_logits=False, start="static"), "bpda"),
+    "logits-margin": Part(Ascent(untargeted(margin)), "bpda"),
     "feature": Part(Ascent(off_clean_feature, share=1 / 2), "stepless"),
     "dlr": Part(Ascent(towards_likeliest, share=1 / 4), "stepless", alone=True),
     "prediction-entropy": Part(

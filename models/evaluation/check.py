@@ -69,11 +69,11 @@ def cross_check(
 ) -> list[Check]:
     """Check the adaptive attack on each defense at the largest epsilon; none without that threat.
 
-    The attack that is repeated is the recipe's `logits-margin`, or else the first.
+    The attack that is repeated is the recipe's `prediction-margin`, or else the first.
     """
     if "adaptive" not in protocol.threats:
         return []
-    attack = "logits-margin" if "logits-margin" in protocol.attacks else protocol.attacks[0]
+    attack = "prediction-margin" if "prediction-margin" in protocol.attacks else protocol.attacks[0]
     budget, epsilon = protocol.budget, max(protocol.epsilons)
     twice = replace(protocol, budget=replace(budget, steps=2 * budget.steps))
     checks = []
