@@ -21,7 +21,7 @@ from models.attacks.attack import (
     worst,
 )
 
-QUIET = 0.25  # suspicion that is not penalized: clean images have as much
+QUIET = 0.25  # suspicion that is not penalized; low even for a clean image
 ENOUGH = 1.0  # nats by which a wrong class should lead
 PENALTY = 5.0  # nats that a suspicion of 1 costs
 
