@@ -20,7 +20,7 @@ from benchmarks.harness.report import DOCS, ROOT, make_parser, write_section
 from benchmarks.harness.server import Server
 from benchmarks.service import describe_requests
 from models.evaluation.scores import difference
-from models.evaluation.table import tabulate
+from models.evaluation.table import read_shares, tabulate
 
 README, ROBUSTNESS, FIGURES = ROOT / "README.md", DOCS / "robustness.md", DOCS / "figures"
 PERFORMANCE = DOCS / "performance.md"
@@ -53,17 +53,28 @@ def accuracy_table(figures: dict[str, Any]) -> str:
     rows = figures["rows"]
     columns = list(dict.fromkeys((row["threat"], row["epsilon"]) for row in rows))
     found = {(row["defense"], row["threat"], row["epsilon"]): row for row in rows}
-    lines = []
+    asked, lines = max(row.get("answers", 1) for row in rows), []
     for defense in dict.fromkeys(row["defense"] for row in rows):
         own = [found[(defense, *column)] for column in columns]
-        lines.append((f"`{defense}`", *map(_percent, own), f"{own[0]['ms_a_picture']:.0f}"))
+        shown = [_percent(row["accuracy"], row["interval"]) for row in own]
+        if asked > 1:
+            every = [row["all_right"] for row in own]
+            pairs = zip(shown, every, strict=True)
+            shown = [
+                c for one, far in pairs for c in (one, _percent(far["value"], far["interval"]))
+            ]
+        lines.append((f"`{defense}`", *shown, f"{own[0]['ms_a_picture']:.0f}"))
     heads = ["clean" if t == "clean" else f"{t} {e:g}/255" for t, e in columns]
+    if asked > 1:
+        heads = [name for head in heads for name in (head, f"{head}, all {asked}")]
     table = tabulate(("defense", *heads, "ms per image"), lines)
     settings, machine, data = figures["settings"], figures["machine"], figures["data"]
     attack, defense = settings["attack"], settings["defense"]
     spent = [_count(attack["steps"], "step"), _count(attack["restarts"], "random start")]
     if "square" in figures["attacks"]:
         spent.append(f"{attack['queries']} queries of Square")
+    if figures.get("queried"):
+        spent[-1] += f" and RayS on the first {figures['queried']} images"
     if any(row["threat"] == "adaptive" for row in rows):
         draws = _count(attack["draws"], "draw")
         spent.append(f"gradients averaged over {draws} of random views")
@@ -71,6 +82,7 @@ def accuracy_table(figures: dict[str, Any]) -> str:
         f"Top-1 accuracy in % with 95% intervals, on the same {data['n']} images of "
         f"`{data['name']}` and {data['classes']} labels in every row. Under attack, an image "
         "counts if it is right both without the attack and with it. "
+        f"{_answered(asked)}"
         f"Attacks: {', '.join(figures['attacks'])} with {', '.join(spent)}. "
         f"{'; '.join(KNOWN[t] for t in dict.fromkeys(t for t, _ in columns) if t in KNOWN)}. "
         f"{_count(defense['views'], 'view')}, {_count(defense['steps'], 'step')} on the "
@@ -115,7 +127,7 @@ def paired_table(figures: dict[str, Any], others: dict[str, Any]) -> str:
     lines = []
     for row in others["rows"]:
         if (place := (row["threat"], row["epsilon"])) in where:
-            marks = ([mark == "1" for mark in each["pictures"]] for each in (row, where[place]))
+            marks = (read_shares(each) for each in (row, where[place]))
             far = difference(*marks)
             points = _points({"value": far.value, "interval": (far.low, far.high)})
             lines.append((f"`{row['defense']}`", _under(row), points))
@@ -228,9 +240,19 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _percent(row: dict[str, Any]) -> str:
-    low, high = row["interval"]
-    return f"{100 * row['accuracy']:.0f} ({100 * low:.0f} to {100 * high:.0f})"
+def _answered(asked: int) -> str:
+    """What the two figures of a table mean whose random defenses answered several times."""
+    if asked == 1:
+        return ""
+    return (
+        f"A random defense answers {asked} times with other draws: the first figure is the "
+        f"accuracy of one answer, the second the share of images with all {asked} right. "
+    )
+
+
+def _percent(value: float, interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{100 * value:.0f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def _indent(answer: dict[str, Any]) -> str:

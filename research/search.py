@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.harness.report import write_section
 from models.evaluation.scores import Interval, difference
-from models.evaluation.table import percent, tabulate
+from models.evaluation.table import percent, read_shares, tabulate
 
 DOCS = Path(__file__).parent.parent / "docs"
 MOST = 60
@@ -150,8 +150,7 @@ def render_table(known: dict[str, Any]) -> str:
 
 def _points(row: dict[str, Any], base: dict[str, Any]) -> str:
     """The paired difference of two rows in points."""
-    first, second = ([mark == "1" for mark in one["pictures"]] for one in (row, base))
-    far = difference(first, second)
+    far = difference(read_shares(row), read_shares(base))
     return f"{100 * far.value:+.1f} ({100 * far.low:+.1f} to {100 * far.high:+.1f})"
 
 

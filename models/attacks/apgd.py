@@ -1,11 +1,13 @@
 """Auto-PGD (Croce and Hein, ICML 2020): momentum, and a step size that halves when progress stalls.
 
 It runs on the cross-entropy and, targeted, on the difference of logits ratio, whose gradient does
-not vanish where the model is confident.
+not vanish where the model is confident. The losses of a random model are compared on draws that
+are fixed for a run; its gradients are those of fresh draws.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,8 +16,11 @@ from models.attacks.attack import (
     Budget,
     Loss,
     Model,
+    Slope,
     cross_entropy,
     draw_start,
+    hold,
+    look,
     pick,
     slope,
     strongest,
@@ -39,19 +44,28 @@ def apgd(
             losses = [cross_entropy, *(aim(target) for target in targets)]
             for number, loss in enumerate(losses):
                 start = draw_start(pixels, budget.epsilon, seeds, 1000 * (run + 1) + number)
-                yield climb(model, pixels, labels, loss, budget, start)
+                yield from climb(model, pixels, labels, loss, budget, start)
 
     return strongest(model, pixels, labels, budget, runs())
 
 
 def climb(
     model: Model, pixels: Tensor, labels: Tensor, loss: Loss, budget: Budget, start: Tensor
-) -> Tensor:
-    """One run from `start` (algorithm 1): per image the pixels that scored highest."""
+) -> tuple[Tensor, Tensor]:
+    """One run from `start` (algorithm 1): per image the pixels that scored highest, and the last
+    ones."""
+    held = hold(model, len(pixels), budget.draws)
+
+    def look_around(here: Tensor) -> Slope:
+        at = slope(model, here, labels, loss, budget.draws)
+        if held is model:
+            return at
+        return replace(look(held, here, labels, loss, 1), gradient=at.gradient)
+
     epsilon, marks = budget.epsilon, checkpoints(budget.steps)
     low, high = (pixels - epsilon).clamp(min=0), (pixels + epsilon).clamp(max=1)
     here = before = start
-    at = slope(model, here, labels, loss, budget.draws)
+    at = look_around(here)
     kept, score = here, at.score
     peak, top, uphill = here, at.loss, at.gradient
     size = torch.full_like(at.loss, 2 * epsilon)
@@ -64,7 +78,7 @@ def climb(
         share = MOMENTUM if step > 1 else 1.0
         onward = here + share * (ahead - here) + (1 - share) * (here - before)
         before, here, loss_before = here, onward.clamp(low, high), at.loss
-        at = slope(model, here, labels, loss, budget.draws)
+        at = look_around(here)
         gradient = at.gradient
         kept, score = pick(at.score > score, here, kept), torch.maximum(at.score, score)
         rises = rises + (at.loss > loss_before)
@@ -77,7 +91,7 @@ def climb(
             size = torch.where(halved, size / 2, size)
             here, gradient = pick(halved, peak, here), pick(halved, uphill, gradient)
             rises, last_top, last_mark = torch.zeros_like(rises), top, step
-    return kept
+    return kept, here
 
 
 def checkpoints(steps: int) -> set[int]:

@@ -4,11 +4,13 @@ All are untargeted and bounded in the L-infinity norm. A model is any function f
 [N, 3, S, S] in [0, 1] to logits [N, C], or to anything with the same softmax, such as log
 probabilities. For a random model, a budget's `draws` average the gradient over calls (expectation
 over transformation, Athalye et al., ICML 2018). For a model without a useful gradient,
-`approximate` substitutes that of another function (BPDA, same paper).
+`approximate` substitutes that of another function (BPDA, same paper). Results of a random model are
+compared on the same fresh draws, never by the luck of single ones.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEVELS = 255  # highest value of a channel in an 8-bit image
+RESCORED = 16  # fresh draws of a random model that the results of an attack are compared on
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -27,6 +30,39 @@ class Random(Protocol):
 
     def hold(self, images: int, draws: int) -> Model:
         """The mean prediction over `draws` draws per image, drawn once, now."""
+
+
+@runtime_checkable
+class Viewed(Protocol):
+    """A defense that reads its answer from several views of an image."""
+
+    def averaging_logits(self) -> Model:
+        """The same, but its output is the mean of the views' logits. Unlike the mean prediction
+        it does not saturate, and it is linear in the views."""
+
+    def weaker(self, threat: str) -> Model:
+        """What attackers who know less attack: `transfer` is undefended CLIP, `static` CLIP with
+        the prompts, `stepless` the defense without its adaptation. A model without prompts or
+        adaptation returns the next weaker one."""
+
+
+@runtime_checkable
+class Suspecting(Protocol):
+    """A model that also says how suspicious an image looks."""
+
+    def observe(self, pixels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What a call returns with these seeds, and the suspicion [N] in [0, 1]."""
+
+    def draw_seeds(self) -> list[int]:
+        """Fresh seeds, one for each image."""
+
+
+@runtime_checkable
+class PerImage(Protocol):
+    """A model that treats each image of its batch differently, as by a seed of its own."""
+
+    def select(self, rows: Sequence[int]) -> Model:
+        """The model for some of the images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +151,43 @@ def hold(model: Model, images: int, draws: int) -> Model:
     return model.hold(images, draws) if isinstance(model, Random) else model
 
 
+def select(model: Model, rows: Sequence[int]) -> Model:
+    """The model for some of its images."""
+    return model.select(rows) if isinstance(model, PerImage) else model
+
+
 def strongest(
     model: Model, pixels: Tensor, labels: Tensor, budget: Budget, candidates: Iterable[Tensor]
 ) -> Tensor:
-    """Of the candidates, per image, the one with the highest score after rounding to 8 bits."""
+    """Of the candidates, per image, the one that fares worst after rounding to 8 bits.
+
+    A random model scores all of them on the same `RESCORED` fresh draws: first by the share of
+    draws that are wrong, then by the mean cross-entropy.
+    """
+    held = [model]
+    if isinstance(model, Random):
+        held = [model.hold(len(pixels), 1) for _ in range(RESCORED)]
+    draws = budget.draws if held == [model] else 1
+
+    def judge(asked: Model, attacked: Tensor) -> Tensor:
+        return look(asked, attacked, labels, cross_entropy, draws).score
+
+    return worst([partial(judge, each) for each in held], pixels, budget, candidates)
+
+
+def worst(
+    judges: Sequence[Callable[[Tensor], Tensor]],
+    pixels: Tensor,
+    budget: Budget,
+    candidates: Iterable[Tensor],
+) -> Tensor:
+    """Of the candidates, rounded to 8 bits, per image the one with the highest mean score, [N] in
+    fp64 from each judge."""
     most = torch.full((len(pixels),), -torch.inf, dtype=torch.float64, device=pixels.device)
     best = pixels
     for candidate in candidates:
         attacked = quantize(candidate, pixels, budget.epsilon)
-        score = look(model, attacked, labels, cross_entropy, budget.draws).score
+        score = torch.stack([judge(attacked) for judge in judges]).mean(dim=0)
         best = pick(score > most, attacked, best)
         most = torch.maximum(score, most)
     return best

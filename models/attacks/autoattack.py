@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attacks.apgd import climb
-from models.attacks.attack import Budget, Model, cross_entropy, draw_start, quantize
+from models.attacks.attack import Budget, Model, cross_entropy, draw_start, quantize, select
 from models.errors import install_extra
 
 TARGETS = 9
@@ -48,12 +48,13 @@ def autoattack(
     pixels, attacked = pixels.contiguous(), []  # the package calls `view` on pixels and gradients
     for row, seed in enumerate(seeds):
         one, label = pixels[row : row + 1], labels[row : row + 1]
+        own = select(model, [row])
         with torch.random.fork_rng(), torch.enable_grad():
-            runner = _prepare(package, model, one, budget, seed)
+            runner = _prepare(package, own, one, budget, seed)
             found, _ = runner.run_standard_evaluation(one, label, batch_size=1)
         if torch.equal(found, one):
             start = draw_start(one, budget.epsilon, [seed], 0)
-            found = climb(model, one, label, cross_entropy, budget, start)
+            found, _ = climb(own, one, label, cross_entropy, budget, start)
         attacked.append(quantize(found, one, budget.epsilon))
     return torch.cat(attacked)
 

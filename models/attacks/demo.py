@@ -44,7 +44,8 @@ def run_demo_attack(
     shown = classifier.without_resize()
     model: Model = transfer(shown, labels, template)
     if adaptive:
-        ways = surrogates(shown, labels, method, views, query.steps, query.readout, seed, template)
+        steps, readout = query.steps, query.readout
+        ways = surrogates(shown, labels, method, views, steps, readout, [seed], template)
         model = next(iter(ways.values()))
     with torch.no_grad():
         named = model(whole).argmax(dim=1)

@@ -1,8 +1,9 @@
-"""What an attacker knows: three threat models, to be named beside every figure.
+"""What an attacker knows and wants: four threat models, to be named beside every figure.
 
 - `transfer`: undefended CLIP, the image alone;
 - `static`: CLIP with the learned prompts, the image alone;
-- `adaptive`: the whole defense with its readout, but not the seed of its views.
+- `adaptive`: the whole defense with its readout, but not the seed of its views;
+- `stealthy`: the same, and wants a low suspicion score as well, by one attack of that name.
 """
 
 from typing import Literal, get_args
@@ -13,8 +14,9 @@ from models.attacks.attack import Model
 from models.classifier import DefendedClassifier
 from models.label_encoder import EncodedLabels, Template
 
-Threat = Literal["transfer", "static", "adaptive"]
+Threat = Literal["transfer", "static", "adaptive", "stealthy"]
 THREATS: tuple[Threat, ...] = get_args(Threat)
+STEALTHY: Threat = "stealthy"
 
 
 def transfer(

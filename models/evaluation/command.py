@@ -23,7 +23,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from models.attacks import ATTACKS
+from models.attacks import ATTACKS, strong
 from models.attacks.adaptive import surrogates
 from models.attacks.attack import LEVELS, Budget
 from models.attacks.autoattack import MissingExtra, require
@@ -33,6 +33,7 @@ from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier
 from models.data import DataError
 from models.defenses.catalog import DEFENSES, READOUTS
 from models.errors import LoadError, install_extra
+from models.evaluation.check import cross_check
 from models.evaluation.detection import Detection, detect, write_detection
 from models.evaluation.hub import open_anywhere
 from models.evaluation.journal import CLEAN, Journal
@@ -82,6 +83,8 @@ def evaluate(options: argparse.Namespace, command: str) -> int:
         bar.update(task, total=trial.work(subjects))
         trial.run(subjects)
     warnings += suspect(protocol, subjects, journal)
+    checks = cross_check(shown, names, protocol, subjects, journal) if options.check else []
+    warnings += [sentence for check in checks for sentence in check.warnings()]
     pictures = [subject.name for subject in subjects]
     rows = tally(protocol.cells, pictures, journal)
     detections = detect(protocol.cells, pictures, journal)
@@ -92,8 +95,10 @@ def evaluate(options: argparse.Namespace, command: str) -> int:
         "settings": settings,
         "command": command,
         "attacks": protocol.attacks,
+        "queried": protocol.queried,
         "batch": protocol.batch,
         "machine": describe_machine(classifier),
+        "checks": [check.describe() for check in checks],
         "warnings": warnings,
         "pictures": pictures,
     }
@@ -134,7 +139,7 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
     known = {
         "--defenses": (options.defenses, list(DEFENSES)),
         "--threats": (options.threats, [CLEAN, *THREATS]),
-        "--attacks": (options.attacks, list(ATTACKS)),
+        "--attacks": (options.attacks, [*ATTACKS, "strong"]),
     }
     for flag, (given, names) in known.items():
         if strange := [name for name in given if name not in names]:
@@ -147,18 +152,22 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
         raise ValueError("--eps: below 1/255, one level of an 8-bit picture")
     if max(epsilons) >= LEVELS:
         raise ValueError("--eps: of [0, 1] pixels and below 1: write 2/255 for 2 levels of 255")
+    recipe = "strong" in options.attacks
+    attacks = [
+        n for name in options.attacks for n in (strong.RECIPE if name == "strong" else [name])
+    ]
     budget = Budget(
         epsilon=0,
-        steps=options.attack_steps,
+        steps=options.attack_steps or (strong.STEPS if recipe else 20),
         restarts=options.restarts,
         draws=options.eot,
         targets=options.targets,
-        queries=options.queries,
+        queries=options.queries or (strong.QUERIES if recipe else 500),
     )
     return Protocol(
         options.defenses,
         options.threats,
-        options.attacks,
+        list(dict.fromkeys(attacks)),
         epsilons,
         budget,
         options.views,
@@ -166,6 +175,8 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
         options.readout,
         options.seed,
         options.batch,
+        options.answers or (strong.ANSWERS if recipe else 1),
+        options.queried or (strong.QUERIED if recipe else None),
     )
 
 
@@ -190,10 +201,11 @@ def check(
             protocol.views,
             protocol.steps_of(defense),
             protocol.readout,
-            protocol.seed,
+            [protocol.seed + number for number in range(len(subjects))],
         )
         clean: Tensor = pixels.to(device).float() / LEVELS
-        for way, model in targets.items():
+        for way in strong.ways_of("pgd", list(targets)):
+            model = targets[way]
             spent = budget if model.random else replace(budget, draws=1)
             for sentence in preflight(model, clean, labels, spent, range(len(subjects))):
                 found.append(f"{defense}, {way}: {sentence}")
@@ -240,7 +252,13 @@ def parser() -> argparse.ArgumentParser:
     add("--labels", default="", help="comma-separated class names instead of the data's own")
     add("--defenses", default="plain,ensemble,tapt", help=",".join(DEFENSES), **lists)
     add("--threats", default="clean,transfer", help=",".join([CLEAN, *THREATS]), **lists)
-    add("--attacks", default="pgd,apgd,square", help=",".join(ATTACKS), **lists)
+    add(
+        "--attacks",
+        default="pgd,apgd,square",
+        help=f"{','.join(ATTACKS)}; pgd is a quick look; strong, for figures to rely on, is "
+        f"{','.join(strong.RECIPE)} and takes up to {strong.COST} per image, before queries",
+        **lists,
+    )
     add(
         "--eps",
         default="2/255",
@@ -287,11 +305,37 @@ def parser() -> argparse.ArgumentParser:
         help="share of the adversarial statistics",
     )
     attack = flags.add_argument_group("attack").add_argument
-    attack("--attack-steps", type=int, default=20, help="steps of a gradient attack")
+    attack(
+        "--attack-steps",
+        type=int,
+        help=f"steps of a gradient attack; 20, or {strong.STEPS} with strong",
+    )
+    attack(
+        "--answers",
+        type=int,
+        help="answers of a random defense to each image, with other draws; 1, or "
+        f"{strong.ANSWERS} with strong",
+    )
     attack("--restarts", type=int, default=1, help="random restarts of an attack")
     attack("--eot", type=int, default=1, help="draws of views to average gradients over")
     attack("--targets", type=int, default=3, help="classes that APGD aims at")
-    attack("--queries", type=int, default=500, help="queries of the Square attack")
+    attack(
+        "--queries",
+        type=int,
+        help=f"queries of square and rays; 500, or {strong.QUERIES} with strong",
+    )
+    attack(
+        "--queried",
+        type=int,
+        metavar="N",
+        help=f"images that square and rays attack; all, or {strong.QUERIED} with strong",
+    )
+    attack(
+        "--check",
+        action="store_true",
+        help="afterwards, check that twice the steps break less than 2 points more and that a "
+        "large epsilon leaves nothing",
+    )
     return flags
 
 

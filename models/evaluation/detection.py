@@ -17,7 +17,7 @@ class Detection:
 
     Attributes:
         attacked: number of images that are right when clean. Each counts once, under the attack
-            that broke it, or else under the last one.
+            that hurt it most, or the last one if none did.
         clean: number of clean images, including those that are answered wrongly, as in traffic.
         found: for each of `RATES` (shares of clean images above the threshold), the share of
             attacked images above it.
@@ -58,9 +58,10 @@ def detect(cells: Sequence[Cell], names: Sequence[str], journal: Journal) -> lis
 
 
 def _decisive(journal: Journal, name: str, cell: Cell) -> Outcome | None:
-    """The attack that broke an image, else the last one; None if there was none."""
+    """The attack that hurt an image most, or the last one if none did; None if there was none."""
     tried = [o for o in journal.weighing(name, cell) if o.cell.threat != CLEAN]
-    return next((o for o in tried if not o.right), tried[-1] if tried else None)
+    worst = min(tried, key=lambda outcome: outcome.share, default=None)
+    return tried[-1] if worst is not None and worst.share == 1 else worst
 
 
 def write_detection(detections: Sequence[Detection]) -> str:

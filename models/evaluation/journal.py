@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 CLEAN = "clean"
+DOUBLED, LARGE = "doubled", "large"
+CHECKS = (DOUBLED, LARGE)  # cells that check an attack and count in no other
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -20,19 +22,27 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Whether a defense's answer to one image under one attack was right.
+    """A defense's answers to one image under one attack.
 
-    `doubt` is the suspicion in [0, 1]; `ms` is the defense's time per image, `attack_ms` the
-    attack's.
+    Attributes:
+        right: how many of the answers were right, of `asked`. A random defense draws anew for each.
+        doubt: the mean suspicion in [0, 1].
+        ms, attack_ms: the defense's time per answer and the attack's per image.
     """
 
     picture: str
     cell: Cell
     attack: str
-    right: bool
+    right: int
     doubt: float
     ms: float
     attack_ms: float
+    asked: int = 1
+
+    @property
+    def share(self) -> float:
+        """How likely one answer is right."""
+        return self.right / self.asked
 
 
 class Journal:
@@ -64,10 +74,10 @@ class Journal:
         """An image's outcomes in a cell, by attack."""
         return self._known.get((picture, cell), {})
 
-    def right(self, picture: str, cell: Cell) -> bool:
-        """Whether an image counts: right clean, and right under every attack tried that the cell's
-        attacker could have made."""
-        return all(outcome.right for outcome in self.weighing(picture, cell))
+    def right(self, picture: str, cell: Cell) -> float:
+        """How likely one answer to an image is right: clean, or under the worst attack tried that
+        the cell's attacker could have made."""
+        return min((outcome.share for outcome in self.weighing(picture, cell)), default=1.0)
 
     def weighing(self, picture: str, cell: Cell) -> list[Outcome]:
         """The outcomes that decide on an image in a cell, the cell's own last.
@@ -81,6 +91,7 @@ class Journal:
             if other.defense == cell.defense
             and other.epsilon <= cell.epsilon
             and (other.threat in (CLEAN, cell.threat) or cell.threat == "adaptive")
+            and (other.threat not in CHECKS or other == cell)
         ]
         cells.sort(key=lambda other: (other == cell, other.threat == cell.threat, other))
         return [outcome for other in cells for outcome in self.seen(picture, other).values()]

@@ -47,6 +47,7 @@ def describe_settings(
             "entropy_of_mean": objective.of_mean,
         },
         "attack": {k: v for k, v in asdict(protocol.budget).items() if k != "epsilon"},
+        "answers": protocol.answers,
         "seed": protocol.seed,
     }
 

@@ -17,18 +17,23 @@ class Interval:
     high: float
 
 
-def wilson(hits: int, count: int) -> Interval:
-    """A proportion (Wilson 1927); `count` is positive, the ends are in [0, 1]."""
+def wilson(hits: float, count: int) -> Interval:
+    """A proportion (Wilson 1927); `count` is positive, the ends are in [0, 1].
+
+    Where hits are shares of several answers to each image, the interval is wider than needed.
+    """
     rate, spread = hits / count, Z * Z / count
     middle = (rate + spread / 2) / (1 + spread)
     half = Z / (1 + spread) * math.sqrt(rate * (1 - rate) / count + spread / count / 4)
     return Interval(rate, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def difference(first: Sequence[bool], second: Sequence[bool]) -> Interval:
+def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
     """How much more often the first is right than the second, on the same images.
 
     Newcombe's score interval for paired proportions (Statistics in Medicine 17, 1998, method 10).
+    An image's value is 0 or 1, or its share of right answers: the counts of pairs are then the
+    expected ones of single answers.
 
     Raises:
         ValueError: the two are of different lengths, or empty.
@@ -37,8 +42,8 @@ def difference(first: Sequence[bool], second: Sequence[bool]) -> Interval:
     if count != len(second) or not count:
         raise ValueError("a paired difference needs the same pictures on both sides, and some")
     pairs = list(zip(first, second, strict=True))
-    both, one = pairs.count((True, True)), pairs.count((True, False))
-    other, none = pairs.count((False, True)), pairs.count((False, False))
+    both, one = sum(a * b for a, b in pairs), sum(a * (1 - b) for a, b in pairs)
+    other, none = sum((1 - a) * b for a, b in pairs), sum((1 - a) * (1 - b) for a, b in pairs)
     a, b = wilson(both + one, count), wilson(both + other, count)
     product = (both + one) * (other + none) * (both + other) * (one + none)
     shared = float(both * none - one * other)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,29 +23,40 @@ class Row:
     """A cell's results over the images.
 
     Attributes:
-        right: for each image, whether it counts: right clean and under every attack that the
-            cell's attacker could have made.
-        broken: images that each attack was the first to break.
+        right: for each image, the share of right answers: clean, or under the worst attack that
+            the cell's attacker could have made.
+        accuracy: of one answer to each image.
+        asked: answers to each image.
+        always: images whose answers are all right, under every attack.
+        broken: images that each attack was the first to break: no answer is right.
         ms, attack_ms: mean time per image of the defense and of the attack.
         versus: paired differences of accuracy from other rows.
     """
 
     cell: Cell
-    right: tuple[bool, ...]
+    right: tuple[float, ...]
     accuracy: Interval
+    asked: int
+    always: Interval
     broken: Mapping[str, int]
     ms: float
     attack_ms: float
     versus: dict[str, Interval] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
-        """In JSON types; `pictures` has a 1 for each image that counts, in the file's order."""
+        """In JSON types; `pictures` has the number of right answers to each image, in the file's
+        order."""
         return {
             **asdict(self.cell),
             "n": len(self.right),
-            "right": sum(self.right),
+            "right": round(sum(self.right), 4),
             "accuracy": self.accuracy.value,
             "interval": [self.accuracy.low, self.accuracy.high],
+            "answers": self.asked,
+            "all_right": {
+                "value": self.always.value,
+                "interval": [self.always.low, self.always.high],
+            },
             "broken_first_by": dict(self.broken),
             "ms_a_picture": round(self.ms, 2),
             "attack_ms_a_picture": round(self.attack_ms, 2),
@@ -52,8 +64,14 @@ class Row:
                 name: {"value": d.value, "interval": [d.low, d.high]}
                 for name, d in self.versus.items()
             },
-            "pictures": "".join("01"[right] for right in self.right),
+            "pictures": [round(share * self.asked) for share in self.right],
         }
+
+
+def read_shares(row: Mapping[str, Any]) -> list[float]:
+    """The share of right answers to each image, of a described row. In files from before a defense
+    was asked several times, `pictures` is a string of 0 and 1."""
+    return [int(right) / row.get("answers", 1) for right in row["pictures"]]
 
 
 def tally(cells: Sequence[Cell], names: Sequence[str], journal: Journal) -> list[Row]:
@@ -83,6 +101,8 @@ def _row(cell: Cell, names: Sequence[str], journal: Journal) -> Row:
         cell,
         right,
         wilson(sum(right), len(right)),
+        max((outcome.asked for outcome in flat), default=1),
+        wilson(right.count(1.0), len(right)),
         Counter(
             _label(o, cell) for o in first if o and (o.attack != CLEAN or cell.threat == CLEAN)
         ),
@@ -102,17 +122,24 @@ def write_markdown(rows: Sequence[Row]) -> str:
     """One line per defense, one column per threat and epsilon, then the paired differences."""
     columns = list(dict.fromkeys((row.cell.threat, row.cell.epsilon) for row in rows))
     found = {row.cell: row for row in rows}
-    lines = []
+    asked, lines = max(row.asked for row in rows), []
     for defense in dict.fromkeys(row.cell.defense for row in rows):
         own = [found[Cell(defense, *column)] for column in columns]
-        lines.append((f"`{defense}`", *(percent(r.accuracy) for r in own), f"{own[0].ms:.0f}"))
-    heads = ("defense", *(head(*column) for column in columns), "ms per image")
+        shown = [[percent(r.accuracy), *([percent(r.always)] if asked > 1 else [])] for r in own]
+        lines.append((f"`{defense}`", *chain(*shown), f"{own[0].ms:.0f}"))
+    named = [[head(*c), *([f"{head(*c)}, all {asked}"] if asked > 1 else [])] for c in columns]
+    heads = ("defense", *chain(*named), "ms per image")
     parts = [
         f"Accuracy in % with 95% intervals on the same {len(rows[0].right)} images. Under attack, "
         "an image counts if it is right without an attack and under every attack. Epsilon is "
         "measured in the model's own input pixels.",
         tabulate(heads, lines),
     ]
+    if asked > 1:
+        parts[0] += (
+            f" A random defense answers {asked} times with other draws: the first figure is the "
+            f"accuracy of one answer, the second the share of images with all {asked} right."
+        )
     if differences := [
         (f"`{r.cell.defense}`", head(r.cell.threat, r.cell.epsilon), name, _points(d))
         for r in rows

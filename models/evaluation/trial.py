@@ -3,7 +3,7 @@
 All defenses answer the same images, cropped to the model's own S x S pixels, in which epsilon is
 measured: view 0 of the original is attacked, rounded to 8 bits and given to the defense as its
 image. An image counts as robust only if the defense is right on it clean and under every attack;
-once it is broken it is not attacked any further.
+once no answer to it is right it is not attacked any further.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import mean
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from torch import Tensor
 from models.attacks import ATTACKS
 from models.attacks.adaptive import AttackableDefense, surrogates
 from models.attacks.attack import LEVELS, Budget, Model
-from models.attacks.threats import static, transfer
+from models.attacks.stealthy import stealthy
+from models.attacks.strong import STRONG, ways_of
+from models.attacks.threats import STEALTHY, static, transfer
 from models.classifier import DefendedClassifier, ImageQuery
 from models.data import DataError, Dataset
 from models.defenses.catalog import DEFENSES
@@ -29,6 +32,16 @@ from models.views import make_views
 
 # Shared attacks that already attack exactly this defense.
 ATTACKED_THEMSELVES = {("plain", "transfer"), ("apt", "static")}
+
+# Attacks that do not depend on the defense, by threat.
+SHARED: Mapping[str, Callable[[DefendedClassifier, tuple[str, ...]], Model]] = {
+    "transfer": transfer,
+    "static": static,
+}
+
+BY_QUERIES = {"square", "rays"}  # without gradients: all ways through an adaptation are the same
+
+VIEWS_AT_ONCE = 128  # of the images that are attacked adaptively together
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,8 @@ class Protocol:
         budget: what every attack may spend; its epsilon is ignored.
         views, steps, readout: the defense's.
         batch: images in one batch.
+        answers: how often a random defense is asked about each image, with other draws.
+        queried: images that attacks by queries attack, the first of the sample; None: all.
     """
 
     defenses: Sequence[str]
@@ -65,6 +80,19 @@ class Protocol:
     readout: str = "all"
     seed: int = 0
     batch: int = 8
+    answers: int = 1
+    queried: int | None = None
+
+    def answers_of(self, defense: str) -> int:
+        """How often a defense is asked: once if its answers do not differ."""
+        return self.answers if DEFENSES[defense].random else 1
+
+    def attacks_of(self, threat: str) -> list[str]:
+        """The attacks that a threat's attacker makes, in order."""
+        if threat == STEALTHY:
+            return [STEALTHY]
+        shared = threat in SHARED
+        return [a for a in self.attacks if not (shared and a in STRONG and not STRONG[a].alone)]
 
     def steps_of(self, defense: str) -> int:
         """`steps`, unless the defense has a number of its own."""
@@ -119,16 +147,15 @@ class Trial:
     ) -> None:
         self._classifier, self._names, self._protocol = classifier, tuple(names), protocol
         self._journal, self._advance = journal, advance
-        self._shared: Mapping[str, Callable[[DefendedClassifier, tuple[str, ...]], Model]] = {
-            "transfer": transfer,
-            "static": static,
-        }
 
     def work(self, subjects: Sequence[Subject]) -> int:
         """The total that `advance` will be called with."""
         protocol = self._protocol
-        hurt = len(protocol.cells) - len(protocol.defenses)
-        return len(subjects) * (len(protocol.defenses) + hurt * len(protocol.attacks))
+        attacks = [
+            len(protocol.attacks_of(cell.threat)) if cell.threat != CLEAN else 1
+            for cell in protocol.cells
+        ]
+        return len(subjects) * sum(attacks)
 
     def run(self, subjects: Sequence[Subject]) -> None:
         protocol = self._protocol
@@ -138,11 +165,16 @@ class Trial:
                 self._judge(chunk, None, Cell(defense, CLEAN, 0), CLEAN, 0)
             for threat in protocol.threats:
                 for epsilon in protocol.epsilons if threat != CLEAN else ():
-                    for attack in protocol.attacks:
-                        if threat in self._shared:
-                            self._attack_all(chunk, threat, epsilon, attack)
+                    for attack in protocol.attacks_of(threat):
+                        few = chunk
+                        if attack in BY_QUERIES and protocol.queried is not None:
+                            few = chunk[: max(0, protocol.queried - start)]
+                            self._advance((len(chunk) - len(few)) * len(protocol.defenses))
+                        if threat in SHARED:
+                            self._attack_all(few, threat, epsilon, attack)
                         else:
-                            self._attack_each(chunk, threat, epsilon, attack)
+                            for defense in protocol.defenses:
+                                self.attack(few, Cell(defense, threat, epsilon), attack)
 
     def _attack_all(
         self, chunk: Sequence[Subject], threat: str, epsilon: float, attack: str
@@ -153,45 +185,49 @@ class Trial:
         hit = [s for s in chunk if any(self._open(s, cell, attack) for cell in cells)]
         if not hit:
             return
-        model = self._shared[threat](self._classifier, self._names)
+        model = SHARED[threat](self._classifier, self._names)
         pixels, ms = self._make(model, hit, threat, epsilon, attack)
         for cell in cells:
             places = [i for i, subject in enumerate(hit) if self._open(subject, cell, attack)]
             self._judge([hit[i] for i in places], pixels[places], cell, attack, ms)
 
-    def _attack_each(
-        self, chunk: Sequence[Subject], threat: str, epsilon: float, attack: str
-    ) -> None:
-        """Attack each whole defense, one image at a time: each image has its own stream of seeds
-        for the views, and the views of one image already fill a batch."""
+    def attack(self, subjects: Sequence[Subject], cell: Cell, attack: str) -> None:
+        """Attack a whole defense, in batches that its views allow, in every way through its
+        adaptation that the attack takes."""
         protocol = self._protocol
-        for defense in protocol.defenses:
-            cell = Cell(defense, threat, epsilon)
-            for subject in chunk:
-                seed = self._seed(subject, threat, attack, f"{epsilon:g}", "views")
-                targets = surrogates(
-                    self._classifier,
-                    self._names,
-                    defense,
-                    protocol.views,
-                    protocol.steps_of(defense),
-                    protocol.readout,
-                    seed,
-                )
-                for way, model in targets.items():
-                    first = way == next(iter(targets))
-                    if not first and attack == "square":
-                        continue  # without gradients, all surrogates are the same
-                    label = attack if first else f"{attack} {way}"
-                    if self._open(subject, cell, label):
-                        pixels, ms = self._make(model, [subject], threat, epsilon, attack)
-                        self._judge([subject], pixels, cell, label, ms)
-                self._advance(1)
+        views = protocol.views if DEFENSES[cell.defense].views == "all" else 1
+        count = max(1, VIEWS_AT_ONCE // views)
+        ways = ways_of(attack, list(self._targets([], cell, attack)))
+        for start in range(0, len(subjects), count):
+            some = subjects[start : start + count]
+            for way in ways if attack not in BY_QUERIES else ways[:1]:
+                label = attack if way == ways[0] else f"{attack} {way}"
+                if hit := [subject for subject in some if self._open(subject, cell, label)]:
+                    model = self._targets(hit, cell, attack)[way]
+                    pixels, ms = self._make(model, hit, cell.threat, cell.epsilon, attack)
+                    self._judge(hit, pixels, cell, label, ms)
+            self._advance(len(some))
+
+    def _targets(
+        self, subjects: Sequence[Subject], cell: Cell, attack: str
+    ) -> Mapping[str, AttackableDefense]:
+        """A cell's defense as models to attack, by the way through its adaptation."""
+        purpose = (cell.threat, attack, f"{cell.epsilon:g}", "views")
+        return surrogates(
+            self._classifier,
+            self._names,
+            cell.defense,
+            self._protocol.views,
+            self._protocol.steps_of(cell.defense),
+            self._protocol.readout,
+            [self._seed(subject, *purpose) for subject in subjects],
+        )
 
     def _open(self, subject: Subject, cell: Cell, attack: str) -> bool:
         """Whether an attack on an image can still change its result."""
         journal = self._journal
-        return attack not in journal.seen(subject.name, cell) and journal.right(subject.name, cell)
+        seen = attack in journal.seen(subject.name, cell)
+        return not seen and journal.right(subject.name, cell) > 0
 
     def _make(
         self, model: Model, subjects: Sequence[Subject], threat: str, epsilon: float, attack: str
@@ -205,7 +241,8 @@ class Trial:
         budget = replace(self._protocol.budget, epsilon=epsilon / LEVELS)
         if not (isinstance(model, AttackableDefense) and model.random):
             budget = replace(budget, draws=1)  # nothing random to average over
-        attacked = ATTACKS[attack](model, pixels, labels, budget, seeds)
+        make = stealthy if attack == STEALTHY else ATTACKS[attack]
+        attacked = make(model, pixels, labels, budget, seeds)
         return attacked, 1000 * (time.perf_counter() - start) / len(subjects)
 
     def _judge(
@@ -226,19 +263,31 @@ class Trial:
             images = list(levels.cpu().contiguous().numpy())
         if not subjects:
             return
-        start = time.perf_counter()
-        found = answers(
-            self._classifier,
-            self._names,
-            images,
-            cell.defense,
-            self._protocol,
-            [self._seed(subject, "answer") for subject in subjects],
-        )
-        ms = 1000 * (time.perf_counter() - start) / len(subjects)
+        start, asked = time.perf_counter(), self._protocol.answers_of(cell.defense)
+        found = [
+            answers(
+                self._classifier,
+                self._names,
+                images,
+                cell.defense,
+                self._protocol,
+                [self._seed(subject, "answer", *ask) for subject in subjects],
+            )
+            for ask in [(), *((str(number),) for number in range(1, asked))]
+        ]
+        ms = 1000 * (time.perf_counter() - start) / len(subjects) / asked
         self._journal.add(
-            Outcome(subject.name, cell, attack, answer == subject.label, doubt, ms, attack_ms)
-            for subject, (answer, doubt) in zip(subjects, found, strict=True)
+            Outcome(
+                subject.name,
+                cell,
+                attack,
+                sum(answer == subject.label for answer, _ in each),
+                round(mean(doubt for _, doubt in each), 4),
+                ms,
+                attack_ms,
+                asked,
+            )
+            for subject, each in zip(subjects, zip(*found, strict=True), strict=True)
         )
 
     def _seed(self, subject: Subject, *what: str) -> int:
@@ -277,7 +326,7 @@ def suspect(protocol: Protocol, subjects: Sequence[Subject], journal: Journal) -
         if cell.threat == "adaptive" or (cell.defense, cell.threat) in ATTACKED_THEMSELVES:
             tried = [journal.seen(subject.name, cell) for subject in subjects]
             last = [outcomes["square"].right for outcomes in tried if "square" in outcomes]
-            if (broken := last.count(False)) > max(1, 0.05 * len(last)):
+            if (broken := last.count(0)) > max(1, 0.05 * len(last)):
                 yield (
                     f"{cell.defense}, {cell.threat} {cell.epsilon:g}/255: Square breaks {broken} "
                     f"of the {len(last)} images that gradient attacks leave right, so its "

@@ -14,7 +14,8 @@ from models.attacks.adaptive import AttackableDefense, surrogates
 from models.attacks.attack import Budget, cross_entropy, look, slope
 from models.attacks.pgd import pgd
 from models.attacks.preflight import preflight
-from models.attacks.threats import transfer
+from models.attacks.stealthy import stealthy
+from models.attacks.threats import static, transfer
 from models.attacks.unrolled import unroll
 from models.classifier import DefendedClassifier, ImageQuery
 from models.defenses import gate, thrift
@@ -61,7 +62,8 @@ def answer(
 def attackable(
     classifier: DefendedClassifier, method: str, steps: int = 1, readout: str = "all", way: int = 0
 ) -> AttackableDefense:
-    model = list(surrogates(classifier, NAMES, method, VIEWS, steps, readout, 0).values())[way]
+    seeds = range(3)  # one an image
+    model = list(surrogates(classifier, NAMES, method, VIEWS, steps, readout, seeds).values())[way]
     assert isinstance(model, AttackableDefense)
     return model
 
@@ -71,9 +73,10 @@ def attackable(
 def test_what_is_attacked_is_what_answers(
     classifier: DefendedClassifier, images: list[Any], pixels: Tensor, method: str, steps: int
 ) -> None:
-    for way in range(len(surrogates(classifier, NAMES, method, VIEWS, steps, "all", 0))):
+    for way in range(len(surrogates(classifier, NAMES, method, VIEWS, steps, "all", []))):
         model = attackable(classifier, method, steps, way=way)
-        found = model.answer(pixels.clone().requires_grad_(), [0, 1, 2]).exp()
+        with torch.set_grad_enabled(model.way != "stepless"):  # whose gradient is another's
+            found = model.answer(pixels.clone().requires_grad_(), [0, 1, 2]).exp()
         expected = answer(classifier, images, method, steps, "all")
         torch.testing.assert_close(found.detach(), expected, atol=1e-4, rtol=1e-3)
 
@@ -138,7 +141,7 @@ def test_held_prompts_are_held_for_the_attacker(
 def test_gradients_reach_the_pixels_of_every_picture(
     classifier: DefendedClassifier, pixels: Tensor, method: str
 ) -> None:
-    for way in range(len(surrogates(classifier, NAMES, method, VIEWS, 1, "all", 0))):
+    for way in range(len(surrogates(classifier, NAMES, method, VIEWS, 1, "all", []))):
         model, labels = attackable(classifier, method, way=way), torch.tensor([0, 1, 2])
         at = slope(model, pixels, labels, cross_entropy, 2)
         assert at.gradient.isfinite().all()
@@ -151,6 +154,82 @@ def test_views_are_drawn_anew_at_every_call(classifier: DefendedClassifier, pixe
     assert torch.equal(
         attackable(classifier, "ensemble")(pixels), attackable(classifier, "ensemble")(pixels)
     )
+
+
+def test_each_image_of_a_batch_draws_its_own_views(
+    classifier: DefendedClassifier, pixels: Tensor
+) -> None:
+    together = attackable(classifier, "tapt")(pixels)
+    alone = attackable(classifier, "tapt").select([1])(pixels[1:2])
+    torch.testing.assert_close(together[1:2], alone)
+
+
+def test_mean_logits_have_the_answer_of_a_single_view(
+    classifier: DefendedClassifier, pixels: Tensor
+) -> None:
+    model = attackable(classifier, "plain")
+    torch.testing.assert_close(model.averaging_logits()(pixels).log_softmax(dim=1), model(pixels))
+    mean = attackable(classifier, "ensemble").averaging_logits()
+    assert (mean(pixels).exp().sum(dim=1) - 1).abs().min() > 0.1  # no probabilities
+
+
+def test_a_gradient_without_the_step_is_that_of_the_learned_prompts(
+    classifier: DefendedClassifier, pixels: Tensor
+) -> None:
+    labels = torch.tensor([0, 1, 2])
+    stepless, prompted = (
+        attackable(classifier, "tapt", way=2),
+        attackable(classifier, "apt-ensemble"),
+    )
+    assert stepless.way == "stepless"
+    gradients = [
+        slope(model, pixels, labels, cross_entropy, 1).gradient for model in (stepless, prompted)
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-3)
+
+
+def test_weaker_attackers_attack_less_of_the_defense(
+    classifier: DefendedClassifier, pixels: Tensor
+) -> None:
+    with torch.no_grad():
+        for method, threat, expected in (
+            ("tapt", "transfer", transfer(classifier, NAMES)),
+            ("tapt", "static", static(classifier, NAMES)),
+            ("ensemble", "static", transfer(classifier, NAMES)),  # it has no prompts
+        ):
+            found = attackable(classifier, method).weaker(threat)(pixels)
+            torch.testing.assert_close(found, expected(pixels))
+
+
+@pytest.mark.parametrize("method", ["plain", "ensemble", "apt-ensemble", "tapt"])
+def test_the_attacker_sees_the_suspicion_that_is_reported(
+    classifier: DefendedClassifier, images: list[Any], pixels: Tensor, method: str
+) -> None:
+    queries = [ImageQuery(image, NAMES, None, "all", seed, 1) for seed, image in enumerate(images)]
+    (batch,) = classifier.prepare(queries, method)
+    reported = {found.row: found.suspicion for found in classifier.classify(batch, VIEWS)}
+    with torch.no_grad():
+        _, seen = attackable(classifier, method).observe(pixels, [0, 1, 2])
+    assert seen.tolist() == pytest.approx([reported[row] for row in range(3)], abs=1e-4)
+
+
+@pytest.mark.parametrize(("method", "way"), [("apt-ensemble", 0), ("tapt", 2)])
+def test_the_suspicion_has_a_gradient(
+    classifier: DefendedClassifier, pixels: Tensor, method: str, way: int
+) -> None:
+    leaf = pixels.clone().requires_grad_()
+    _, seen = attackable(classifier, method, way=way).observe(leaf, [0, 1, 2])
+    (gradient,) = torch.autograd.grad(seen.sum(), leaf)
+    assert (gradient.flatten(1).abs().amax(dim=1) > 0).all()
+
+
+def test_a_model_without_a_suspicion_cannot_be_attacked_stealthily(
+    classifier: DefendedClassifier, pixels: Tensor
+) -> None:
+    with pytest.raises(TypeError, match="suspicion"):
+        stealthy(
+            transfer(classifier, NAMES), pixels, torch.tensor([0, 1, 2]), Budget(0.1), [0, 1, 2]
+        )
 
 
 def test_the_gradient_of_views_is_that_of_the_resampling(

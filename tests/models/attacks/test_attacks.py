@@ -117,7 +117,7 @@ def test_more_steps_never_help_the_defender(net: Net, pixels: Tensor, labels: Te
     rates, scores = [], []
     for steps in (1, 5, 25, 100):
         budget = replace(BUDGET, steps=steps)
-        found = climb(net, pixels, labels, cross_entropy, budget, start)
+        found, _ = climb(net, pixels, labels, cross_entropy, budget, start)
         scores.append(look(net, found, labels, cross_entropy, 1).loss.mean().item())
         rates.append(rate(net, apgd(net, pixels, labels, budget, seeds(pixels)), labels))
     assert scores == sorted(scores)

@@ -15,16 +15,18 @@ import torch
 from PIL import Image
 
 from models.attacks import ATTACKS
+from models.attacks.strong import ANSWERS, QUERIED, RECIPE, STEPS
 from models.checkpoint import Checkpoint
 from models.classifier import DefendedClassifier
 from models.data import DataError
 from models.defenses import ttc
 from models.evaluation import command, trial
+from models.evaluation.check import Check
 from models.evaluation.detection import detect, write_detection
 from models.evaluation.hub import open_anywhere
 from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
 from models.evaluation.scores import auroc, difference, threshold, wilson
-from models.evaluation.table import tally, write_markdown
+from models.evaluation.table import read_shares, tally, write_markdown
 from service.cli import main as cli
 from tests import tiny
 
@@ -188,6 +190,109 @@ def test_only_right_clean_and_right_attacked_counts(tmp_path: Path) -> None:
     again = Journal(tmp_path / "out.jsonl", "key")
     assert tally([clean, attacked], ["a", "b", "c"], again) == rows
     assert len(Journal(tmp_path / "out.jsonl", "another")) == 0
+
+
+def test_a_random_defense_is_asked_several_times(
+    directory: Path, folder: Path, bundle: Path, tmp_path: Path
+) -> None:
+    flags = "--defenses plain,ensemble --eps 8/255 --attacks pgd --answers 4 --threats transfer"
+    assert run(directory, folder, bundle, tmp_path / "out.json", *flags.split()) == 0
+    facts, rows = read(tmp_path / "out.json")
+    assert facts["settings"]["answers"] == 4
+    plain, mean = rows["plain", "transfer", 8], rows["ensemble", "transfer", 8]
+    assert plain["answers"] == 1  # its answers do not differ
+    assert mean["answers"] == 4
+    assert mean["accuracy"] == pytest.approx(sum(mean["pictures"]) / 4 / 12)
+    assert sum(read_shares(mean)) == mean["right"]
+    assert read_shares({"pictures": "101"}) == [1, 0, 1]  # of a file from before
+    assert mean["all_right"]["value"] == pytest.approx(mean["pictures"].count(4) / 12)
+    assert mean["all_right"]["value"] < mean["accuracy"]  # some answers differ
+    assert "transfer 8/255, all 4 |" in (tmp_path / "out.md").read_text()
+
+
+def test_a_picture_is_attacked_until_no_answer_is_right(tmp_path: Path) -> None:
+    """The worst attack on each image counts, by its share of right answers."""
+    journal, cell = Journal(tmp_path / "out.jsonl", "key"), Cell("ensemble", "adaptive", 2)
+    clean = Cell("ensemble", CLEAN, 0)
+    for picture, rights in (("a", (10, 7, 9)), ("b", (10, 10, 10)), ("c", (8, 3, 0))):
+        for where, attack, right in zip(
+            (clean, cell, cell), (CLEAN, "pgd", "square"), rights, strict=True
+        ):
+            journal.add([Outcome(picture, where, attack, right, 0.1, 1.0, 1.0, asked=10)])
+    unhurt, hurt = tally([clean, cell], ["a", "b", "c"], journal)
+    assert hurt.right == (0.7, 1.0, 0.0)
+    assert hurt.accuracy.value == pytest.approx(1.7 / 3)
+    assert hurt.always.value == pytest.approx(1 / 3)
+    assert unhurt.always.value == pytest.approx(2 / 3)
+    assert hurt.broken == {"square": 1}
+    again = Journal(tmp_path / "out.jsonl", "key")
+    assert [row.right for row in tally([cell], ["a", "b", "c"], again)] == [hurt.right]
+
+
+def test_the_recipe_is_a_list_of_attacks_with_settings_of_its_own() -> None:
+    def protocol(*flags: str) -> trial.Protocol:
+        words = ["--data", "x", "--json", "y", *flags]
+        return command.read_protocol(command.parser().parse_args(words))
+
+    quick, strong = protocol("--attacks", "pgd"), protocol("--attacks", "strong")
+    assert (quick.budget.steps, quick.budget.queries, quick.answers) == (20, 500, 1)
+    assert strong.attacks == list(RECIPE)
+    assert (strong.budget.steps, strong.answers, strong.queried) == (STEPS, ANSWERS, QUERIED)
+    own = protocol("--attacks", "strong", "--attack-steps", "7", "--answers", "3")
+    assert (own.budget.steps, own.answers) == (7, 3)
+    # On one view the losses on mean logits and on the mean prediction are the same.
+    assert strong.attacks_of("transfer") == ["logits-entropy", "dlr", "square", "rays"]
+    assert strong.attacks_of("stealthy") == ["stealthy"]
+
+
+def test_the_recipe_runs_on_whole_defenses(
+    directory: Path, folder: Path, bundle: Path, tmp_path: Path
+) -> None:
+    flags = "--defenses ensemble,tapt --threats adaptive,stealthy --attacks strong --eps 1/255"
+    flags += " --attack-steps 2 --queries 4 --queried 1 --answers 2 --limit 3"
+    assert run(directory, folder, bundle, tmp_path / "out.json", *flags.split()) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    made = [(line["cell"]["threat"], line["attack"]) for line in lines]
+    assert {attack for threat, attack in made if threat == "adaptive"} == set(RECIPE)
+    by_queries = [line["picture"] for line in lines if line["attack"] in ("square", "rays")]
+    assert len(set(by_queries)) == 1
+    _, rows = read(tmp_path / "out.json")
+    assert rows["ensemble", "stealthy", 1]["suspicion"]["attacked"] > 0
+    assert rows["ensemble", "adaptive", 1]["right"] <= rows["ensemble", "stealthy", 1]["right"]
+
+
+def test_the_attack_itself_is_checked(
+    directory: Path, folder: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--check", "--defenses", "ensemble", "--threats", "adaptive", "--attacks", "pgd"]
+    flags += ["--eps", "2/255", "--attack-steps", "20"]
+    assert run(directory, folder, bundle, tmp_path / "out.json", *flags) == 0
+    facts, _ = read(tmp_path / "out.json")
+    (check,) = facts["checks"]
+    assert check["left_right_at_a_large_epsilon"] == 0
+    assert {row["threat"] for row in facts["rows"]} == {CLEAN, "adaptive"}
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert {line["cell"]["threat"] for line in lines} >= {"doubled", "large"}
+    # An attack that does nothing, so that checks must fail.
+    monkeypatch.setitem(ATTACKS, "pgd", lambda model, pixels, *rest: pixels)
+    assert run(directory, folder, bundle, tmp_path / "weak.json", *flags) == 0
+    facts, _ = read(tmp_path / "weak.json")
+    assert not facts["checks"][0]["passed"]
+    assert "the attack does not work on this defense" in " ".join(facts["warnings"])
+
+
+def test_twice_the_steps_must_not_break_many_more() -> None:
+    assert Check("tapt", "pgd", 2, more=0.019, left=0).warnings() == []
+    (sentence,) = Check("tapt", "pgd", 2, more=0.02, left=0).warnings()
+    assert "twice the steps of pgd break 2.0 points more" in sentence
+
+
+def test_checks_of_an_attack_count_in_no_row(tmp_path: Path) -> None:
+    journal, cell = Journal(tmp_path / "out.jsonl", "key"), Cell("tapt", "adaptive", 2)
+    journal.add([Outcome("a", cell, "pgd", 1, 0.0, 1.0, 1.0)])
+    journal.add([Outcome("a", Cell("tapt", "doubled", 2), "pgd", 0, 0.0, 1.0, 1.0)])
+    assert journal.right("a", cell) == 1
+    assert journal.right("a", Cell("tapt", "doubled", 2)) == 0
 
 
 def test_who_knows_more_can_do_what_others_can(tmp_path: Path) -> None:
