@@ -62,7 +62,6 @@ class PeerServer:
         self._sampler.start()
 
     def _wait(self, began: float) -> None:
-        said = "no answer"
         with httpx.Client(base_url=self.url, timeout=START_SECONDS) as http:
             while time.monotonic() - began < START_SECONDS:
                 if self._process.poll() is not None:
@@ -70,14 +69,18 @@ class PeerServer:
                     raise PeerError(f"cannot be started: {last_error(self._log.read())}")
                 try:
                     answer = http.post(self.peer.path, json=self.peer.body(draw_file(0)))
+                except httpx.ConnectError:
+                    pass  # it does not listen yet
                 except httpx.TransportError as error:
-                    said = repr(error)
+                    raise PeerError(f"does not answer: {error!r}") from error
                 else:
                     if answer.status_code == 200:
                         return
-                    said = f"{answer.status_code} {answer.text[:200]}"
+                    if answer.status_code != 503:  # of a server that is loading
+                        said = last_error(answer.text)
+                        raise PeerError(f"answers {answer.status_code}: {said}")
                 time.sleep(0.2)
-        raise PeerError(f"did not answer within {START_SECONDS:g} s: {said}")
+        raise PeerError(f"is not ready after {START_SECONDS:g} s")
 
     def processes(self) -> list[psutil.Process]:
         """All of its processes."""

@@ -11,6 +11,7 @@ import httpx
 
 from benchmarks.harness.load import Record, drive, drive_closed, poisson, summarize
 from benchmarks.harness.requests import draw_file, post
+from benchmarks.peers.environment import last_error
 from benchmarks.peers.peer import Model, Peer, PeerError
 from benchmarks.peers.process import PeerServer
 
@@ -70,7 +71,7 @@ def _ask_labels(peer: Peer, url: str, bodies: Sequence[dict[str, Any]]) -> list[
         answers = [http.post(peer.path, json=body) for body in bodies]
         for answer in answers:
             if answer.status_code != 200:
-                raise PeerError(f"answers {answer.status_code}: {answer.text[:200]}")
+                raise PeerError(f"answers {answer.status_code}: {last_error(answer.text)}")
         return [peer.label(answer.json(), http) for answer in answers]
 
 

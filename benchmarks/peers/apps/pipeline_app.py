@@ -27,7 +27,7 @@ classifier = pipeline("zero-shot-image-classification", model=sys.argv[1], dtype
 
 
 @app.post("/classify")
-async def classify(asked: Classification) -> Any:
+def classify(asked: Classification) -> Any:  # FastAPI runs it in its thread pool
     image = Image.open(io.BytesIO(base64.b64decode(asked.image)))
     return classifier(
         image,
