@@ -25,15 +25,15 @@ def write_page(figures: dict[str, Any]) -> str:
         parts += [f"Checkpoint `{size}`:", speed_table(rows), ratio_table(rows)]
     settings = figures["settings"]
     caption = (
-        "JPEG of 640 x 480, 10 labels, float32, every server with its default settings, clients "
-        f"on the same machine. Medians of {settings['repeats']} alternating repeats of "
-        f"{settings['seconds']:g} s a load. Ratios are of answers/s within one repeat, with the "
-        "lowest and the highest. The clients of the closed loops wait for an answer before they "
-        "ask again. The open loop has Poisson arrivals at 80% of the best closed loop. CPU time "
-        "is of an answer to 16 clients; CPU time and peak memory (proportional set size) are of "
-        "all processes of a server. infinity-emb embeds the image only: its client would embed "
-        "the labels once and compare, which is not measured. Labels agree: images of 16 that get "
-        "the label that the pipeline gives, for undefended servers. "
+        "n: answers in all loads and repeats. JPEG of 640 x 480, 10 labels, float32, every server "
+        "with its default settings, clients on the same machine. Medians of "
+        f"{settings['repeats']} alternating repeats of {settings['seconds']:g} s a load. Ratios "
+        "are of answers/s within one repeat, with the lowest and the highest. Closed loops: each "
+        "client waits for its answer before it asks again. Open loop: Poisson arrivals at 80% of "
+        "the best closed loop. CPU time (with 16 clients) and peak memory (proportional set size) "
+        "are of all processes of a server. infinity-emb embeds the image only: its client would "
+        "embed the labels once and compare, which is not measured. Labels agree: images of 16 that "
+        "get the label that the pipeline gives, for undefended servers. "
     )
     installed = ". ".join(filter(None, map(_versions, next(iter(figures["sizes"].values())))))
     made = f"Made by `{figures['command']}`."
@@ -48,14 +48,15 @@ def _versions(row: Row) -> str:
 def speed_table(rows: Rows) -> str:
     """What each server did, or why it did nothing."""
     times = [f"{load}: {one}" for load in LOADS for one in ("answers/s", "p50 ms", "p99 ms")]
-    heads = ("server", *times, "CPU ms per answer", "peak MB", "labels agree")
+    heads = ("server", "n", *times, "CPU ms per answer", "peak MB", "labels agree")
     base = find(rows, BASE)
     lines = []
     for row in rows:
         if row["error"]:
-            lines.append((row["title"], row["error"], *[""] * (len(heads) - 2)))
+            lines.append((row["title"], "0", row["error"], *[""] * (len(heads) - 3)))
             continue
-        cells = []
+        loads = [load for run in row["runs"] for load in run["loads"].values()]
+        cells = [f"{sum(load['answered'] for load in loads)}"]
         for load in LOADS:
             rate, p50, p99 = (
                 median(run["loads"][load][field] for run in row["runs"])
@@ -65,7 +66,7 @@ def speed_table(rows: Rows) -> str:
         cpu = median(run["cpu_seconds"] for run in row["runs"])
         peak = max(run["peak_bytes"] for run in row["runs"])
         agree = "" if row["defended"] or base is None else _agreement(row, base)
-        lines.append((row["title"], *cells, f"{1000 * cpu:.0f}", f"{peak / 1e6:.0f}", agree))
+        lines.append((row["title"], *cells, f"{1000 * cpu:.1f}", f"{peak / 1e6:.0f}", agree))
     return tabulate(heads, lines)
 
 
@@ -118,24 +119,20 @@ def headline(figures: dict[str, Any]) -> str:
     if plain is None or base is None:
         raise ValueError("the sentence needs the peers `plain` and `pipeline`")
 
-    def times(row: Row, other: Row, load: str) -> str:
-        return f"{median(ratios(row, other, load)):.1f}"
+    def faster(row: Row) -> str:
+        one, many = (f"{median(ratios(plain, row, load)):.1f}" for load in (ONE, MANY))
+        return f"{one} and {many} times as many as {row['title']}"
 
-    peers = [row for row in rows if row["own_environment"] and not row["error"]]
-    faster = ", ".join(
-        f"{times(plain, row, ONE)} and {times(plain, row, MANY)} times as many as {row['title']}"
-        for row in peers
-    )
-    price = ", ".join(
-        f"{1 / median(ratios(row, base, MANY)):.1f} with `{row['name']}`"
-        for row in rows
-        if row["defended"] and not row["error"]
-    )
-    failed = "; ".join(f"{row['title']} {row['error']}" for row in rows if row["error"])
+    def price(row: Row) -> str:
+        return f"{1 / median(ratios(row, base, MANY)):.1f} with `{row['name']}`"
+
+    measured = [row for row in rows if not row["error"]]
+    others = ", ".join(faster(row) for row in measured if row["own_environment"])
+    prices = ", ".join(price(row) for row in measured if row["defended"])
+    failed = "".join(f"{row['title']}: {row['error']}. " for row in rows if row["error"])
     return (
-        f"Beside other servers on the same machine (checkpoint `{size}`, 1 client and 16 clients): "
-        f"undefended, tapt-serve gives {faster} answers a second. One defended answer takes the "
-        f"time of {price} undefended answers of the pipeline. "
-        + (f"Not compared: {failed}. " if failed else "")
-        + "More under [performance](docs/performance.md#beside-other-servers)."
+        f"Undefended, on the same machine and checkpoint (`{size}`), tapt-serve gives this many "
+        f"answers per second with {ONE} and with {MANY}: {others}. Undefended answers of the "
+        f"{base['title']} in the time of one defended answer: {prices}. {failed}"
+        "[More](docs/performance.md#beside-other-servers)."
     )

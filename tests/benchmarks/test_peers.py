@@ -8,14 +8,18 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 
 from benchmarks.harness.requests import LABELS
 from benchmarks.peers import __main__ as command
-from benchmarks.peers import report
+from benchmarks.peers import checkpoints, report
 from benchmarks.peers.environment import install, last_error, versions
 from benchmarks.peers.peer import Model, Peer, PeerError
 from benchmarks.peers.process import PeerServer
-from benchmarks.peers.trial import run_trial
+from benchmarks.peers.trial import OPEN, run_trial
+from benchmarks.sides import build_guard
+from models.bundle import load_bundle
+from models.checkpoint import load_checkpoint
 
 FAKE = Path(__file__).parent / "fake_peer.py"
 MODEL = Model("none", Path(), Path())
@@ -83,12 +87,12 @@ def test_the_command_measures_every_peer_or_says_why_not(
     assert rows["ending"]["error"] == "cannot be started: Error: no such model / here"
     assert rows["wrong"]["error"].startswith("answers 500")
 
-    page, sentence = (page.read_text() for page in pages.values())
-    assert "| fake ending | cannot be started: Error: no such model / here |" in page
-    assert "Made by `python -m benchmarks.peers --sizes embedded" in page
+    written, sentence = (page.read_text() for page in pages.values())
+    assert "| fake ending | 0 | cannot be started: Error: no such model / here |" in written
+    assert "Made by `python -m benchmarks.peers --sizes embedded" in written
     assert "times as many as fake pipeline" in sentence
-    assert "Not compared: fake absent cannot be installed" in sentence
-    assert all(text.startswith("before\n") and "old" not in text for text in (page, sentence))
+    assert "fake absent: cannot be installed" in sentence
+    assert all(text.startswith("before\n") and "old" not in text for text in (written, sentence))
 
 
 def test_figures_are_of_all_processes_and_none_stays(tmp_path: Path) -> None:
@@ -121,6 +125,24 @@ def test_an_environment_is_made_once(tmp_path: Path) -> None:
     assert install(peer, tmp_path) == made / "bin" / "python"
 
 
+def test_the_written_checkpoint_has_its_weights_and_its_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = build_guard("embedded", "cpu", "fp32")
+    monkeypatch.setattr(checkpoints, "build_guard", lambda *_: guard)
+    model = checkpoints.prepare_model("vit-b-32", tmp_path)
+    written = load_checkpoint(str(model.directory), torch.device("cpu"))
+    bundle = load_bundle(model.bundle, written.clip, written.sha256)
+    assert guard.bundle is not None
+    assert bundle.prompts_sha256 == guard.bundle.prompts_sha256
+    assert written.preprocessing == guard.checkpoint.preprocessing
+    own, theirs = (one.clip.model.state_dict() for one in (written, guard.checkpoint))
+    assert all(bool((own[name] == theirs[name]).all()) for name in theirs)
+
+    monkeypatch.delattr(checkpoints, "build_guard")  # it is written once
+    assert checkpoints.prepare_model("vit-b-32", tmp_path) == model
+
+
 def test_the_reason_is_the_last_error() -> None:
     assert last_error("loading\nValueError: a | b\n\nbye\n") == "ValueError: a / b"
     assert last_error("loading\n") == "loading"
@@ -132,9 +154,19 @@ def row(name: str, rates: list[float], *, defended: bool = False, own: bool = Fa
     runs = [
         {
             "loads": {
-                report.ONE: {"throughput": rate, "p50": 1 / rate, "p99": 2 / rate},
-                report.MANY: {"throughput": 2 * rate, "p50": 8 / rate, "p99": 9 / rate},
-                report.OPEN: {"throughput": 1.6 * rate, "p50": 3 / rate, "p99": 4 / rate},
+                report.ONE: {"answered": 5, "throughput": rate, "p50": 1 / rate, "p99": 2 / rate},
+                report.MANY: {
+                    "answered": 6,
+                    "throughput": 2 * rate,
+                    "p50": 8 / rate,
+                    "p99": 9 / rate,
+                },
+                OPEN: {
+                    "answered": 7,
+                    "throughput": 1.6 * rate,
+                    "p50": 3 / rate,
+                    "p99": 4 / rate,
+                },
             },
             "cpu_seconds": 1 / rate,
             "peak_bytes": 1e9,
@@ -167,16 +199,16 @@ def test_ratios_are_taken_within_a_repeat() -> None:
 def test_speeds_are_medians_and_labels_are_compared() -> None:
     lines = report.speed_table(ROWS).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[3][:4] == ["the plain", "80.00", "12", "25"]
-    assert cells[3][-3:] == ["12", "1000", "1"]
+    assert cells[3][:5] == ["the plain", "54", "80.00", "12", "25"]
+    assert cells[3][-3:] == ["12.5", "1000", "1"]
     assert [line[-1] for line in cells[2:]] == ["2", "1", ""]
 
 
 def test_the_sentence_gives_speed_and_price() -> None:
     failed = row("infinity", [], own=True) | {"error": "cannot be started: no"}
     text = report.headline({"sizes": {"embedded": [*ROWS, failed]}})
-    assert "gives 4.0 and 4.0 times as many as the pipeline answers a second" in text
-    assert "the time of 8.0 with `tapt` undefended answers" in text
-    assert "Not compared: the infinity cannot be started: no." in text
+    assert "4.0 and 4.0 times as many as the pipeline" in text
+    assert "in the time of one defended answer: 8.0 with `tapt`." in text
+    assert "the infinity: cannot be started: no." in text
     with pytest.raises(ValueError, match="plain"):
         report.headline({"sizes": {"embedded": [ROWS[0]]}})
