@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.peers.trial import CLIENTS, OPEN
+from benchmarks.peers.trial import CLIENTS, OPEN, PHOTOGRAPHS
 from models.evaluation.table import tabulate
 
 BASE = "pipeline"  # the peer that ratios are against
@@ -25,15 +25,15 @@ def write_page(figures: dict[str, Any]) -> str:
         parts += [f"Checkpoint `{size}`:", speed_table(rows), ratio_table(rows)]
     settings = figures["settings"]
     caption = (
-        "n: answers in all loads and repeats. JPEG of 640 x 480, 10 labels, float32, every server "
-        "with its default settings, clients on the same machine. Medians of "
+        "n: answers in all loads and repeats. Photographs as JPEG of 640 x 480, 10 labels, "
+        "float32, every server with its default settings, clients on the same machine. Medians of "
         f"{settings['repeats']} alternating repeats of {settings['seconds']:g} s a load. Ratios "
         "are of answers/s within one repeat, with the lowest and the highest. Closed loops: each "
         "client waits for its answer before it asks again. Open loop: Poisson arrivals at 80% of "
         "the best closed loop. CPU time (with 16 clients) and peak memory (proportional set size) "
         "are of all processes of a server. infinity-emb embeds the image only: its client would "
-        "embed the labels once and compare, which is not measured. Labels agree: images of 16 that "
-        "get the label that the pipeline gives, for undefended servers. "
+        "embed the labels once and compare, which is not measured. Labels agree: photographs, of "
+        f"{len(PHOTOGRAPHS)}, that get the label that the pipeline gives, for undefended servers. "
     )
     installed = ". ".join(filter(None, map(_versions, next(iter(figures["sizes"].values())))))
     made = f"Made by `{figures['command']}`."

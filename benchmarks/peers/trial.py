@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+from PIL import Image
+from skimage import data
 
 from benchmarks.harness.load import Record, drive, drive_closed, poisson, summarize
-from benchmarks.harness.requests import draw_file, post
+from benchmarks.harness.requests import encode, post
 from benchmarks.peers.environment import last_error
 from benchmarks.peers.peer import Model, Peer, PeerError
 from benchmarks.peers.process import PeerServer
 
 CLIENTS = {"1 client": 1, "16 clients": 16}  # of the closed loops
 OPEN = "open loop"
-PICTURES = 16
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")
+SIZE = (640, 480)
 SHARE = 0.8  # of the best closed loop, in the open loop
 WARM_UP = 0.25  # of the seconds of a load
 
@@ -49,7 +53,7 @@ def run_trial(peer: Peer, python: Path, model: Model, seconds: float, seed: int)
     Raises:
         PeerError: it does not start, or does not answer all requests.
     """
-    bodies = [peer.body(draw_file(number)) for number in range(PICTURES)]
+    bodies = [peer.body(file) for file in photographs()]
     requests = [post(peer.path, json.dumps(body).encode()) for body in bodies]
     loads, cpu_seconds = {}, 0.0
     with PeerServer(peer, python, model) as server:
@@ -64,6 +68,12 @@ def run_trial(peer: Peer, python: Path, model: Model, seconds: float, seed: int)
         arrivals = poisson(rate, seconds, seed) or [0.0]
         loads[OPEN] = _summarize(asyncio.run(drive(server.url, arrivals, requests)))
     return Trial(loads, rate, cpu_seconds, server.peak_bytes, server.start_seconds, labels)
+
+
+def photographs() -> list[bytes]:
+    """JPEG files of different photographs, each of the same size."""
+    pictures = (Image.fromarray(getattr(data, name)()) for name in PHOTOGRAPHS)
+    return [encode(np.asarray(picture.resize(SIZE)), "JPEG") for picture in pictures]
 
 
 def _ask_labels(peer: Peer, url: str, bodies: Sequence[dict[str, Any]]) -> list[str]:
