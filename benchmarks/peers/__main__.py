@@ -83,14 +83,15 @@ def _run(peer: Peer, row: dict[str, Any], model: Model, seconds: float, repeat: 
     if row["error"]:
         return
     try:
-        row["runs"].append(asdict(run_trial(peer, row["python"], model, seconds, repeat)))
-        said = ", ".join(
-            f"{load} {found['throughput']:.2f}/s"
-            for load, found in row["runs"][-1]["loads"].items()
-        )
+        trial = run_trial(peer, row["python"], model, seconds, repeat)
+        row["runs"].append(asdict(trial))
+        said = [f"{load} {found['throughput']:.2f}/s" for load, found in trial.loads.items()]
+        said.append(f"{1000 * trial.cpu_seconds:.1f} CPU ms per answer")
     except PeerError as error:
-        row["error"] = said = str(error)
-    print(f"{model.name}, repeat {repeat + 1}, {peer.name}: {said}", file=sys.stderr, flush=True)
+        row["error"] = str(error)
+        said = [row["error"]]
+    news = f"{model.name}, repeat {repeat + 1}, {peer.name}: {', '.join(said)}"
+    print(news, file=sys.stderr, flush=True)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

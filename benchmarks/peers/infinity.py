@@ -36,7 +36,7 @@ class Infinity(Peer):
     def label(self, answer: Any, http: httpx.Client) -> str:
         texts = [TEMPLATE.format(label) for label in LABELS]
         asked = {"model": "clip", "encoding_format": "base64", "input": texts}
-        labels = _embeddings(http.post(self.path, json=asked).json())
+        labels = _embeddings(http.post(self.path, json=asked).raise_for_status().json())
         return LABELS[int((labels @ _embeddings(answer)[0]).argmax())]
 
 

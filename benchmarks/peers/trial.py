@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from benchmarks.harness.load import Record, drive, drive_closed, poisson, summarize
+from benchmarks.harness.load import LATE, Record, drive, drive_closed, poisson, summarize
 from benchmarks.harness.requests import encode, post
 from benchmarks.peers.environment import last_error
 from benchmarks.peers.peer import Model, Peer, PeerError
@@ -77,12 +77,15 @@ def photographs() -> list[bytes]:
 
 
 def _ask_labels(peer: Peer, url: str, bodies: Sequence[dict[str, Any]]) -> list[str]:
-    with httpx.Client(base_url=url, timeout=120) as http:
-        answers = [http.post(peer.path, json=body) for body in bodies]
-        for answer in answers:
-            if answer.status_code != 200:
-                raise PeerError(f"answers {answer.status_code}: {last_error(answer.text)}")
-        return [peer.label(answer.json(), http) for answer in answers]
+    try:
+        with httpx.Client(base_url=url, timeout=LATE) as http:
+            answers = [http.post(peer.path, json=body).raise_for_status() for body in bodies]
+            return [peer.label(answer.json(), http) for answer in answers]
+    except httpx.HTTPStatusError as error:
+        answer = error.response
+        raise PeerError(f"answers {answer.status_code}: {last_error(answer.text)}") from error
+    except httpx.TransportError as error:
+        raise PeerError(f"does not answer: {error!r}") from error
 
 
 def _summarize(records: Sequence[Record]) -> dict[str, Any]:
