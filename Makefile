@@ -7,7 +7,7 @@ DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded bundle harden picture robustness static search image image-local smoke release lock audit sbom clean benchmark benchmark-gpu heavy load faults soak fuzz mutants
+.PHONY: serve test setup check format parity embedded bundle harden picture robustness static search image image-local smoke release lock audit sbom clean benchmark benchmark-gpu peers heavy load faults soak fuzz mutants
 
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
@@ -189,6 +189,11 @@ benchmark: setup
 benchmark-gpu: setup
 	$(MEASURE)adaptation --size vit-b-16 --device cuda --dtype bf16 --labels 10 1000 \
 	    --batch 1 8 32 64 --repeats 5 --section gpu --json $(FIGURES_IN)/gpu.json
+
+# The service beside other servers, into docs/performance.md and README.md; pip installs them below
+# runs/peers. The machine should have nothing else to do.
+peers: setup
+	$(MEASURE)peers --write --json $(FIGURES_IN)/peers.json
 
 # The tests that take minutes each.
 heavy: setup

@@ -81,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     flags = ["--data", str(options.data), "--json", "-", "--bundle", str(options.bundle)]
     flags += ["--adapts", "all"]
-    learned = command.load(command.parser().parse_args(flags)).without_resize()
+    learned = command.load(evaluation_flags().parse_args(flags)).without_resize()
     assert learned.bundle is not None
     forgot = DefendedClassifier(
         learned.checkpoint,

@@ -8,6 +8,7 @@ second answer would be seen.
 """
 
 import asyncio
+import itertools
 import random
 import threading
 import time
@@ -60,24 +61,45 @@ def poisson(rate: float, seconds: float, seed: int) -> list[float]:
 async def drive(url: str, arrivals: Sequence[float], requests: Sequence[bytes]) -> list[Record]:
     """Send `requests`, in turn, at `arrivals` (seconds from now); a record for each arrival."""
     began = time.monotonic()
-    address = urlsplit(url)
-    host, port = address.hostname or "127.0.0.1", address.port or 80
 
     async def ask(scheduled: float, request: bytes) -> Record:
         await asyncio.sleep(began + scheduled - time.monotonic())
-        started = time.monotonic() - began
-        try:
-            async with asyncio.timeout(LATE):
-                received = await _exchange(host, port, request)
-        except (OSError, TimeoutError):
-            received = b""
-        statuses = _parse(received)
-        status, retry_after = statuses[0] if statuses else (None, None)
-        ended = time.monotonic() - began
-        return Record(scheduled, started, ended, status, retry_after, len(statuses))
+        return await _ask(url, request, began, scheduled)
 
     asked = (ask(at, requests[i % len(requests)]) for i, at in enumerate(arrivals))
     return list(await asyncio.gather(*asked))
+
+
+async def drive_closed(
+    url: str, requests: Sequence[bytes], clients: int, seconds: float
+) -> list[Record]:
+    """Let clients send `requests`, in turn, each as soon as its last one is answered; a record for
+    each request. After `seconds` none is sent, and those under way are waited for."""
+    began = time.monotonic()
+    turns = itertools.cycle(requests)
+
+    async def ask() -> list[Record]:
+        records = []
+        while (now := time.monotonic() - began) < seconds:
+            records.append(await _ask(url, next(turns), began, now))
+        return records
+
+    asked = await asyncio.gather(*(ask() for _ in range(clients)))
+    return [record for records in asked for record in records]
+
+
+async def _ask(url: str, request: bytes, began: float, scheduled: float) -> Record:
+    address = urlsplit(url)
+    started = time.monotonic() - began
+    try:
+        async with asyncio.timeout(LATE):
+            received = await _exchange(address.hostname or "127.0.0.1", address.port or 80, request)
+    except (OSError, TimeoutError):
+        received = b""
+    statuses = _parse(received)
+    status, retry_after = statuses[0] if statuses else (None, None)
+    ended = time.monotonic() - began
+    return Record(scheduled, started, ended, status, retry_after, len(statuses))
 
 
 async def _exchange(host: str, port: int, request: bytes) -> bytes:

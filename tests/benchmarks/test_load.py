@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks.faults import Effect, Trial, slow_uploads
-from benchmarks.harness.load import Record, drive, poisson, steady
+from benchmarks.harness.load import Record, drive, drive_closed, poisson, steady
 from benchmarks.harness.requests import post
 from benchmarks.load import Phase, report_load, report_soak
 from tests.conftest import Server
@@ -51,6 +51,32 @@ def test_lost_and_double_answers_are_seen(sent: bytes, answers: int, retry: floa
         assert (record.answers, record.retry_after) == (answers, retry)
 
     asyncio.run(scenario())
+
+
+def test_clients_of_a_closed_loop_wait_for_their_answers() -> None:
+    open_now, most, seen = 0, 0, []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal open_now, most
+        open_now += 1
+        most = max(most, open_now)
+        seen.append((await reader.readuntil(b"\r\n\r\n")).split()[1])
+        await asyncio.sleep(0.02)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        open_now -= 1
+        writer.close()
+
+    async def scenario() -> list[Record]:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            return await drive_closed(url, [post("/a", b""), post("/b", b"")], 3, 0.2)
+
+    records = asyncio.run(scenario())
+    assert most == 3
+    assert len(records) == len(seen) <= 3 * 11
+    assert abs(seen.count(b"/a") - seen.count(b"/b")) <= 1
+    assert all(record.status == 200 and record.latency >= 0.02 for record in records)
+    assert all(record.scheduled <= record.started and record.scheduled < 0.2 for record in records)
 
 
 def phase(statuses: list[int], retry: float | None, back: int = 0, factor: float = 2.0) -> Phase:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.evaluation.command import parser
+from models.evaluation.options import parser
 from research.search import BASELINE, DOCS, MOST, configurations, render_table
 
 

@@ -20,7 +20,7 @@ from models.checkpoint import Checkpoint
 from models.classifier import DefendedClassifier
 from models.data import DataError
 from models.defenses import ttc
-from models.evaluation import command, trial
+from models.evaluation import command, options, trial
 from models.evaluation.check import Check
 from models.evaluation.detection import detect, write_detection
 from models.evaluation.hub import open_anywhere
@@ -232,7 +232,7 @@ def test_a_picture_is_attacked_until_no_answer_is_right(tmp_path: Path) -> None:
 def test_the_recipe_is_a_list_of_attacks_with_settings_of_its_own() -> None:
     def protocol(*flags: str) -> trial.Protocol:
         words = ["--data", "x", "--json", "y", *flags]
-        return command.read_protocol(command.parser().parse_args(words))
+        return options.read_protocol(options.parser().parse_args(words))
 
     quick, strong = protocol("--attacks", "pgd"), protocol("--attacks", "strong")
     assert (quick.budget.steps, quick.budget.queries, quick.answers) == (20, 500, 1)
