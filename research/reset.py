@@ -26,6 +26,7 @@ from models.calibration.prompt_tuning import SPREAD
 from models.classifier import DefendedClassifier
 from models.data import open_dataset
 from models.evaluation import command
+from models.evaluation.options import parser as evaluation_flags
 from models.evaluation.scores import difference, wilson
 from models.evaluation.table import percent, tabulate
 from models.evaluation.trial import Protocol, Subject, answers, gather
