@@ -96,7 +96,9 @@ def test_an_answer_is_suspected_above_the_bundles_threshold(checkpoint: Checkpoi
 
 
 def test_a_classifier_without_resize_takes_images_as_they_are(checkpoint: Checkpoint) -> None:
-    classifier = DefendedClassifier(checkpoint, None, template="a {} of a").without_resize()
+    whole = DefendedClassifier(checkpoint, None, selection_ratio=0.3, template="a {} of a")
+    classifier = whole.without_resize()
+    assert (classifier.selection_ratio, classifier.template) == (0.3, "a {} of a")
     preprocessing = classifier.checkpoint.preprocessing
     assert preprocessing.resized(32, 32) == (32, 32)
     assert classifier.template == "a {} of a"

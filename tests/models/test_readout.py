@@ -8,7 +8,9 @@ import torch
 from models.readout import (
     gather_views,
     mean_log_prediction,
+    mean_logits,
     mean_prediction,
+    reliability,
     suspicion,
     view_weights,
 )
@@ -50,6 +52,17 @@ def test_predictions_or_logits_are_averaged(averages_logits: bool) -> None:
     torch.testing.assert_close(mean_prediction(logits, None, averages_logits), uniform)
     alike = mean_log_prediction(logits, None, averages_logits)
     torch.testing.assert_close(alike.exp(), uniform)
+
+
+def test_logits_are_averaged_over_views() -> None:
+    logits = torch.tensor([[[1.0, 2.0, 3.0], [3.0, 6.0, 5.0]]])
+    assert mean_logits(logits).tolist() == [[2, 4, 4]]
+
+
+def test_of_two_views_each_has_the_other_as_its_neighbor() -> None:
+    features = torch.nn.functional.normalize(torch.tensor([[[1, 0], [1, 0.5]]]), dim=-1)
+    assert reliability(features)[0].tolist() == pytest.approx([0.5, 0.5])
+    assert reliability(features[:, :1]).tolist() == [[1]]
 
 
 def test_views_are_gathered_by_request() -> None:

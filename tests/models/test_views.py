@@ -88,3 +88,10 @@ def test_a_crop_out_of_the_picture_is_black() -> None:
     view = make_views(image, 1, 0, Preprocessing(32, 16, None, 3, MEAN, STD), tiny.CPU)[0]
     assert view[:, 8:24, 8:24].min() == 1
     assert view[:, :8].max() == 0
+
+
+def test_as_many_views_are_made_as_asked_for() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+    for count in (1, 2, 3):
+        views = make_views(image, count, 7, preprocess(32), torch.device("cpu"))
+        assert views.shape == (count, 3, 32, 32)
