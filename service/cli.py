@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from service.commands.flags import flag, make_parser
 from service.errors import KeysError, ModelError, ServiceError
-from service.flags import flag, make_parser
 from service.settings import (
     CLIENT_KEY,
     PREFIX,
@@ -100,7 +100,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _classify(options: argparse.Namespace, settings: Settings) -> int:
-    from service import commands
+    from service.commands import terminal
     from service.intake.requests import ClassifyOptions, TextLimits
 
     many = options.output or len(options.images) > 1 or _is_list(options.images[0])
@@ -116,13 +116,13 @@ def _classify(options: argparse.Namespace, settings: Settings) -> int:
     image = Path(options.images[0])
     if options.url:
         key = _find_key(options, settings)
-        answer = commands.classify_there(options.url, key, image, body)
+        answer = terminal.classify_there(options.url, key, image, body)
     else:
-        answer = commands.classify_here(image, asked, settings)
+        answer = terminal.classify_here(image, asked, settings)
     if options.json:
         print(answer.model_dump_json(indent=2))
     else:
-        commands.show_classification(answer)
+        terminal.show_classification(answer)
     return 0
 
 
@@ -133,7 +133,7 @@ def _is_list(source: str) -> bool:
 def _classify_many(
     options: argparse.Namespace, body: dict[str, Any], asked: "ClassifyOptions", settings: Settings
 ) -> int:
-    from service import many
+    from service.commands import many
 
     names = many.find_images(options.images, sys.stdin)
     if not names:
@@ -171,18 +171,18 @@ def _find_key(options: argparse.Namespace, settings: Settings) -> str:
 
 
 def _info(options: argparse.Namespace, settings: Settings) -> int:
-    from service import commands
+    from service.commands import terminal
 
     if options.url:
-        facts = commands.info_there(options.url, _find_key(options, settings))
+        facts = terminal.info_there(options.url, _find_key(options, settings))
     else:
-        facts = commands.info_here(settings)
+        facts = terminal.info_here(settings)
     if options.json:
         import json
 
         print(json.dumps(facts, indent=2))
     else:
-        commands.show_info(facts)
+        terminal.show_info(facts)
     return 0
 
 

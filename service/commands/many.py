@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from models.images.decode import SUFFIXES
-from service.client import Client
+from service.commands.client import Client
 from service.engine.engine import Engine
 from service.errors import Forbidden, ModelError, ServiceError, Unauthorized
 from service.http.response import build_response

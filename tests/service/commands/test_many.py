@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from service import many
 from service.cli import main
+from service.commands import many
 from service.errors import QueueFull, TooLarge, Unauthorized
 from tests import tiny
 from tests.conftest import Server
@@ -132,7 +132,7 @@ def test_a_busy_server_is_asked_again_when_it_says(monkeypatch: pytest.MonkeyPat
             raise QueueFull("The queue is full.", retry_after=asked * 7.0)
         return {"labels": []}
 
-    monkeypatch.setattr("service.many.asyncio.sleep", sleep)
+    monkeypatch.setattr("service.commands.many.asyncio.sleep", sleep)
     line = asyncio.run(many.classify_file(__file__, classify))
     assert line == {"file": __file__, "labels": []}
     assert slept == [7.0, 14.0]

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from service.client import Client
+from service.commands.client import Client
 from service.errors import make_error
 from service.http.response import Classification, ScoredLabel, build_response, clamp
 from service.intake.decode import decode
