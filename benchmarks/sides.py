@@ -75,7 +75,7 @@ def draw_picture(number: int, side: int) -> NDArray[np.uint8]:
     return (0.7 * coarse + 0.3 * source.integers(0, 256, coarse.shape)).astype(np.uint8)
 
 
-def build_guard(size: str, device: str, dtype: str) -> DefendedClassifier:
+def build_classifier(size: str, device: str, dtype: str) -> DefendedClassifier:
     """The defense at a size: the embedded model with its bundle, or a ViT-B with random weights,
     prompts and statistics; published settings beside."""
     place = torch.device(device)
@@ -145,11 +145,11 @@ class Ours:
     features at the learned prompts known from earlier requests."""
 
     def __init__(self, case: Case) -> None:
-        self.guard = build_guard(case.size, case.device, case.dtype)
+        self.classifier = build_classifier(case.size, case.device, case.dtype)
 
     def prepare(self, case: Case) -> None:
         self._case, names = case, draw_names(case.labels)
-        side = 2 * self.guard.checkpoint.clip.image_size
+        side = 2 * self.classifier.checkpoint.clip.image_size
         self._queries = [
             ImageQuery(draw_picture(number, side), names, None, "single", number, case.steps)
             for number in range(case.batch)
@@ -157,13 +157,13 @@ class Ours:
 
     def run(self) -> list[list[float]]:
         """Scores of each picture of the batch."""
-        (batch,) = self.guard.prepare(self._queries, "tapt")
-        found = self.guard.classify(batch, self._case.views)
+        (batch,) = self.classifier.prepare(self._queries, "tapt")
+        found = self.classifier.classify(batch, self._case.views)
         ordered = sorted(found, key=lambda prediction: prediction.row)
         return [prediction.probabilities.tolist() for prediction in ordered]
 
     def stages(self, stages: Stages) -> None:
-        clip = self.guard.checkpoint.clip
+        clip = self.classifier.checkpoint.clip
         import models.classifier
 
         stages.watch(models.classifier, "make_views", lambda *_: "making views")
@@ -184,18 +184,18 @@ class Published:
     """The published shape, on the first picture of the batch."""
 
     def __init__(self, case: Case) -> None:
-        self.guard = build_guard(case.size, case.device, case.dtype)
+        self.classifier = build_classifier(case.size, case.device, case.dtype)
 
     def prepare(self, case: Case) -> None:
-        guard, bundle = self.guard, self.guard.bundle
+        classifier, bundle = self.classifier, self.classifier.bundle
         assert bundle is not None
-        assert guard.objective.reference is not None
-        self._case, clip = case, guard.checkpoint.clip
+        assert classifier.objective.reference is not None
+        self._case, clip = case, classifier.checkpoint.clip
         names = draw_names(case.labels)
-        labels = guard.encoder.encode(names, bundle.template, "learned").batch
+        labels = classifier.encoder.encode(names, bundle.template, "learned").batch
         end = clip.model.config.text_config.eos_token_id
         self._ids = F.pad(labels.ids, (0, clip.context_length - labels.ids.shape[1]), value=end)
-        preprocessing = guard.checkpoint.preprocessing
+        preprocessing = classifier.checkpoint.preprocessing
         views = make_views(
             draw_picture(0, 2 * clip.image_size), case.views, 0, preprocessing, clip.device
         )
@@ -205,18 +205,18 @@ class Published:
         )
         self._views = ((views - mean) / std).to(clip.dtype)
         self._moments = {
-            k: v.to(clip.dtype) for k, v in guard.objective.reference.tensors().items()
+            k: v.to(clip.dtype) for k, v in classifier.objective.reference.tensors().items()
         }
 
     def run(self) -> list[list[float]]:
-        bundle, case = self.guard.bundle, self._case
+        bundle, case = self.classifier.bundle, self._case
         assert bundle is not None
         prompts = {
             name: [nn.Parameter(p.to(self._views).clone()) for p in value[0]]
             for name, value in bundle.prompts.tensors.items()
         }
         trace = published.adapt(
-            self.guard.checkpoint.clip.model,
+            self.classifier.checkpoint.clip.model,
             self._views,
             self._ids,
             prompts,
@@ -264,11 +264,11 @@ class Bench:
 
     def __init__(self, side: str, case: Case) -> None:
         self._side = SIDES[side](case)
-        self._device = self._side.guard.checkpoint.clip.device
+        self._device = self._side.classifier.checkpoint.clip.device
         self.idle_bytes = resident_bytes()
 
     def machine(self) -> dict[str, Any]:
-        return describe_machine(self._side.guard)
+        return describe_machine(self._side.classifier)
 
     def prepare(self, case: Case) -> tuple[int, int]:
         """Warm up at a case; floating-point operations of a run, and the peak bytes of memory,
@@ -300,8 +300,8 @@ class Bench:
     def winners(self, case: Case, count: int, data: str | None) -> list[int]:
         """The best label of each of `count` pictures by the defense, drawn ones or a data set's
         with its own labels; with what a server reads out."""
-        guard, names = self._side.guard, draw_names(case.labels)
-        side = 2 * guard.checkpoint.clip.image_size
+        classifier, names = self._side.classifier, draw_names(case.labels)
+        side = 2 * classifier.checkpoint.clip.image_size
         images = [draw_picture(number, side) for number in range(count)]
         if data is not None:
             found = open_dataset(data)
@@ -309,8 +309,8 @@ class Bench:
         winners = []
         for number, image in enumerate(images):
             query = ImageQuery(image, names, None, "all", number, case.steps)
-            (batch,) = guard.prepare([query], "tapt")
-            (prediction,) = guard.classify(batch, min(case.views, AGREEING))
+            (batch,) = classifier.prepare([query], "tapt")
+            (prediction,) = classifier.classify(batch, min(case.views, AGREEING))
             winners.append(int(prediction.probabilities.argmax()))
         return winners
 

@@ -50,12 +50,12 @@ def forget_deep(prompts: DefensePrompts, seed: int = 0) -> DefensePrompts:
 
 
 def judge(
-    guard: DefendedClassifier,
+    classifier: DefendedClassifier,
     names: tuple[str, ...],
     subjects: Sequence[Subject],
     attacked: DefendedClassifier | None,
 ) -> list[bool]:
-    """Whether `guard` is right on each picture, attacked on the prompts of another or clean."""
+    """Whether `classifier` is right on each picture, clean or attacked on another's prompts."""
     protocol = Protocol(["tapt"], [], [], [], Budget(0), views=16, steps=1, readout="single")
     right = []
     for start in range(0, len(subjects), BATCH):
@@ -69,7 +69,7 @@ def judge(
             hurt = pgd(static(attacked, names), pixels, labels, Budget(EPSILON / LEVELS), seeds)
             levels = (hurt * LEVELS).round().byte().permute(0, 2, 3, 1).contiguous()
             images = list(levels.numpy())
-        found = answers(guard, names, images, "tapt", protocol, seeds)
+        found = answers(classifier, names, images, "tapt", protocol, seeds)
         right += [answer == s.label for (answer, _), s in zip(found, chunk, strict=True)]
     return right
 
@@ -94,9 +94,9 @@ def main() -> None:
     subjects = gather(learned, data, options.limit, seed=0)
 
     def robust(
-        guard: DefendedClassifier, attacked: DefendedClassifier, clean: list[bool]
+        classifier: DefendedClassifier, attacked: DefendedClassifier, clean: list[bool]
     ) -> list[bool]:
-        hurt = judge(guard, names, subjects, attacked)
+        hurt = judge(classifier, names, subjects, attacked)
         return [a and b for a, b in zip(clean, hurt, strict=True)]
 
     clean, clean_forgot = (judge(g, names, subjects, None) for g in (learned, forgot))

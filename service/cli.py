@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 USAGE_ERROR = 2  # exit status for a wrong flag, variable or argument
 
-ANSWER_KNOBS = {
+ANSWER_SETTINGS = {
     "model", "model_revision", "bundle", "design", "method", "steps", "views", "readout", "tier",
     "selection_ratio", "learning_rate", "alignment_weight", "gamma", "adapts", "early_stop",
     "hypothesis_template",
@@ -143,7 +143,7 @@ def _classify_many(
         question = {"url": options.url, **body}
         backend = many.remote(options.url, _find_key(options, settings), body, at_once)
     else:
-        question = {**body, **settings.model_dump(include=ANSWER_KNOBS)}
+        question = {**body, **settings.model_dump(include=ANSWER_SETTINGS)}
         backend = many.local(settings, asked)
 
     async def run() -> int:
@@ -225,8 +225,8 @@ def _settings(options: argparse.Namespace) -> Settings:
     if injected := injected_variables():
         raise UsageError(
             f"Kubernetes set {', '.join(injected)} for a Service whose name begins with `tapt`. "
-            "These look like knobs: set `enableServiceLinks: false` in the pod's spec, or rename "
-            "the Service."
+            "These look like settings: set `enableServiceLinks: false` in the pod's spec, or "
+            "rename the Service."
         )
     unknown = unknown_variables()
     if hasattr(options, "url") and CLIENT_KEY in unknown:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.peers.peer import Model
-from benchmarks.sides import build_guard
+from benchmarks.sides import build_classifier
 from models.checkpoint import EMBEDDED, load_checkpoint
 from models.preprocessing import OPENAI_MEAN, OPENAI_STD
 
@@ -25,11 +25,11 @@ def prepare_model(size: str, cache: Path) -> Model:
 
 
 def _write(model: Model) -> None:
-    guard = build_guard(model.name, "cpu", "fp32")
-    clip, bundle = guard.checkpoint.clip, guard.bundle
+    classifier = build_classifier(model.name, "cpu", "fp32")
+    clip, bundle = classifier.checkpoint.clip, classifier.bundle
     assert bundle is not None
     clip.model.save_pretrained(model.directory)
-    guard.checkpoint.tokenizer.save_pretrained(model.directory)
+    classifier.checkpoint.tokenizer.save_pretrained(model.directory)
     side = clip.image_size
     preprocessing = {
         "image_processor_type": "CLIPImageProcessor",

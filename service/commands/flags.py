@@ -1,4 +1,4 @@
-"""The flags of `tapt-serve`, with one for each knob."""
+"""The flags of `tapt-serve`, with one for each setting."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from typing import Any, Literal, get_args, get_origin
 
 from service.settings import CLIENT_KEY, PREFIX, Settings
 
-FIRST_KNOBS = {
+FIRST_SETTINGS = {
     "serve": ("host", "port", "model", "bundle", "device", "method", "views", "steps", "api_keys"),
     "classify": ("model", "bundle", "device", "method", "views", "steps", "readout"),
     "info": ("model", "bundle", "device"),
 }
-"""What a help page shows before all other knobs."""
+"""What a help page shows before all others."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     serve = commands.add_parser(
-        "serve", help="serve the model over HTTP", usage="%(prog)s [--KNOB VALUE ...]"
+        "serve", help="serve the model over HTTP", usage="%(prog)s [--SETTING VALUE ...]"
     )
     serve.set_defaults(command="serve")
 
@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
         "classify",
         help="classify images",
         usage="%(prog)s IMAGE|DIRECTORY|- ... --labels LABELS [--output FILE] [--url URL] "
-        "[--KNOB VALUE ...]",
+        "[--SETTING VALUE ...]",
         description="Classify one image and show a table; or several, and write a line of JSON for "
         "each, in their order.",
         epilog="Exit status: 0; 1 if an image failed, whose line then holds an error; 2 for a "
@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     info = commands.add_parser(
         "info",
         help="show the model and its limits",
-        usage="%(prog)s [--json] [--url URL] [--KNOB VALUE ...]",
+        usage="%(prog)s [--json] [--url URL] [--SETTING VALUE ...]",
     )
     info.set_defaults(command="info")
 
@@ -96,10 +96,10 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--url", help="URL of a running server to use")
         command.add_argument("--key", help=f"API key for that server [env: {CLIENT_KEY}]")
     for name, command in (("serve", serve), ("classify", classify), ("info", info)):
-        first = FIRST_KNOBS[name]
-        _add_knobs(command, "knobs", first)
-        others = [knob for knob in Settings.model_fields if knob not in first]
-        _add_knobs(command, "other knobs", others)
+        first = FIRST_SETTINGS[name]
+        _add_settings(command, "settings", first)
+        others = [name for name in Settings.model_fields if name not in first]
+        _add_settings(command, "other settings", others)
     return parser
 
 
@@ -110,7 +110,7 @@ def _positive(text: str) -> int:
     return number
 
 
-def _add_knobs(parser: argparse.ArgumentParser, title: str, names: Sequence[str]) -> None:
+def _add_settings(parser: argparse.ArgumentParser, title: str, names: Sequence[str]) -> None:
     group = parser.add_argument_group(title)
     for name in names:
         field = Settings.model_fields[name]
@@ -126,5 +126,5 @@ def _add_knobs(parser: argparse.ArgumentParser, title: str, names: Sequence[str]
 
 
 def flag(name: str) -> str:
-    """The flag of a knob."""
+    """The flag of a setting."""
     return "--" + name.replace("_", "-")

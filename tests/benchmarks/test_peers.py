@@ -17,7 +17,7 @@ from benchmarks.peers.environment import install, last_error, versions
 from benchmarks.peers.peer import Model, Peer, PeerError
 from benchmarks.peers.process import PeerServer
 from benchmarks.peers.trial import OPEN, run_trial
-from benchmarks.sides import build_guard
+from benchmarks.sides import build_classifier
 from models.bundle import load_bundle
 from models.checkpoint import load_checkpoint
 
@@ -128,18 +128,18 @@ def test_an_environment_is_made_once(tmp_path: Path) -> None:
 def test_the_written_checkpoint_has_its_weights_and_its_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guard = build_guard("embedded", "cpu", "fp32")
-    monkeypatch.setattr(checkpoints, "build_guard", lambda *_: guard)
+    classifier = build_classifier("embedded", "cpu", "fp32")
+    monkeypatch.setattr(checkpoints, "build_classifier", lambda *_: classifier)
     model = checkpoints.prepare_model("vit-b-32", tmp_path)
     written = load_checkpoint(str(model.directory), torch.device("cpu"))
     bundle = load_bundle(model.bundle, written.clip, written.sha256)
-    assert guard.bundle is not None
-    assert bundle.prompts_sha256 == guard.bundle.prompts_sha256
-    assert written.preprocessing == guard.checkpoint.preprocessing
-    own, theirs = (one.clip.model.state_dict() for one in (written, guard.checkpoint))
+    assert classifier.bundle is not None
+    assert bundle.prompts_sha256 == classifier.bundle.prompts_sha256
+    assert written.preprocessing == classifier.checkpoint.preprocessing
+    own, theirs = (one.clip.model.state_dict() for one in (written, classifier.checkpoint))
     assert all(bool((own[name] == theirs[name]).all()) for name in theirs)
 
-    monkeypatch.delattr(checkpoints, "build_guard")  # it is written once
+    monkeypatch.delattr(checkpoints, "build_classifier")  # it is written once
     assert checkpoints.prepare_model("vit-b-32", tmp_path) == model
 
 

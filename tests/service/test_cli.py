@@ -154,8 +154,8 @@ def test_help_shows_first_what_matters_most(
     with pytest.raises(SystemExit):
         main([command, "--help"])
     text = capsys.readouterr().out
-    assert text.index("\nknobs:") < text.index("--model VALUE") < text.index("\nother knobs:")
-    assert text.index("\nother knobs:") < text.index("--root-path")
+    assert text.index("\nsettings:") < text.index("--model VALUE") < text.index("\nother settings:")
+    assert text.index("\nother settings:") < text.index("--root-path")
 
 
 def test_each_wrong_value_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The knobs: their table, their sources, their mistakes."""
+"""The settings: their table, their sources, their mistakes."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "given",
     [
         {"steps": 9, "max_steps": 8},
         {"views": 65},
@@ -52,9 +52,9 @@ def test_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         {"colour": "red"},
     ],
 )
-def test_settings_that_make_no_sense_are_refused(knobs: dict[str, object]) -> None:
+def test_settings_that_make_no_sense_are_refused(given: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        Settings(**knobs)
+        Settings(**given)
 
 
 def test_unknown_variables_are_found() -> None:

@@ -24,7 +24,7 @@ from tests.fake_worker import READY, FakeWorker, answer
 START = Callable[..., Server]
 
 
-class House:
+class Harness:
     """Keys with a clock that the test turns."""
 
     def __init__(self, **knobs: Any) -> None:
@@ -41,15 +41,15 @@ class House:
 
 
 def test_without_keys_everybody_is_the_same_caller() -> None:
-    keys = House().keys
+    keys = Harness().keys
     assert not keys.needed
     assert keys.find("") == keys.find("Bearer anything") == ANYONE
 
 
 @pytest.mark.parametrize("listed", ["alpha", entry("alpha"), entry("alpha").upper()])
 def test_a_key_is_listed_plainly_or_by_its_hash(listed: str) -> None:
-    house = House(api_keys=("beta", listed.replace("SHA256", "sha256")))
-    caller = house.keys.find("bearer alpha ")
+    harness = Harness(api_keys=("beta", listed.replace("SHA256", "sha256")))
+    caller = harness.keys.find("bearer alpha ")
     assert caller is not None
     assert caller.scopes == frozenset()
     assert caller.id == entry("alpha").removeprefix("sha256:")[:8]
@@ -62,9 +62,9 @@ def test_a_key_is_listed_plainly_or_by_its_hash(listed: str) -> None:
         "Basic alpha",
         "Bearer é",
     ):
-        assert house.keys.find(header) is None
+        assert harness.keys.find(header) is None
     # The hash is no key: whoever reads the list cannot get in with it.
-    assert not house.lets_in(entry("alpha"))
+    assert not harness.lets_in(entry("alpha"))
 
 
 def test_every_hash_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,10 +78,10 @@ def test_every_hash_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch
         return compare(one, other)
 
     monkeypatch.setattr("hmac.compare_digest", record)
-    house = House(api_keys=("alpha", "beta", "gamma"))
+    harness = Harness(api_keys=("alpha", "beta", "gamma"))
     for key in ("alpha", "gamma", "stranger"):
         compared.clear()
-        house.keys.find(f"Bearer {key}")
+        harness.keys.find(f"Bearer {key}")
         assert len(compared) == 3
 
 
@@ -90,54 +90,54 @@ def test_a_file_is_rotated_without_a_restart(tmp_path: Path) -> None:
     file.write_text(
         f"# the phone\n{entry('old')}\n\n{entry('staff', ['diagnostics'])}  # on call\n"
     )
-    house = House(api_keys_file=str(file), api_keys=("environment",))
-    assert house.lets_in("old")
-    assert house.lets_in("environment")
-    assert not house.lets_in("new")
-    staff = house.keys.find("Bearer staff")
+    harness = Harness(api_keys_file=str(file), api_keys=("environment",))
+    assert harness.lets_in("old")
+    assert harness.lets_in("environment")
+    assert not harness.lets_in("new")
+    staff = harness.keys.find("Bearer staff")
     assert staff is not None
     assert staff.scopes == {DIAGNOSTICS}
 
     fresh = tmp_path / "fresh"
     fresh.write_text(entry("old") + "\n" + entry("new") + "\n")
     fresh.replace(file)
-    house.now += RELOAD
-    assert house.lets_in("new")
-    assert house.lets_in("old")
+    harness.now += RELOAD
+    assert harness.lets_in("new")
+    assert harness.lets_in("old")
     file.write_text(entry("new") + "\n")
-    house.now += RELOAD
-    assert not house.lets_in("old")
-    assert house.errors == 0
+    harness.now += RELOAD
+    assert not harness.lets_in("old")
+    assert harness.errors == 0
 
 
 @pytest.mark.parametrize("content", ["alpha\n", "sha256:abc\n", entry("x") + " root\n", None])
 def test_a_slip_in_a_rotation_shuts_nobody_out(tmp_path: Path, content: str | None) -> None:
     file = tmp_path / "keys"
     file.write_text(entry("alpha"))
-    house = House(api_keys_file=str(file))
+    harness = Harness(api_keys_file=str(file))
     if content is None:
         file.unlink()
     else:
         file.write_text(content)
-    house.now += RELOAD
-    assert house.lets_in("alpha")
-    assert not house.lets_in("x")
-    assert house.errors == 1
+    harness.now += RELOAD
+    assert harness.lets_in("alpha")
+    assert not harness.lets_in("x")
+    assert harness.errors == 1
     file.write_text(entry("beta") + "\n")
-    house.now += RELOAD
-    assert house.lets_in("beta")
-    assert not house.lets_in("alpha")
+    harness.now += RELOAD
+    assert harness.lets_in("beta")
+    assert not harness.lets_in("alpha")
 
 
 def test_an_empty_file_lets_nobody_in(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(entry("alpha"))
-    house = House(api_keys_file=str(file))
-    assert house.lets_in("alpha")
+    harness = Harness(api_keys_file=str(file))
+    assert harness.lets_in("alpha")
     file.write_text("# none\n")
-    house.now += RELOAD
-    assert not house.lets_in("alpha")
-    assert not House(api_keys_file=str(file)).lets_in("")
+    harness.now += RELOAD
+    assert not harness.lets_in("alpha")
+    assert not Harness(api_keys_file=str(file)).lets_in("")
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,10 @@ def test_a_bad_file_at_the_start_is_one_sentence_without_the_key(
     if content is not None:
         file.write_text(content)
     with pytest.raises(KeysError, match=complaint) as caught:
-        House(api_keys_file=str(file))
+        Harness(api_keys_file=str(file))
     assert "secret" not in str(caught.value)
     with pytest.raises(KeysError):
-        House(api_keys=("sha256:0123",))
+        Harness(api_keys=("sha256:0123",))
 
 
 def test_every_route_but_health_asks_for_a_key(start: START) -> None:
@@ -250,7 +250,7 @@ def test_the_key_command_lists_what_it_makes(capsys: pytest.CaptureFixture[str])
     assert main(["key", "--diagnostics"]) == 0
     shown = capsys.readouterr()
     key = shown.err.split()[-1]
-    caller = House(api_keys=(shown.out.strip(),)).keys.find(f"Bearer {key}")
+    caller = Harness(api_keys=(shown.out.strip(),)).keys.find(f"Bearer {key}")
     assert caller is not None
     assert caller.scopes == {DIAGNOSTICS}
     assert key not in shown.out

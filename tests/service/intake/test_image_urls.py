@@ -96,7 +96,7 @@ def ok(body: bytes, head: bytes = b"") -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%s\r\n%s" % (len(body), head, body)
 
 
-class House:
+class Harness:
     """Links that may go to loopback, where the hostile host of a test is."""
 
     def __init__(
@@ -134,14 +134,14 @@ class House:
 
 def test_an_image_comes_from_a_listed_host(host: Any) -> None:
     there = host(ok(b"picture"))
-    house = House(f"pictures.test:{there.port}")
-    assert house.fetch(f"http://pictures.test:{there.port}/a%20b?x=1#part") == b"picture"
+    harness = Harness(f"pictures.test:{there.port}")
+    assert harness.fetch(f"http://pictures.test:{there.port}/a%20b?x=1#part") == b"picture"
     head = there.requests[0].decode()
     assert head.startswith("GET /a%20b?x=1 HTTP/1.1\r\n")
     assert f"\r\nHost: pictures.test:{there.port}\r\n" in head
     assert "authorization" not in head.lower()
     assert "cookie" not in head.lower()
-    assert house.outcome("fetched") == 1
+    assert harness.outcome("fetched") == 1
 
 
 def test_chunks_and_an_end_without_a_length_are_read(host: Any) -> None:
@@ -150,7 +150,7 @@ def test_chunks_and_an_end_without_a_length_are_read(host: Any) -> None:
     )
     for answer, body in ((chunked, b"abcde"), (b"HTTP/1.0 200 OK\r\n\r\nabc", b"abc")):
         there = host(answer)
-        assert House(f"a.test:{there.port}").fetch(f"http://a.test:{there.port}/") == body
+        assert Harness(f"a.test:{there.port}").fetch(f"http://a.test:{there.port}/") == body
 
 
 ADDRESSES = {
@@ -173,11 +173,11 @@ ADDRESSES = {
 def test_only_public_addresses_are_spoken_to(addresses: list[str]) -> None:
     for address in addresses:
         assert not is_public(address), address
-        house = House("a.test", resolve=lambda host, a=address: [a], permits=is_public)
-        assert house.refusal("http://a.test/") == "The image could not be fetched."
+        harness = Harness("a.test", resolve=lambda host, a=address: [a], permits=is_public)
+        assert harness.refusal("http://a.test/") == "The image could not be fetched."
         # One bad address among good ones is one too many: the next answer may bring it first.
-        house = House("a.test", resolve=lambda host, a=address: [PUBLIC, a], permits=is_public)
-        assert house.refusal("http://a.test/") == "The image could not be fetched."
+        harness = Harness("a.test", resolve=lambda host, a=address: [PUBLIC, a], permits=is_public)
+        assert harness.refusal("http://a.test/") == "The image could not be fetched."
 
 
 @pytest.mark.parametrize("address", [PUBLIC, "8.8.8.8", "2606:2800:220:1:248:1893:25c8:1946"])
@@ -190,18 +190,18 @@ def test_the_address_that_was_checked_is_the_one_connected_to(host: Any) -> None
     answers = iter([["127.0.0.1"], ["127.0.0.2"], ["127.0.0.2"]])
     there = host(ok(b"public"))
     neighbour = host(ok(b"secret"), address="127.0.0.2", port=there.port)
-    house = House(f"a.test:{there.port}", resolve=lambda host: next(answers))
-    assert house.fetch(f"http://a.test:{there.port}/") == b"public"
-    assert house.asked == ["a.test"]
-    assert house.refusal(f"http://a.test:{there.port}/") == "The image could not be fetched."
+    harness = Harness(f"a.test:{there.port}", resolve=lambda host: next(answers))
+    assert harness.fetch(f"http://a.test:{there.port}/") == b"public"
+    assert harness.asked == ["a.test"]
+    assert harness.refusal(f"http://a.test:{there.port}/") == "The image could not be fetched."
     assert neighbour.connections == 0
 
 
 def test_the_peer_is_checked_again_before_a_byte_is_sent(host: Any) -> None:
     there = host(ok(b"x"))
     verdicts = iter([True, False])
-    house = House(f"a.test:{there.port}", permits=lambda address: next(verdicts))
-    assert house.refusal(f"http://a.test:{there.port}/") == "The image could not be fetched."
+    harness = Harness(f"a.test:{there.port}", permits=lambda address: next(verdicts))
+    assert harness.refusal(f"http://a.test:{there.port}/") == "The image could not be fetched."
     assert there.requests == []
 
 
@@ -237,9 +237,9 @@ URLS = [
 
 @pytest.mark.parametrize("url", URLS)
 def test_other_addresses_are_refused_before_their_name_is_looked_up(url: str) -> None:
-    house = House("a.test", "*.example.test")
-    assert house.refusal(url) == "This server fetches no images from this URL."
-    assert house.asked == []
+    harness = Harness("a.test", "*.example.test")
+    assert harness.refusal(url) == "This server fetches no images from this URL."
+    assert harness.asked == []
 
 
 @pytest.mark.parametrize(
@@ -256,9 +256,9 @@ def test_other_addresses_are_refused_before_their_name_is_looked_up(url: str) ->
     ],
 )
 def test_hosts_are_listed_with_port_and_scheme(listed: str, url: str, let: bool) -> None:
-    house = House(listed, allow_http_image_urls=False, resolve=lambda host: [])
-    house.refusal(url)
-    assert bool(house.asked) == let
+    harness = Harness(listed, allow_http_image_urls=False, resolve=lambda host: [])
+    harness.refusal(url)
+    assert bool(harness.asked) == let
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -266,10 +266,10 @@ def test_redirects_are_not_followed(host: Any, status: int) -> None:
     neighbour = host(ok(b"secret"))
     location = b"Location: http://a.test:%d/\r\n" % neighbour.port
     there = host(b"HTTP/1.1 %d Moved\r\nContent-Length: 0\r\n%s\r\n" % (status, location))
-    house = House(f"a.test:{there.port}", f"a.test:{neighbour.port}")
-    assert "redirects are not followed" in house.refusal(f"http://a.test:{there.port}/")
+    harness = Harness(f"a.test:{there.port}", f"a.test:{neighbour.port}")
+    assert "redirects are not followed" in harness.refusal(f"http://a.test:{there.port}/")
     assert neighbour.connections == 0
-    assert house.outcome("refused") == 1
+    assert harness.outcome("refused") == 1
 
 
 @pytest.mark.parametrize(
@@ -283,8 +283,8 @@ def test_redirects_are_not_followed(host: Any, status: int) -> None:
 )
 def test_bytes_are_capped(host: Any, answer: bytes) -> None:
     there = host(answer, hang=True)
-    house = House(f"a.test:{there.port}", max_body_bytes=2000)
-    house.refusal(f"http://a.test:{there.port}/", TooLarge)
+    harness = Harness(f"a.test:{there.port}", max_body_bytes=2000)
+    harness.refusal(f"http://a.test:{there.port}/", TooLarge)
 
 
 HOSTILE = {
@@ -303,7 +303,7 @@ HOSTILE = {
 @pytest.mark.parametrize("answer", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_host_is_one_sentence(host: Any, answer: bytes) -> None:
     there = host(answer)
-    House(f"a.test:{there.port}").refusal(f"http://a.test:{there.port}/")
+    Harness(f"a.test:{there.port}").refusal(f"http://a.test:{there.port}/")
 
 
 @pytest.mark.parametrize(
@@ -313,11 +313,11 @@ def test_a_hostile_host_is_one_sentence(host: Any, answer: bytes) -> None:
 )
 def test_seconds_are_capped(host: Any, knobs: dict[str, Any]) -> None:
     there = host(**knobs)
-    house = House(f"a.test:{there.port}", image_url_timeout_ms=300)
+    harness = Harness(f"a.test:{there.port}", image_url_timeout_ms=300)
     began = time.monotonic()
-    house.refusal(f"http://a.test:{there.port}/")
+    harness.refusal(f"http://a.test:{there.port}/")
     assert time.monotonic() - began < 8
-    assert house.outcome("failed") == 1
+    assert harness.outcome("failed") == 1
 
 
 def test_fetches_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,19 +325,19 @@ def test_fetches_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.sleep(60)
         return []
 
-    house = House("a.test")
-    monkeypatch.setattr(house.links, "_resolve", resolve)
+    harness = Harness("a.test")
+    monkeypatch.setattr(harness.links, "_resolve", resolve)
 
     async def run() -> None:
-        running = [asyncio.ensure_future(house.links.fetch(LINK)) for _ in range(MAX_FETCHES)]
+        running = [asyncio.ensure_future(harness.links.fetch(LINK)) for _ in range(MAX_FETCHES)]
         await asyncio.sleep(0)
         with pytest.raises(QueueFull):
-            await house.links.fetch(LINK)
+            await harness.links.fetch(LINK)
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         with pytest.raises(TimeoutError):  # and not refused: the places are free again
-            await asyncio.wait_for(house.links.fetch(LINK), 0.01)
+            await asyncio.wait_for(harness.links.fetch(LINK), 0.01)
 
     asyncio.run(run())
 
@@ -347,12 +347,12 @@ def test_a_caller_cannot_keep_others_from_fetching(monkeypatch: pytest.MonkeyPat
         await asyncio.sleep(60)
         return []
 
-    house = House("a.test", image_url_timeout_ms=60_000)
-    monkeypatch.setattr(house.links, "_resolve", resolve)
+    harness = Harness("a.test", image_url_timeout_ms=60_000)
+    monkeypatch.setattr(harness.links, "_resolve", resolve)
 
     async def run() -> None:
         def start(caller: str) -> "asyncio.Task[bytes]":
-            return asyncio.create_task(house.links.fetch(LINK, caller))
+            return asyncio.create_task(harness.links.fetch(LINK, caller))
 
         greedy = [start("greedy") for _ in range(MAX_FETCHES)]
         await asyncio.sleep(0.01)
@@ -364,7 +364,7 @@ def test_a_caller_cannot_keep_others_from_fetching(monkeypatch: pytest.MonkeyPat
         for fetch in (*greedy[half:], *others[half:]):
             with pytest.raises(QueueFull):
                 await fetch
-        assert house.metrics.registry.get_sample_value(
+        assert harness.metrics.registry.get_sample_value(
             "tapt_rejected_total", {"reason": "fetches"}
         ) == len(greedy)
         for fetch in (*greedy[:half], *others[:half]):
@@ -392,12 +392,12 @@ def test_the_certificate_must_be_the_hosts(
     serving.load_cert_chain(certificate, key)
     there = host(ok(b"picture"), tls=serving)
     trusting = ssl.create_default_context(cafile=str(certificate))
-    house = House(f"a.test:{there.port}", tls=trusting, allow_http_image_urls=False)
+    harness = Harness(f"a.test:{there.port}", tls=trusting, allow_http_image_urls=False)
     url = f"https://a.test:{there.port}/"
     if fetched:
-        assert house.fetch(url) == b"picture"
+        assert harness.fetch(url) == b"picture"
     else:
-        house.refusal(url)
+        harness.refusal(url)
         assert there.requests == []
 
 
@@ -437,7 +437,7 @@ def test_over_http_an_image_by_url_is_classified_where_it_is_allowed(
     # Listed or not, a neighbour is no public host.
     assert server.http.post(route, json=body).json()["error"] == "The image could not be fetched."
     assert there.connections == 0
-    server.app.state.intake.image_urls = House(hosts).links
+    server.app.state.intake.image_urls = Harness(hosts).links
     answer = server.http.post(route, json=body)
     assert answer.status_code == 200, answer.text
     assert server.worker.batches[-1][0].image.shape == (300, 451, 3)

@@ -22,7 +22,7 @@ from tests.fake_worker import FakeWorker
 START = Callable[..., Server]
 
 
-class House:
+class Harness:
     """Limits with a clock that the test turns."""
 
     def __init__(self, **knobs: Any) -> None:
@@ -43,55 +43,55 @@ class House:
 
 
 def test_by_default_there_is_no_limit() -> None:
-    house = House()
+    harness = Harness()
     with ExitStack() as running:
         for _ in range(1000):
-            running.enter_context(house.limits.admit("a"))
+            running.enter_context(harness.limits.admit("a"))
 
 
 def test_a_burst_is_let_in_and_then_the_rate_holds() -> None:
-    house = House(key_rate=2, key_burst=3)
-    assert [house.ask() for _ in range(5)] == [None, None, None, 0.5, 0.5]
-    house.now += 0.5
-    assert house.ask() is None
-    assert house.ask() == 0.5
-    assert house.rejected("key_rate") == 3
-    house.now += 1000
-    assert [house.ask() for _ in range(4)] == [None, None, None, 0.5]
+    harness = Harness(key_rate=2, key_burst=3)
+    assert [harness.ask() for _ in range(5)] == [None, None, None, 0.5, 0.5]
+    harness.now += 0.5
+    assert harness.ask() is None
+    assert harness.ask() == 0.5
+    assert harness.rejected("key_rate") == 3
+    harness.now += 1000
+    assert [harness.ask() for _ in range(4)] == [None, None, None, 0.5]
 
 
 def test_whoever_waits_as_told_is_let_in() -> None:
-    house = House(key_rate=0.3, key_burst=1)
-    assert house.ask() is None
+    harness = Harness(key_rate=0.3, key_burst=1)
+    assert harness.ask() is None
     for _ in range(100):
-        wait = house.ask()
+        wait = harness.ask()
         assert wait is not None
-        house.now += wait + 1e-9
-        assert house.ask() is None
+        harness.now += wait + 1e-9
+        assert harness.ask() is None
 
 
 @settings(deadline=None)
 @given(pauses=st.lists(st.floats(0, 3), max_size=60), burst=st.integers(1, 5))
 def test_no_pattern_of_requests_beats_the_rate(pauses: list[float], burst: int) -> None:
-    house = House(key_rate=2, key_burst=burst)
-    began, admitted = house.now, 0
+    harness = Harness(key_rate=2, key_burst=burst)
+    began, admitted = harness.now, 0
     for pause in pauses:
-        house.now += pause
-        admitted += house.ask() is None
-    assert admitted <= burst + 2 * (house.now - began) + 1e-6
+        harness.now += pause
+        admitted += harness.ask() is None
+    assert admitted <= burst + 2 * (harness.now - began) + 1e-6
 
 
 def test_an_expensive_request_costs_its_price_and_the_next_ones_wait_for_it() -> None:
-    house = House(key_rate=2, key_burst=3)
-    with house.limits.admit("a"):
-        house.limits.charge("a", 7.0)  # 1 is spent already
-    assert house.ask() == (1 + 4) / 2
-    assert house.ask("b") is None
-    house.now += 2.5
-    assert house.ask() is None
-    with house.limits.admit("b"):
-        house.limits.charge("b", 0.1)  # a cheap one still costs 1
-    assert [house.ask("b") for _ in range(3)] == [None, None, 0.5]
+    harness = Harness(key_rate=2, key_burst=3)
+    with harness.limits.admit("a"):
+        harness.limits.charge("a", 7.0)  # 1 is spent already
+    assert harness.ask() == (1 + 4) / 2
+    assert harness.ask("b") is None
+    harness.now += 2.5
+    assert harness.ask() is None
+    with harness.limits.admit("b"):
+        harness.limits.charge("b", 0.1)  # a cheap one still costs 1
+    assert [harness.ask("b") for _ in range(3)] == [None, None, 0.5]
 
 
 def test_over_http_many_labels_cost_more_than_few(start: START, photo: bytes) -> None:
@@ -104,23 +104,23 @@ def test_over_http_many_labels_cost_more_than_few(start: START, photo: bytes) ->
 
 
 def test_keys_do_not_notice_each_other() -> None:
-    house = House(key_rate=1, key_burst=1, key_concurrency=1)
-    assert house.ask("a") is None
-    assert house.ask("a") is not None
-    assert house.ask("b") is None
-    house.now += 10
-    with house.limits.admit("a"):
-        assert house.ask("a") == 1
-        assert house.ask("b") is None
-    assert house.rejected("key_concurrency") == 1
+    harness = Harness(key_rate=1, key_burst=1, key_concurrency=1)
+    assert harness.ask("a") is None
+    assert harness.ask("a") is not None
+    assert harness.ask("b") is None
+    harness.now += 10
+    with harness.limits.admit("a"):
+        assert harness.ask("a") == 1
+        assert harness.ask("b") is None
+    assert harness.rejected("key_concurrency") == 1
 
 
 def test_a_request_that_fails_gives_its_place_back() -> None:
-    house = House(key_concurrency=1)
+    harness = Harness(key_concurrency=1)
     for _ in range(3):
-        with pytest.raises(ZeroDivisionError), house.limits.admit("a"):
+        with pytest.raises(ZeroDivisionError), harness.limits.admit("a"):
             raise ZeroDivisionError
-    assert house.ask() is None
+    assert harness.ask() is None
 
 
 def test_over_http_a_limited_key_is_429_and_another_is_served(start: START, photo: bytes) -> None:

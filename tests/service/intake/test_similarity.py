@@ -32,7 +32,7 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.intake.similarity.secrets.randbits", lambda bits: next(seeds))
 
 
-class House:
+class Harness:
     """Fingerprints with a clock that the test turns."""
 
     def __init__(self, limit: int = 0) -> None:
@@ -72,96 +72,96 @@ def perturb(image: Pixels, epsilon: int, seed: int) -> Pixels:
 
 @pytest.mark.parametrize("epsilon", [1, 2, 4, 8])
 def test_queries_of_an_attack_are_alike(epsilon: int) -> None:
-    house = House()
+    harness = Harness()
     for seed, photo in enumerate(PHOTOS):
         one, other = perturb(photo, epsilon, seed), perturb(photo, epsilon, 100 + seed)
-        assert house.likeness(one, other) > NEAR
+        assert harness.likeness(one, other) > NEAR
 
 
 def test_a_picture_sent_in_another_size_or_quality_is_alike() -> None:
-    house = House()
+    harness = Harness()
     for photo in PHOTOS:
         small = Image.fromarray(photo).resize((200, 150), Image.Resampling.LANCZOS)
         out = io.BytesIO()
         small.save(out, "JPEG", quality=60)
-        assert house.likeness(photo, np.asarray(Image.open(out))) > NEAR
+        assert harness.likeness(photo, np.asarray(Image.open(out))) > NEAR
 
 
 def test_different_pictures_are_not_alike() -> None:
-    house = House()
+    harness = Harness()
     for i, one in enumerate(PHOTOS):
         for other in PHOTOS[:i]:
-            assert house.likeness(one, other) < NEAR - 0.1
+            assert harness.likeness(one, other) < NEAR - 0.1
 
 
 def test_a_throttle_holds_the_attack_and_nobody_else() -> None:
-    house = House(limit=5)
+    harness = Harness(limit=5)
     attack = [perturb(PHOTOS[0], 4, seed) for seed in range(10)]
-    waits = [house.send(image) for image in attack]
+    waits = [harness.send(image) for image in attack]
     assert waits == [None] * 5 + [WINDOW] * 5
-    assert house.sample("rejected_total", reason="similar") == 5
+    assert harness.sample("rejected_total", reason="similar") == 5
     for photo in PHOTOS[1:]:
-        assert house.send(photo) is None
-    assert house.send(attack[7], caller="b") is None
+        assert harness.send(photo) is None
+    assert harness.send(attack[7], caller="b") is None
 
 
 def test_whoever_waits_as_told_is_let_in_again() -> None:
-    house = House(limit=3)
+    harness = Harness(limit=3)
     attack = iter(perturb(PHOTOS[0], 4, seed) for seed in range(20))
     for _ in range(3):
-        assert house.send(next(attack)) is None
-        house.now += 10
-    wait = house.send(next(attack))
+        assert harness.send(next(attack)) is None
+        harness.now += 10
+    wait = harness.send(next(attack))
     assert wait is not None
     assert wait == pytest.approx(WINDOW - 30)
-    house.now += wait - 1
-    assert house.send(next(attack)) is not None
-    house.now += 1.001
-    assert house.send(next(attack)) is None
-    assert house.send(next(attack)) == pytest.approx(10, abs=0.1)
+    harness.now += wait - 1
+    assert harness.send(next(attack)) is not None
+    harness.now += 1.001
+    assert harness.send(next(attack)) is None
+    assert harness.send(next(attack)) == pytest.approx(10, abs=0.1)
 
 
 def test_a_retry_of_the_same_pixels_is_free() -> None:
-    house = House(limit=2)
+    harness = Harness(limit=2)
     for _ in range(50):
-        assert house.send(PHOTOS[0]) is None
-    assert house.sample("query_similarity_count") == 1
+        assert harness.send(PHOTOS[0]) is None
+    assert harness.sample("query_similarity_count") == 1
     # Nor is it a way around: a change of one level in one pixel is another picture.
     moved = PHOTOS[0].copy()
     for level in range(3):
         moved[0, 0, 0] = level
-        wait = house.send(moved.copy())
+        wait = harness.send(moved.copy())
     assert wait is not None
 
 
 def test_the_metric_tells_attacks_from_ordinary_traffic() -> None:
-    def near(house: House) -> float:
-        below = house.sample("query_similarity_bucket", le=str(NEAR))
-        return house.sample("query_similarity_count") - below
+    def near(harness: Harness) -> float:
+        below = harness.sample("query_similarity_bucket", le=str(NEAR))
+        return harness.sample("query_similarity_count") - below
 
-    house = House()
+    harness = Harness()
     for photo in PHOTOS:
-        house.send(photo)
-    assert near(house) == 0
+        harness.send(photo)
+    assert near(harness) == 0
     for seed in range(20):
-        house.send(perturb(PHOTOS[0], 4, seed))
-    assert near(house) == 20
+        harness.send(perturb(PHOTOS[0], 4, seed))
+    assert near(harness) == 20
 
 
 def test_memory_is_bounded_in_pictures_and_keys() -> None:
-    house = House(limit=5)
+    harness = Harness(limit=5)
     for number in range(RECENT + 10):
-        house.send(np.full((8, 8, 3), number % 256, np.uint8), caller="busy")
+        harness.send(np.full((8, 8, 3), number % 256, np.uint8), caller="busy")
     for number in range(CALLERS + 10):
-        house.send(PHOTOS[0], caller=str(number))
-    state = house.similarity._callers
+        harness.send(PHOTOS[0], caller=str(number))
+    state = harness.similarity._callers
     assert len(state) == CALLERS
     assert len(pickle.dumps(state)) < CALLERS * RECENT * (CODES + 16) * 1.01
 
 
 def test_nothing_kept_holds_the_picture() -> None:
     """With other secrets the same picture leaves other codes: alike by chance only."""
-    one, other = House().similarity, House().similarity
+    one, other = Harness().similarity, Harness().similarity
     shares = []
     for photo in PHOTOS:
         first, second = (each.fingerprint(photo, b"file") for each in (one, other))
@@ -172,9 +172,9 @@ def test_nothing_kept_holds_the_picture() -> None:
 
 
 def test_odd_shapes_have_fingerprints() -> None:
-    house = House()
+    harness = Harness()
     for shape in [(1, 1, 3), (1, 50, 3), (50, 1, 3), (4096, 82, 3)]:
-        print = house.similarity.fingerprint(np.zeros(shape, np.uint8), b"")
+        print = harness.similarity.fingerprint(np.zeros(shape, np.uint8), b"")
         assert print.codes.shape == (CODES,)
 
 
