@@ -33,12 +33,12 @@ def whole(least: int, most: int | None = None) -> Kind:
     return read
 
 
-def share(name: str = "in [0, 1)", *, zero: bool = True) -> Kind:
-    """A number or fraction below 1, such as 2/255; 0 only if `zero`."""
+def share(name: str = "in [0, 1)", *, zero: bool = True, one: bool = False) -> Kind:
+    """A number or fraction from 0 to 1, such as 2/255; 0 only if `zero`, 1 only if `one`."""
 
     def read(text: str) -> float:
         number = read_number(text)
-        if not (0 <= number < 1) or (number == 0 and not zero):
+        if not (0 <= number <= 1) or (number == 0 and not zero) or (number == 1 and not one):
             raise argparse.ArgumentTypeError(f"{text} is not {name}")
         return number
 
@@ -59,7 +59,7 @@ TUNING: dict[str, tuple[Kind, str]] = {
     "epsilon": (share(PIXELS), "radius of the attack, of [0, 1] pixels; 1/255 is one level"),
     "attack_steps": (whole(1), "PGD steps in each step"),
     "attack_views": (whole(1, 256), "views that the attack's loss is the mean over"),
-    "clean_share": (share(), "share of a batch that is not attacked"),
+    "clean_share": (share("in [0, 1]", one=True), "share of a batch that is not attacked"),
     "views": (whole(1, 256), "views that the loss is the mean over"),
     "seed": (whole(0), "draws the images, the views and the first prompts"),
 }

@@ -189,7 +189,7 @@ def test_a_bundle_is_replaced_only_by_force(
         ("--steps", "0"),
         ("--batch", "1"),
         ("--rate", "0"),
-        ("--clean-share", "1"),
+        ("--clean-share", "1.5"),
         ("--shots", "0"),
         ("--images", "-1"),
         ("--threshold-views", "1"),
