@@ -42,7 +42,7 @@ def push(options: argparse.Namespace) -> str:
         )
     except Exception as error:  # of the hub, of its client, and of the network below it
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LoadError(f"{options.repository} does not take the bundle: {reason}") from error
+        raise LoadError(f"the bundle cannot be pushed to {options.repository}: {reason}") from error
     return f"TAPT_BUNDLE={options.repository}@{commit.oid}"
 
 

@@ -101,7 +101,7 @@ def find_checkpoint(
         LoadError
     """
     if name == "embedded" and revision:
-        raise LoadError(f"{name} is here and not on the hub, so it has no revision {revision}")
+        raise LoadError(f"{name} is part of the package and has no revision {revision}")
     place = str(EMBEDDED) if name == "embedded" else name
     directory = find_directory(place, revision, SMALL_FILES)
     layout, files = _find_weights(place, directory, name, pickled)

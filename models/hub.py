@@ -21,7 +21,7 @@ def find_directory(name: str, revision: str, patterns: Sequence[str]) -> Path:
     """
     if Path(name).is_dir():
         if revision:
-            raise LoadError(f"{name} is here and not on the hub, so it has no revision {revision}")
+            raise LoadError(f"{name} is a local directory and has no revision {revision}")
         return Path(name)
     try:
         return Path(
@@ -30,7 +30,9 @@ def find_directory(name: str, revision: str, patterns: Sequence[str]) -> Path:
     except HFValidationError as error:
         raise LoadError(f"{name} is neither a directory nor a hub id") from error
     except LocalEntryNotFoundError as error:
-        raise LoadError(f"{name} is no directory here, and no hub or cache holds it") from error
+        raise LoadError(
+            f"{name} is not a local directory and not on the hub or in its cache"
+        ) from error
     except (HfHubHTTPError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise LoadError(f"{name} cannot be fetched: {reason}") from error

@@ -46,7 +46,7 @@ def choose_precision(dtype: str, device: torch.device) -> Precision:
         if generation >= _BFLOAT16:
             return Precision(torch.bfloat16, "this GPU computes bfloat16 natively")
         if generation >= _TENSOR_CORES:
-            return Precision(torch.float16, "this GPU computes float16 natively, bfloat16 not")
+            return Precision(torch.float16, "this GPU computes float16 natively, but not bfloat16")
         return Precision(torch.float32, "this GPU computes neither bfloat16 nor float16 natively")
     if not has_native_bfloat16():
         return Precision(torch.float32, "this processor does not compute bfloat16 natively")

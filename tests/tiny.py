@@ -20,6 +20,16 @@ LABELS = ("cat", "dog", "school bus", "a red sports car", "lemon", "cliff", "vol
 CPU = torch.device("cpu")
 
 
+class Payload:
+    """A pickle of it holds code: unpickled, it leaves a file behind."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
 def save_checkpoint(
     directory: Path,
     *,

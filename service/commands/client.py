@@ -42,7 +42,7 @@ class Client:
         """The JSON that the server answers: to a POST with a body, else to a GET.
 
         Raises ServiceError with the server's own sentence if it refuses, ConnectionError if it
-        cannot be reached or is none of ours.
+        cannot be reached or is not tapt-serve.
         """
         method = "GET" if body is None else "POST"
         try:
@@ -54,7 +54,7 @@ class Client:
             try:
                 return answer.json()
             except ValueError:
-                raise ConnectionError(f"{self._url} is no tapt-serve.") from None
+                raise ConnectionError(f"{self._url} is not a tapt-serve server.") from None
         raise _refusal(self._url, answer)
 
 

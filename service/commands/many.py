@@ -230,7 +230,9 @@ class Output:
                 name, question, failed = line["file"], line["question"], "error" in line
             except (ValueError, KeyError, TypeError):
                 if number == 1:
-                    raise ValueError(f"{path} holds no answers of this command.") from None
+                    raise ValueError(
+                        f"{path} exists and was not written by this command."
+                    ) from None
                 continue  # the last line of a run that was killed
             if question != self._key:
                 raise ValueError(

@@ -1,5 +1,6 @@
 """The service's Prometheus metrics, in one registry per app. Label values come from closed sets."""
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -37,7 +38,7 @@ class Metrics:
     `registry` has all of them, `open_registry` all but those of DIAGNOSTICS.
     """
 
-    def __init__(self, objective: float = 3.0) -> None:
+    def __init__(self, objective: float = math.inf) -> None:
         """`objective`: classifications that take longer (seconds) are counted as slow."""
         self._objective = objective
         self.registry = registry = CollectorRegistry(auto_describe=True)

@@ -103,7 +103,9 @@ def test_what_the_hub_refuses_is_one_sentence(
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
     assert main(["bundle", "push", str(bundle), "me/my-clip"]) == 1
-    assert capsys.readouterr().err == "me/my-clip does not take the bundle: 401 Client Error\n"
+    assert (
+        capsys.readouterr().err == "the bundle cannot be pushed to me/my-clip: 401 Client Error\n"
+    )
 
 
 def test_a_missing_bundle_is_named(whole: Path, tmp_path: Path) -> None:

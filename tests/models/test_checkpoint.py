@@ -16,16 +16,6 @@ from service.worker.runner import Runner
 from tests import tiny
 
 
-class Payload:
-    """Unpickled, it leaves a file behind."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.mark,)
-
-
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_checkpoint(tmp_path_factory.mktemp("models") / "original")
@@ -38,7 +28,7 @@ def directory(original: Path, tmp_path: Path) -> Path:
 
 def hostile(directory: Path) -> tuple[bytes, Path]:
     mark = directory.parent / "executed"
-    return pickle.dumps(Payload(mark)), mark
+    return pickle.dumps(tiny.Payload(mark)), mark
 
 
 def test_a_payload_would_show(tmp_path: Path) -> None:

@@ -17,16 +17,6 @@ from service.cli import main
 from tests import open_clip, tiny
 
 
-class Payload:
-    """Unpickled, it leaves a file behind."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.mark,)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_checkpoint(tmp_path_factory.mktemp("models") / "whole", legacy_eos=True)
@@ -114,7 +104,7 @@ def test_transformers_own_pickle_is_converted(whole: Path, tmp_path: Path) -> No
 
 def test_code_in_a_pickle_is_not_run(whole: Path, tmp_path: Path, capsys: Any) -> None:
     source, mark = make_pickled(whole, tmp_path / "source"), tmp_path / "executed"
-    (source / "open_clip_pytorch_model.bin").write_bytes(pickle.dumps(Payload(mark)))
+    (source / "open_clip_pytorch_model.bin").write_bytes(pickle.dumps(tiny.Payload(mark)))
     assert main(["convert", str(source), str(tmp_path / "out")]) == 1
     assert "without running its code" in capsys.readouterr().err
     assert not mark.exists()

@@ -84,6 +84,11 @@ class Harness:
         self.metrics = Metrics()
         self.engine = Engine(Settings(**knobs), self.metrics, workers, clock=now)
 
+    async def measure_pace(self) -> None:
+        """Answer so many expensive requests that the mean forgets its first guess."""
+        for _ in range(20):
+            await self.ask(heavy=True)
+
     async def ask(
         self,
         id: str = "x",
@@ -538,8 +543,7 @@ async def test_a_lone_request_is_admitted_whatever_it_costs():
 async def test_the_turns_of_other_callers_count():
     worker = FakeWorker(seconds=lambda batch: 7.0)
     async with open_engine(worker) as harness:
-        for _ in range(20):  # the mean forgets its first guess
-            await harness.ask(heavy=True)
+        await harness.measure_pace()
         asked = [harness.asking(heavy=True, caller=caller) for caller in "aaaaabbb"]
         outcomes = await asyncio.gather(*asked, return_exceptions=True)
         refused = [isinstance(outcome, QueueFull) for outcome in outcomes]
@@ -551,8 +555,7 @@ async def test_the_turns_of_other_callers_count():
 async def test_a_caller_takes_no_more_turns_than_it_has_work():
     worker = FakeWorker(seconds=slow_for_many_labels)
     async with open_engine(worker) as harness:
-        for _ in range(20):  # the mean forgets its first guess
-            await harness.ask(heavy=True)
+        await harness.measure_pace()
         cheap = harness.asking(caller="b")
         asked = [harness.asking(heavy=True, caller="a") for _ in range(3)]
         outcomes = await asyncio.gather(cheap, *asked, return_exceptions=True)
@@ -563,8 +566,7 @@ async def test_a_caller_takes_no_more_turns_than_it_has_work():
 async def test_admitted_requests_end_in_time_though_another_caller_takes_turns():
     worker = FakeWorker(seconds=slow_for_many_labels)
     async with open_engine(worker) as harness:
-        for _ in range(20):  # the mean forgets its first guess
-            await harness.ask(heavy=True)
+        await harness.measure_pace()
 
         async def keep_asking() -> None:
             while True:
@@ -584,8 +586,7 @@ async def test_admitted_requests_end_in_time_though_another_caller_takes_turns()
 async def test_requests_whose_clients_leave_do_not_make_others_look_quick():
     worker = FakeWorker(seconds=slow_for_many_labels)
     async with open_engine(worker) as harness:
-        for _ in range(20):  # the mean forgets its first guess
-            await harness.ask(heavy=True)
+        await harness.measure_pace()
         pace = harness.engine._pool.seconds_per_price
         worker.seconds = lambda batch: 0.01  # as a worker that stops when nobody waits
         for _ in range(20):

@@ -498,6 +498,9 @@ def test_a_long_label_that_wins_is_shown_in_full(start: START, open_page: OPEN) 
 
 @needs_chromium
 def test_the_header_tells_that_the_server_is_gone_and_back(start: START, open_page: OPEN) -> None:
+    health = files("service.playground").joinpath("health.js").read_text()
+    (every,) = re.findall(r"^const EVERY = (\d+);", health, re.MULTILINE)
+    assert int(every) < 1000, "it asks again within a second"
     page = ready(open_page(start().url))
     page.route("**/readyz", lambda route: route.abort())
     expect(page.locator("#health")).to_have_class(re.compile("down"), timeout=PATIENCE)
