@@ -16,7 +16,7 @@ Readout = Literal["single", "kept", "all", "weighted"]
 READOUTS: tuple[Readout, ...] = get_args(Readout)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DefenseSpec:
     """The facts of a defense that its callers need.
 
@@ -72,19 +72,29 @@ def _read_specs() -> dict[str, DefenseSpec]:
     specs = []
     for file in files(__package__).iterdir():
         if file.name.endswith(".py"):
-            specs += _read_spec(ast.parse(file.read_text(encoding="utf-8")))
+            specs += _read_spec(file.read_text(encoding="utf-8"), file.name)
     return {spec.name: spec for spec in sorted(specs, key=lambda spec: (spec.order, spec.name))}
 
 
-def _read_spec(module: ast.Module) -> list[DefenseSpec]:
-    """The spec that a module assigns to `SPEC` with literal keyword arguments; [] if none."""
-    return [
-        DefenseSpec(**{str(k.arg): ast.literal_eval(k.value) for k in node.value.keywords})
-        for node in module.body
+def _read_spec(source: str, file: str) -> list[DefenseSpec]:
+    """The spec that a module assigns to `SPEC` with literal keyword arguments; [] if none.
+
+    Raises TypeError, naming the file, if the arguments are others.
+    """
+    calls = [
+        node.value
+        for node in ast.parse(source, file).body
         if isinstance(node, ast.Assign)
         and isinstance(node.value, ast.Call)
         and [ast.unparse(target) for target in node.targets] == ["SPEC"]
     ]
+    try:
+        return [
+            DefenseSpec(**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
+            for call in calls
+        ]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{file}: SPEC takes literal keyword arguments: {error}") from error
 
 
 DEFENSES: Mapping[str, DefenseSpec] = _read_specs()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models.defenses.catalog import DEFENSES, table
+from models.defenses.catalog import DEFENSES, _read_spec, table
 from models.defenses.defense import load_defense
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -25,6 +25,12 @@ def test_the_spec_is_the_modules_own(name: str) -> None:
     assert spec == import_module(spec.module).SPEC
     assert callable(load_defense(spec))
     assert spec.description.endswith(".")
+
+
+@pytest.mark.parametrize("arguments", ["'toy', 'A toy.'", "name=NAME", "nme='toy'"])
+def test_a_spec_that_cannot_be_read_names_its_file(arguments: str) -> None:
+    with pytest.raises(TypeError, match=r"^toy\.py: SPEC takes literal keyword arguments: "):
+        _read_spec(f"SPEC = DefenseSpec({arguments})", "toy.py")
 
 
 def test_the_catalog_imports_no_torch() -> None:
