@@ -170,5 +170,5 @@ def test_a_wrong_checkpoint_is_one_sentence(tmp_path: Path, spoil: object, messa
 
 def test_a_missing_checkpoint_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(LoadError, match="no directory here"):
+    with pytest.raises(LoadError, match="not a local directory"):
         load_checkpoint("nobody/nothing", tiny.CPU)

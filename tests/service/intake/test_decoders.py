@@ -314,7 +314,9 @@ def test_large_images_take_turns_and_small_ones_pass() -> None:
             await watch("small", SMALL)
             most = max(most, sum(map(resident, pool.pids())))
         assert order.index("small") < order.index("large")
-        assert most < 1.5 * (310 * 10**6)
+        # One at a time, beside what the processes hold when they are idle.
+        idle = sum(map(resident, pool.pids()))
+        assert most - idle < 1.5 * (310 * 10**6)
 
     run(test, decoders=3, decode_timeout_ms=20_000)
 
