@@ -177,6 +177,15 @@ def test_an_odd_value_anywhere_is_refused_or_does_no_harm(
             (directory / file).write_text(whole)
 
 
+def reshape(
+    prefix: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[dict[str, torch.Tensor]], object]:
+    """Change the tensors whose names begin with `prefix`."""
+    return lambda tensors: tensors.update(
+        {name: change(value) for name, value in tensors.items() if name.startswith(prefix)}
+    )
+
+
 TENSORS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     "a prompt that is no number": lambda t: t["prompts.text"].fill_(torch.nan),
     "an infinite mean": lambda t: t["statistics.adv_mean"].fill_(torch.inf),
@@ -195,6 +204,17 @@ TENSORS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
         {"statistics.adv_var": t["statistics.adv_var"][:1]}
     ),
     "a tensor unknown": lambda t: t.update({"evil.x": torch.zeros(1)}),
+    "two sets of text prompts": reshape("prompts.text", lambda x: x.repeat(2, 1, 1, 1)),
+    "two sets of image prompts": reshape("prompts.vision", lambda x: x.repeat(2, 1, 1, 1)),
+    "text prompts of another width": reshape("prompts.text", lambda x: x[..., :-1]),
+    "image prompts of another width": reshape("prompts.vision", lambda x: x[..., :-1]),
+    "image prompts that the statistics lack": reshape("prompts.vision", lambda x: x[:, :, :1]),
+    "image prompts deeper than the model": reshape(
+        "prompts.vision", lambda x: x.repeat(1, 9, 1, 1)
+    ),
+    "statistics of fewer tokens": reshape("statistics.", lambda x: x[:, :-1]),
+    "statistics of another width": reshape("statistics.", lambda x: x[..., :-1]),
+    "a variance of attacks below zero": lambda t: t["statistics.adv_var"].fill_(-1),
 }
 
 
