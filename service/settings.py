@@ -144,7 +144,7 @@ class Settings(BaseSettings):
     decode_timeout_ms: int = Field(2000, ge=10)
     """Maximum processor time to decode an image (ms); more costly images get a 422. With the wait
     for a decoder it takes at most 1.5 times that; images that waited too long get a 429."""
-    decode_memory_bytes: int = Field(480 * 2**20, ge=64 * 2**20)
+    decode_memory_bytes: int = Field(464 * 2**20, ge=64 * 2**20)
     """Maximum memory to decode an image (bytes), at up to 12 per pixel; more costly images get
     a 422. Images that need over an eighth of it are decoded one at a time."""
 

@@ -45,8 +45,9 @@ class Status(IntEnum):
     OUT_OF_MEMORY = 3
 
 
-RETAINED = 96 * 2**20
-"""Bytes of address space that a process may keep between images; with more it ends."""
+RETAINED = 40 * 2**20
+"""Bytes of address space that a process may keep between images; with more it ends. Ordinary
+images leave less, with the thresholds in `malloc.py`."""
 
 NOBODY = 65534
 

@@ -9,21 +9,20 @@ import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # from malloc.h
 
-TRIM_BYTES = 64 * 2**20
-"""Free memory at the end of a heap that is kept. Threads share a few heaps."""
+MMAP_BYTES, TRIM_BYTES = 8 * 2**20, 16 * 2**20
+"""Thresholds of a decoder. Larger buffers, those of large photographs, are mapped one by one and go
+back to the system at once. Little is kept at the end of the heap: what one decoder keeps comes on
+top of what another needs for a large image."""
 
-MMAP_BYTES = 8 * 2**20
-"""mmap threshold of a decoder: larger buffers, those of large photographs, are mapped one by one,
-and go back to the system at once."""
-
-BODY_BYTES = 3 * 2**20
-"""mmap threshold of the API process. It keeps the pixels of common images, but not large bodies:
-each of its threads has a heap of its own that would keep some."""
+BODY_BYTES, BODIES_BYTES = 3 * 2**20, 64 * 2**20
+"""Thresholds of the API process. It keeps the pixels of common images, but not large bodies: each
+of its threads has a heap of its own that would keep some."""
 
 
-def keep_freed_memory(mmap_bytes: int = MMAP_BYTES) -> None:
-    """Keep the memory of buffers up to so many bytes. Does nothing without glibc."""
+def keep_freed_memory(mmap_bytes: int = MMAP_BYTES, trim_bytes: int = TRIM_BYTES) -> None:
+    """Keep the memory of buffers of up to `mmap_bytes`, and `trim_bytes` free at the end of a heap.
+    Does nothing without glibc."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, mmap_bytes)
-        mallopt(_TRIM_THRESHOLD, TRIM_BYTES)
+        mallopt(_TRIM_THRESHOLD, trim_bytes)

@@ -39,9 +39,9 @@ def test_decoding_reuses_its_buffers() -> None:
 
 BODIES = """
 import sys, threading
-from service.intake.malloc import BODY_BYTES, keep_freed_memory
+from service.intake.malloc import BODIES_BYTES, BODY_BYTES, MMAP_BYTES, keep_freed_memory
 
-keep_freed_memory(*([BODY_BYTES] if sys.argv[1] == "bodies" else []))
+keep_freed_memory(BODY_BYTES if sys.argv[1] == "bodies" else MMAP_BYTES, BODIES_BYTES)
 size = 7 * 2**20
 
 def resident():
