@@ -7,7 +7,7 @@ DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded bundle harden picture robustness static search image image-local smoke release lock audit sbom clean benchmark benchmark-gpu peers heavy load faults soak fuzz mutants
+.PHONY: serve test setup check format parity embedded bundle harden picture robustness static search image image-local smoke release lock audit sbom clean benchmark benchmark-gpu low-precision peers heavy load faults soak fuzz mutants
 
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
@@ -189,6 +189,13 @@ benchmark: setup
 benchmark-gpu: setup
 	$(MEASURE)adaptation --size vit-b-16 --device cuda --dtype bf16 --labels 10 1000 \
 	    --batch 1 8 32 64 --repeats 5 --section gpu --json $(FIGURES_IN)/gpu.json
+
+# What lower precision and compilation gain on a CPU, into docs/performance.md; takes a C++ compiler:
+# make low-precision DATA=DIR
+low-precision: setup
+	$(MEASURE)low_precision --data $(DATA)/tiny_imagenet_val.parquet \
+	    --section 'low precision embedded'
+	$(MEASURE)low_precision --size vit-b-32 --section 'low precision vit-b-32'
 
 # The service beside other servers, into docs/performance.md and README.md; pip installs them below
 # runs/peers. The machine should have nothing else to do.
