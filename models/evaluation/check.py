@@ -66,27 +66,51 @@ def cross_check(
     protocol: Protocol,
     subjects: Sequence[Subject],
     journal: Journal,
-) -> list[Check]:
-    """Check the adaptive attack on each defense at the largest epsilon; none without that threat.
+) -> None:
+    """Check the adaptive attack on each defense at the largest epsilon, if there is that threat.
 
     The attack that is repeated is the recipe's `prediction-margin`, or else the first.
     """
-    if "adaptive" not in protocol.threats:
-        return []
-    attack = "prediction-margin" if "prediction-margin" in protocol.attacks else protocol.attacks[0]
-    budget, epsilon = protocol.budget, max(protocol.epsilons)
+    budget = protocol.budget
     twice = replace(protocol, budget=replace(budget, steps=2 * budget.steps))
-    checks = []
-    for defense in protocol.defenses:
-        own, doubled = Cell(defense, "adaptive", epsilon), Cell(defense, DOUBLED, epsilon)
-        large = Cell(defense, LARGE, LARGE_EPSILON)
+    attack = _repeated(protocol.attacks)
+    for own in _checked(protocol.cells):
+        doubled, large = _cells(own)
         standing = [subject for subject in subjects if journal.right(subject.name, own) > 0]
         for cell, spent, some in ((doubled, twice, standing), (large, protocol, subjects)):
             Trial(classifier, names, spent, journal, lambda n: None).attack(some, cell, attack)
+
+
+def read_checks(
+    attacks: Sequence[str], cells: Sequence[Cell], pictures: Sequence[str], journal: Journal
+) -> list[Check]:
+    """What `cross_check` found, for the rows `cells` of an evaluation with these attacks."""
+    checks = []
+    for own in _checked(cells):
+        doubled, large = _cells(own)
         lost = [
-            max(0.0, journal.right(s.name, own) - journal.right(s.name, doubled)) for s in standing
+            max(0.0, before - journal.right(picture, doubled))
+            for picture in pictures
+            if (before := journal.right(picture, own)) > 0
         ]
-        left = [journal.right(subject.name, large) for subject in subjects]
-        count = len(subjects)
-        checks.append(Check(defense, attack, epsilon, sum(lost) / count, sum(left) / count))
+        left = [journal.right(picture, large) for picture in pictures]
+        count = len(pictures)
+        more = sum(lost) / count
+        attack = _repeated(attacks)
+        checks.append(Check(own.defense, attack, own.epsilon, more, sum(left) / count))
     return checks
+
+
+def _repeated(attacks: Sequence[str]) -> str:
+    return "prediction-margin" if "prediction-margin" in attacks else attacks[0]
+
+
+def _checked(cells: Sequence[Cell]) -> list[Cell]:
+    adaptive = [cell for cell in cells if cell.threat == "adaptive"]
+    largest = max((cell.epsilon for cell in adaptive), default=0.0)
+    return [cell for cell in adaptive if cell.epsilon == largest]
+
+
+def _cells(own: Cell) -> tuple[Cell, Cell]:
+    """Where the outcomes of twice the steps and of the large epsilon are kept."""
+    return replace(own, threat=DOUBLED), Cell(own.defense, LARGE, LARGE_EPSILON)

@@ -6,7 +6,7 @@
 
 Writes OUT.json, OUT.md and OUT.svg. Outcomes are appended to OUT.jsonl as they come, so that the
 same command resumes after a kill. A resumed run may add defenses, threats, attacks, epsilons and
-images.
+images. `--shard I/N` takes every Nth image, and `--merge` makes one evaluation of all shards.
 """
 
 import argparse
@@ -14,9 +14,8 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,15 +28,15 @@ from models.attacks.autoattack import MissingExtra, require
 from models.attacks.preflight import preflight
 from models.classifier import DefendedClassifier
 from models.data import DataError
-from models.errors import LoadError, install_extra
+from models.errors import LoadError
 from models.evaluation.check import cross_check
-from models.evaluation.detection import Detection, detect, write_detection
 from models.evaluation.hub import open_anywhere
 from models.evaluation.journal import Journal
-from models.evaluation.options import parser, read_area, read_protocol
+from models.evaluation.merge import merge
+from models.evaluation.options import parse, read_area, read_protocol
 from models.evaluation.provenance import describe_machine, describe_settings, tell_command
-from models.evaluation.table import Row, draw, tally, write_markdown
-from models.evaluation.trial import Protocol, Subject, Trial, gather, suspect
+from models.evaluation.report import report
+from models.evaluation.trial import Protocol, Subject, Trial, gather
 from models.loading import load_classifier
 
 CHECKED = Budget(0, steps=10, queries=60)  # of a preflight, per image
@@ -66,24 +65,26 @@ def evaluate(options: argparse.Namespace, command: str) -> int:
         raise LoadError("static attacks learned prompts: name a bundle with --bundle")
     if "autoattack" in protocol.attacks:
         require()  # now, not after hours
-    subjects = gather(classifier, data, options.limit, options.seed)
+    shard = options.shard
+    subjects = gather(classifier, data, options.limit, options.seed, shard)
     settings = describe_settings(classifier, names, protocol)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     journal = Journal(options.json.with_suffix(".jsonl"), key)
     shown = classifier.without_resize()
-    warnings = check(shown, names, protocol, subjects[: options.preflight])
+    warnings = check(
+        shown,
+        names,
+        protocol,
+        [subject for subject in subjects if subject.place < options.preflight],
+    )
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(TextColumn("attacking"), *columns) as bar:
         task = bar.add_task("")
         trial = Trial(shown, names, protocol, journal, lambda n: bar.advance(task, n))
         bar.update(task, total=trial.work(subjects))
         trial.run(subjects)
-    warnings += suspect(protocol, subjects, journal)
-    checks = cross_check(shown, names, protocol, subjects, journal) if options.check else []
-    warnings += [sentence for check in checks for sentence in check.warnings()]
-    pictures = [subject.name for subject in subjects]
-    rows = tally(protocol.cells, pictures, journal)
-    detections = detect(protocol.cells, pictures, journal)
+    if options.check:
+        cross_check(shown, names, protocol, subjects, journal)
     facts = {
         "key": key,
         "data": {"name": Path(options.data).name, "classes": len(names), "n": len(subjects)},
@@ -92,13 +93,15 @@ def evaluate(options: argparse.Namespace, command: str) -> int:
         "command": command,
         "attacks": protocol.attacks,
         "queried": protocol.queried,
+        "preflight": options.preflight,
+        "checked": options.check,
         "batch": protocol.batch,
         "machine": describe_machine(classifier),
-        "checks": [check.describe() for check in checks],
-        "warnings": warnings,
-        "pictures": pictures,
+        "shard": asdict(shard),
+        "warned": warnings,
+        "pictures": [subject.name for subject in subjects],
     }
-    write(options.json, facts, rows, detections, warnings)
+    report(options.json, facts, protocol.cells, journal, warnings)
     return 0
 
 
@@ -155,34 +158,13 @@ def check(
     return found
 
 
-def write(
-    out: Path,
-    facts: dict[str, Any],
-    rows: Sequence[Row],
-    detections: Sequence[Detection],
-    warnings: Sequence[str],
-) -> None:
-    """Write the three files and print the tables."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    told = {found.cell: {"suspicion": found.describe()} for found in detections}
-    facts = {**facts, "rows": [row.describe() | told.get(row.cell, {}) for row in rows]}
-    out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    page = write_markdown(rows)
-    if detections:
-        page += "\n" + write_detection(detections)
-    page += "".join(f"\nWarning: {sentence}\n" for sentence in warnings)
-    out.with_suffix(".md").write_text(page, encoding="utf-8")
-    print(page)
-    try:
-        draw(rows, out.with_suffix(".svg"))
-    except ImportError:
-        print(f"no plot: it needs matplotlib; {install_extra('train')}", file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     try:
+        if options.merge:
+            merge(options.merge, options.json)
+            return 0
         return evaluate(options, tell_command(arguments, options.json))
     except (LoadError, DataError, MissingExtra, ValueError) as error:
         print(error, file=sys.stderr)

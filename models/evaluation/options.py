@@ -12,7 +12,7 @@ from models.attacks.threats import THREATS
 from models.classifier import DEFAULT_TEMPLATE
 from models.defenses.catalog import DEFENSES, READOUTS
 from models.evaluation.journal import CLEAN
-from models.evaluation.trial import Protocol
+from models.evaluation.trial import Protocol, Shard
 from models.tapt import ADAPTS
 from models.views import AREA
 
@@ -71,6 +71,27 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
     )
 
 
+def read_shard(text: str) -> Shard:
+    """`2/8` is the third of eight shards."""
+    index, slash, of = text.partition("/")
+    if not (slash and index.isdecimal() and of.isdecimal() and int(index) < int(of)):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 0 to N-1")
+    return Shard(int(index), int(of))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; exits with a sentence where they do not go together."""
+    flags = parser()
+    options = flags.parse_args(arguments)
+    if options.merge:
+        usual = vars(flags.parse_args(["--merge", ".", "--json", "."]))
+        own = {"merge", "json", "model"}  # TAPT_MODEL may have given the model
+        for name, value in vars(options).items():
+            if name not in own and value != usual[name]:
+                flags.error(f"--merge takes only --json, not --{name.replace('_', '-')}")
+    return options
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = argparse.ArgumentParser(
@@ -80,9 +101,24 @@ def parser() -> argparse.ArgumentParser:
     )
     lists: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,..."}
     add = flags.add_argument
-    add("--data", required=True, help="folder or parquet file of labeled images, or a datasets id")
+    source = flags.add_mutually_exclusive_group(required=True).add_argument
+    source("--data", help="folder or parquet file of labeled images, or a datasets id")
+    source(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="make one evaluation of shards: their JSON files or directories; takes only --json",
+    )
     add("--json", type=Path, required=True, metavar="OUT", help="JSON file to write")
     add("--limit", type=int, help="size of a random sample of the images; all if absent")
+    add(
+        "--shard",
+        type=read_shard,
+        default="0/1",
+        metavar="I/N",
+        help="attack only every Nth image from the one at place I on, from 0 to N-1; see --merge",
+    )
     add("--labels", default="", help="comma-separated class names instead of the data's own")
     add("--defenses", default="plain,ensemble,tapt", help=",".join(DEFENSES), **lists)
     add("--threats", default="clean,transfer", help=",".join([CLEAN, *THREATS]), **lists)

@@ -46,10 +46,12 @@ VIEWS_AT_ONCE = 128  # of the images that are attacked adaptively together
 
 @dataclass(frozen=True)
 class Subject:
-    """An image to attack: view 0 of the original, uint8 [S, S, 3], and its class."""
+    """An image to attack: view 0 of the original, uint8 [S, S, 3], its class, and its place in the
+    sample."""
 
     image: NDArray[np.uint8]
     label: int
+    place: int = 0
 
     @cached_property
     def name(self) -> str:
@@ -107,22 +109,42 @@ class Protocol:
         return [Cell(name, threat, eps) for threat, eps in pairs for name in self.defenses]
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Every `of`-th image of a sample, from the one at place `index` on."""
+
+    index: int = 0
+    of: int = 1
+
+    def __contains__(self, place: object) -> bool:
+        return isinstance(place, int) and place % self.of == self.index
+
+
+WHOLE = Shard()
+
+
 def gather(
-    classifier: DefendedClassifier, data: Dataset, limit: int | None, seed: int
+    classifier: DefendedClassifier,
+    data: Dataset,
+    limit: int | None,
+    seed: int,
+    shard: Shard = WHOLE,
 ) -> list[Subject]:
-    """A random sample of labeled images, drawn by `seed`, as the model sees them.
+    """A shard of a random sample of labeled images, drawn by `seed`, as the model sees them.
 
     Raises:
         DataError: there are no images, or one has no label.
     """
     preprocessing, cpu = classifier.checkpoint.preprocessing, torch.device("cpu")
     subjects = []
-    for example in data.examples(limit, seed):
+    for place, example in enumerate(data.examples(limit, seed)):
+        if place not in shard:
+            continue
         if example.label < 0:
             raise DataError("a picture without a label cannot be counted as right or wrong")
         view = make_views(example.pixels, 1, 0, preprocessing, cpu)[0]
         pixels = (view * LEVELS).round().byte().permute(1, 2, 0).contiguous().numpy()
-        subjects.append(Subject(pixels, example.label))
+        subjects.append(Subject(pixels, example.label, place))
     if not subjects:
         raise DataError("there are no pictures to evaluate on")
     return subjects
@@ -168,7 +190,7 @@ class Trial:
                     for attack in protocol.attacks_of(threat):
                         few = chunk
                         if attack in BY_QUERIES and protocol.queried is not None:
-                            few = chunk[: max(0, protocol.queried - start)]
+                            few = [s for s in chunk if s.place < protocol.queried]
                             self._advance((len(chunk) - len(few)) * len(protocol.defenses))
                         if threat in SHARED:
                             self._attack_all(few, threat, epsilon, attack)
@@ -318,13 +340,15 @@ def answers(
     return [found[row] for row in range(len(queries))]
 
 
-def suspect(protocol: Protocol, subjects: Sequence[Subject], journal: Journal) -> Iterator[str]:
+def suspect(
+    attacks: Sequence[str], cells: Sequence[Cell], pictures: Sequence[str], journal: Journal
+) -> Iterator[str]:
     """Warnings on rows where Square broke many images that gradient attacks did not."""
-    if protocol.attacks[-1:] != ["square"] or len(protocol.attacks) == 1:
+    if attacks[-1:] != ["square"] or len(attacks) == 1:
         return
-    for cell in protocol.cells:
+    for cell in cells:
         if cell.threat == "adaptive" or (cell.defense, cell.threat) in ATTACKED_THEMSELVES:
-            tried = [journal.seen(subject.name, cell) for subject in subjects]
+            tried = [journal.seen(picture, cell) for picture in pictures]
             last = [outcomes["square"].right for outcomes in tried if "square" in outcomes]
             if (broken := last.count(0)) > max(1, 0.05 * len(last)):
                 yield (

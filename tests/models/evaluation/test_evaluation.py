@@ -375,8 +375,8 @@ def test_a_row_that_only_square_breaks_is_pointed_out(tmp_path: Path) -> None:
         for attack, right in ((CLEAN, True), ("pgd", True), ("square", number > 3)):
             where = Cell("tapt", CLEAN, 0) if attack == CLEAN else cell
             journal.add([Outcome(subject.name, where, attack, right, 0.0, 1.0, 1.0)])
-    protocol = trial.Protocol(["tapt"], ["adaptive"], ["pgd", "square"], [2], trial.Budget(0))
-    (sentence,) = trial.suspect(protocol, subjects, journal)
+    pictures = [subject.name for subject in subjects]
+    (sentence,) = trial.suspect(["pgd", "square"], [cell], pictures, journal)
     assert "Square breaks 4 of the 10" in sentence
 
 
