@@ -77,12 +77,12 @@ def gather(
     learned, others, seen = Pictures(), Pictures(), Counter[int]()
     most = shots * len(data.names)
     task = bar.add_task("reading pictures", total=most + images)
-    for example in data.examples(images if most == 0 else None, seed):
+    for example in data.examples(images if most == 0 else None, seed, checkpoint.preprocessing):
         pile = learned if seen[example.label] < shots else others
         if pile is others and len(others) == images:
             continue
         seen[example.label] += 1
-        view = make_views(example.pixels, 1, 0, checkpoint.preprocessing, CPU)[0]
+        view = make_views(example.pixels, 1, 0, checkpoint.preprocessing, CPU, example.view)[0]
         pile.add((view * 255).round().byte(), example.label)
         bar.advance(task)
         if len(learned) == most and len(others) == images:

@@ -138,10 +138,11 @@ def read_validation(checkpoint: Checkpoint, path: Path, limit: int) -> Validatio
     data, device = open_dataset(path), checkpoint.clip.device
     if not data.names:
         raise DataError(f"{path} has no labels to validate with")
-    examples = list(data.examples(limit, seed=0))
+    prepared = checkpoint.preprocessing
+    examples = list(data.examples(limit, 0, prepared))
     if not examples:
         raise DataError(f"there are no pictures to validate with: the limit is {limit}")
-    views = [make_views(e.pixels, 1, 0, checkpoint.preprocessing, CPU)[0] for e in examples]
+    views = [make_views(e.pixels, 1, 0, prepared, CPU, e.view)[0] for e in examples]
     labels = torch.tensor([example.label for example in examples], device=device)
     return Validation(torch.stack(views).to(device), labels, encode_names(checkpoint, data.names))
 

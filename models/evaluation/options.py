@@ -13,8 +13,8 @@ from models.classifier import DEFAULT_TEMPLATE
 from models.defenses.catalog import DEFENSES, READOUTS
 from models.evaluation.journal import CLEAN
 from models.evaluation.trial import Protocol
+from models.images.preprocess import AREA
 from models.tapt import ADAPTS
-from models.views import AREA
 
 
 def read_area(given: Sequence[str]) -> tuple[float, float]:

@@ -117,10 +117,10 @@ def gather(
     """
     preprocessing, cpu = classifier.checkpoint.preprocessing, torch.device("cpu")
     subjects = []
-    for example in data.examples(limit, seed):
+    for example in data.examples(limit, seed, preprocessing):
         if example.label < 0:
             raise DataError("a picture without a label cannot be counted as right or wrong")
-        view = make_views(example.pixels, 1, 0, preprocessing, cpu)[0]
+        view = make_views(example.pixels, 1, 0, preprocessing, cpu, example.view)[0]
         pixels = (view * LEVELS).round().byte().permute(1, 2, 0).contiguous().numpy()
         subjects.append(Subject(pixels, example.label))
     if not subjects:
