@@ -81,6 +81,12 @@ def seeds(kind: str) -> list[bytes]:
             (palette, {"compression": "packbits"}),
         ],
         "AVIF": [(plain, {"exif": exif}), (photo.convert("RGBA"), {}), (plain, frames)],
+        "HEIF": [
+            (plain, {"exif": exif}),
+            (photo.convert("RGBA"), {}),
+            (plain, frames),
+            (plain, {"tile_size": 64}),
+        ],
     }
     return [_encode(image, kind, options) for image, options in variants[kind]]
 

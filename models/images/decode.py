@@ -54,6 +54,17 @@ MAX_ASPECT = 50
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 if features.check("avif"):
     FORMATS.append("AVIF")
+try:
+    import pillow_heif
+except ImportError:  # the extra `heic` is not installed
+    HEIC = False
+else:
+    HEIC = True
+    # Without thumbnails: one of them may show something else, and `draft` would decode it instead.
+    pillow_heif.register_heif_opener(
+        thumbnails=False, depth_images=False, aux_images=False, decode_threads=1
+    )
+    FORMATS.append("HEIF")
 
 SUFFIXES = frozenset(
     suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS
@@ -61,6 +72,9 @@ SUFFIXES = frozenset(
 """Of the names of image files."""
 
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1"}
+"""ISO/IEC 23008-12; the last one is of any HEIF."""
 
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF
 
@@ -142,6 +156,11 @@ def decode(
         if _claims_a_format(data):
             raise DamagedImage("The image is damaged or truncated.") from None
         accepted = ", ".join(FORMATS)
+        if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
+            raise UnsupportedImage(
+                "The image is a HEIC file, which this server reads only with its extra "
+                f"`tapt-serve[heic]`; send one of: {accepted}."
+            ) from None
         raise UnsupportedImage(f"The image is not one of: {accepted}.") from None
     # Pillow's decoders fail with whatever they trip over: OSError, SyntaxError, ValueError,
     # struct.error, EOFError, OverflowError, zlib.error, IndexError, TypeError and more.
@@ -173,7 +192,10 @@ def _read(
         + _PROGRESSIVE_BYTES_PER_PIXEL * width * height * ("progressive" in image.info),
         memory,
     )
+    declared = image.size
     _load(image)
+    if image.size != declared:  # only HEIC's decoder changes its mind
+        raise DamagedImage("The image has another size than its header says.")
     upright = _UPRIGHT.get(_orientation(image))
     rgb = _to_rgb(image)
     image.close()  # frees its pixels
@@ -274,4 +296,5 @@ def _claims_a_format(data: bytes) -> bool:
         )
         or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
         or (data[4:8] == b"ftyp" and b"avi" in data[8:32] and "AVIF" in FORMATS)
+        or (data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS and HEIC)
     )

@@ -23,7 +23,7 @@ from io import BytesIO
 
 from PIL import ExifTags, Image
 
-from models.images.decode import FORMATS, DecodedImage
+from models.images.decode import FORMATS, HEIC, DecodedImage
 from models.images.preprocess import Preprocessing
 from service.errors import ServiceError
 from service.intake.decode import OutOfMemory, decode
@@ -180,7 +180,7 @@ def _warm_up() -> None:
 
 
 def _drop_rights() -> None:
-    """Give up what decoding does not need: files, sockets, threads, children.
+    """Give up what decoding does not need: files, sockets, and, without HEIC, threads and children.
 
     The priority stays: beside a busy worker a lower one would let the clock run out for honest
     images.
@@ -196,13 +196,17 @@ def _drop_rights() -> None:
             os.setgid(NOBODY)
             os.setuid(NOBODY)
             _follow_parent()  # the change of user undid it
-    for kind, most in (
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NPROC, 0),
-        (resource.RLIMIT_MEMLOCK, 0),
-        (resource.RLIMIT_NOFILE, DESCRIPTORS),
-    ):
+    limits = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_NPROC: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_NOFILE: DESCRIPTORS,
+    }
+    if HEIC:
+        # libde265 decodes in a thread of its own, and this limit counts threads and processes.
+        del limits[resource.RLIMIT_NPROC]
+    for kind, most in limits.items():
         resource.setrlimit(kind, (most, most))
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.bombs.build import encode
-from benchmarks.bombs.containers import avif_items, riff, tiff, webp
+from benchmarks.bombs.containers import avif_items, heif_items, riff, tiff, webp
 from benchmarks.bombs.streams import bmp, chunk, jpeg_frame, segment
 from benchmarks.fuzz import Misbehaved, fuzz, judge, mutate, seeds
 from models.errors import ImageError
@@ -166,6 +166,7 @@ BOMBS = {
     "WebP canvas": (webp(riff(b"VP8X", bytes(4) + b"\xff" * 6)), TooLarge),
     "WebP chunks": (webp(riff(b"XXXX", b"") * (MAX_PIECES + 1)), BadRequest),
     **{f"AVIF {name}": (file, BadRequest) for name, file in avif_items(MAX_ITEMS + 4097)},
+    **{f"HEIC {name}": (file, BadRequest) for name, file in heif_items(MAX_ITEMS + 4097)},
     "TIFF tags, overlapping": (OVERLAPPING, BadRequest),
     "TIFF tiles": (
         tiff(64, [(322, 4, 1, 10_000), (323, 4, 1, 10_000), *TILE], DEFLATED), TooLarge),
