@@ -110,6 +110,7 @@ def load(options: argparse.Namespace) -> DefendedClassifier:
         options.model,
         device=options.device,
         dtype=options.dtype,
+        tokenizer=options.tokenizer,
         bundle=options.bundle,
         template=options.template,
         selection_ratio=options.selection_ratio,

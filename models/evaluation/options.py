@@ -107,6 +107,11 @@ def parser() -> argparse.ArgumentParser:
     model(
         "--model", default="embedded", help="embedded, a directory, or a hub id [env: TAPT_MODEL]"
     )
+    model(
+        "--tokenizer",
+        default="",
+        help="directory or hub id; default: the model's own [env: TAPT_TOKENIZER]",
+    )
     model("--bundle", type=Path, help="default: the one beside the model, if any")
     model("--device", default="cpu", help="cpu, cuda or cuda:N")
     model(

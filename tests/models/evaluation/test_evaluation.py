@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,10 @@ from models.evaluation.check import Check
 from models.evaluation.detection import detect, write_detection
 from models.evaluation.hub import open_anywhere
 from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
+from models.evaluation.provenance import describe_settings
 from models.evaluation.scores import auroc, difference, threshold, wilson
 from models.evaluation.table import read_shares, tally, write_markdown
+from research.embedded.tokenizer import train_tokenizer
 from service.cli import main as cli
 from tests import tiny
 
@@ -532,3 +535,24 @@ def test_scores_of_attacked_pictures_are_compared_with_clean_ones(tmp_path: Path
     assert found.auroc == pytest.approx(1 - 0.5 * 0.1 * 0.1, abs=0.01)
     assert [share.value for share in found.found] == [0.92, 0.96]
     assert "| `ensemble` | transfer 2/255 | 1.00 |" in write_detection([found])
+
+
+def test_a_tokenizer_can_be_named(
+    directory: Path, folder: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = Path(shutil.copytree(directory, tmp_path / "bare"))
+    for file in bare.glob("*token*"):
+        file.unlink()
+    out, quick = tmp_path / "out.json", ("--defenses", "plain", "--threats", "clean")
+    assert run(bare, folder, bundle, out, *quick) == 1
+    assert "no tokenizer" in capsys.readouterr().err
+    assert run(bare, folder, bundle, out, *quick, "--tokenizer", str(directory)) == 0
+
+
+def test_runs_with_other_tokens_are_told_apart(classifier: DefendedClassifier) -> None:
+    other = train_tokenizer(["a dog and a cat"], 600, 32)
+    changed = DefendedClassifier(replace(classifier.checkpoint, tokenizer=other), classifier.bundle)
+    protocol = trial.Protocol(["plain"], [], [], [], trial.Budget(0), views=1)
+    one, two = (describe_settings(each, NAMES, protocol) for each in (classifier, changed))
+    assert one.pop("tokens_sha256") != two.pop("tokens_sha256")
+    assert one == two
