@@ -29,11 +29,13 @@ from benchmarks.harness.machine import machine
 from benchmarks.harness.report import make_parser, write_section
 from benchmarks.harness.server import Server
 from models.images.decode import FORMATS
+from models.images.preprocess import BICUBIC, Preprocessing
 from service.errors import ServiceError
 from service.intake.decode import decode
 from service.telemetry import logs
 
 MAX_PIXELS = 4_000_000
+PREPROCESSING = Preprocessing(224, 224, None, BICUBIC, (0.5,) * 3, (0.5,) * 3)
 MAX_SECONDS = 5.0  # of the processor, for one small file
 REFUSALS = {400, 413, 415, 422}
 COSTLY = 0.5  # seconds; a file that takes longer is sent several times at once, too
@@ -79,6 +81,12 @@ def seeds(kind: str) -> list[bytes]:
             (palette, {"compression": "packbits"}),
         ],
         "AVIF": [(plain, {"exif": exif}), (photo.convert("RGBA"), {}), (plain, frames)],
+        "HEIF": [
+            (plain, {"exif": exif}),
+            (photo.convert("RGBA"), {}),
+            (plain, frames),
+            (plain, {"tile_size": 64}),
+        ],
     }
     return [_encode(image, kind, options) for image, options in variants[kind]]
 
@@ -122,7 +130,7 @@ def judge(file: bytes) -> str:
     """What became of a file: `decoded` or the name of the error. Raises Misbehaved."""
     began = time.process_time()
     try:
-        pixels = decode(file, MAX_PIXELS)
+        pixels = decode(file, MAX_PIXELS, preprocessing=PREPROCESSING).pixels
     except ServiceError as error:
         outcome = type(error).__name__
         if error.status not in REFUSALS:

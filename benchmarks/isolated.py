@@ -69,7 +69,9 @@ def _measure_bare(
     from service.worker.runner import Runner
 
     runner = Runner(settings, index)
-    images = [decode(draw_file(number), settings.max_image_pixels) for number in range(max(sizes))]
+    images = [
+        decode(draw_file(number), settings.max_image_pixels).pixels for number in range(max(sizes))
+    ]
 
     def run(size: int) -> float:
         batch = [

@@ -29,11 +29,12 @@ from models.classifier import DefendedClassifier, ImageQuery
 from models.clip import PromptedCLIP
 from models.data import open_dataset
 from models.evaluation.provenance import describe_machine
+from models.images.preprocess import Preprocessing
 from models.preprocessing import OPENAI_MEAN, OPENAI_STD
 from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics
 from models.tapt import Objective
-from models.views import Preprocessing, make_views
+from models.views import make_views
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATCHES = {"vit-b-32": 32, "vit-b-16": 16}

@@ -14,8 +14,8 @@ from models.errors import LoadError
 from models.formats import FORMATS
 from models.formats.checkpoint_format import CheckpointFormat, read_config
 from models.hub import find_directory
+from models.images.preprocess import Preprocessing
 from models.tokenizer import load_tokenizer
-from models.views import Preprocessing
 
 EMBEDDED = Path(__file__).parent / "embedded"
 SMALL_FILES = ("*.json", "*.txt", "*.model", "bundle/bundle.safetensors")

@@ -45,6 +45,7 @@ class ImageQuery:
         readout: views that the answer is read from, where the defense leaves the choice.
         seed: draws the views, and the noise of a defense that adds some.
         steps: most optimization steps to take.
+        view: view 0, if `image` was scaled down before: see `DecodedImage`.
     """
 
     image: NDArray[np.uint8] | Tensor
@@ -53,6 +54,7 @@ class ImageQuery:
     readout: str = "all"
     seed: int = 0
     steps: int = 1
+    view: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +277,10 @@ class DefendedClassifier:
         count = 1 if batch.spec.views == "one" else views
         return DefenseInput(
             views=torch.stack(
-                [make_views(q.image, count, q.seed, preprocessing, device) for q in batch.queries]
+                [
+                    make_views(query.image, count, query.seed, preprocessing, device, query.view)
+                    for query in batch.queries
+                ]
             ),
             plain=batch.plain,
             prompted=batch.prompted,

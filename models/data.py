@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import ImageError, install_extra
-from models.images.decode import SUFFIXES, decode
+from models.images.decode import SUFFIXES, DecodedImage, decode
+from models.images.preprocess import Preprocessing
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -28,12 +29,13 @@ class DataError(Exception):
 class Example:
     """One image and its class.
 
-    `pixels` is uint8 RGB [height, width, 3], decoded as the service decodes it; `label` indexes the
-    dataset's `names`, or is -1 if there is no label.
+    `pixels` and `view` are those of a `DecodedImage`, as the service decodes it; `label` indexes
+    the dataset's `names`, or is -1 if there is no label.
     """
 
     pixels: Pixels
     label: int
+    view: Pixels | None = None
 
 
 class Dataset(Protocol):
@@ -47,11 +49,17 @@ class Dataset(Protocol):
 
     def __iter__(self) -> Iterator[Example]: ...
 
-    def examples(self, limit: int | None = None, seed: int | None = None) -> Iterator[Example]:
+    def examples(
+        self,
+        limit: int | None = None,
+        seed: int | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> Iterator[Example]:
         """Yield at most `limit` examples, in stored order or shuffled by `seed`.
 
-        The same seed gives the same examples; a limit with a seed is a random sample. Raises
-        DataError at the first image that cannot be decoded.
+        The same seed gives the same examples; a limit with a seed is a random sample.
+        `preprocessing` is that of the checkpoint that the images are for; without it there are no
+        views. Raises DataError at the first image that cannot be decoded.
         """
 
 
@@ -97,10 +105,16 @@ class FolderDataset:
     def __iter__(self) -> Iterator[Example]:
         return self.examples()
 
-    def examples(self, limit: int | None = None, seed: int | None = None) -> Iterator[Example]:
+    def examples(
+        self,
+        limit: int | None = None,
+        seed: int | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> Iterator[Example]:
         for index in order(len(self), limit, seed):
             file, label = self._files[index]
-            yield Example(decode_picture(read_file(file), str(file)), label)
+            image = decode_picture(read_file(file), str(file), preprocessing)
+            yield Example(image.pixels, label, image.view)
 
 
 class ParquetDataset:
@@ -130,11 +144,17 @@ class ParquetDataset:
     def __iter__(self) -> Iterator[Example]:
         return self.examples()
 
-    def examples(self, limit: int | None = None, seed: int | None = None) -> Iterator[Example]:
+    def examples(
+        self,
+        limit: int | None = None,
+        seed: int | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> Iterator[Example]:
         picked = order(len(self), limit, seed)
         rows = self._stream(len(picked)) if seed is None else self._pick(list(picked))
         for where, data, label in rows:
-            yield Example(decode_picture(data, where), label)
+            image = decode_picture(data, where, preprocessing)
+            yield Example(image.pixels, label, image.view)
 
     def _stream(self, count: int) -> Iterator[tuple[str, bytes, int]]:
         row = 0
@@ -225,9 +245,11 @@ def read_file(file: Path) -> bytes:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def decode_picture(data: bytes, where: str) -> Pixels:
+def decode_picture(
+    data: bytes, where: str, preprocessing: Preprocessing | None = None
+) -> DecodedImage:
     """As `models.images.decode.decode`. Raises DataError, which names the picture by `where`."""
     try:
-        return decode(data)
+        return decode(data, preprocessing=preprocessing)
     except ImageError as error:
         raise DataError(f"{where} is not a picture that can be decoded: {error}") from error

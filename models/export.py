@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
-from models.views import Preprocessing
+from models.images.preprocess import Preprocessing
 
 
 def write_checkpoint(

@@ -9,9 +9,9 @@ from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier
 from models.device import pick_device
 from models.errors import LoadError
+from models.images.preprocess import AREA
 from models.precision import choose_precision, compare_precisions
 from models.tapt import Adapts, Objective
-from models.views import AREA
 
 log = logging.getLogger(__name__)
 

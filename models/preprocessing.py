@@ -5,7 +5,6 @@ then expressed as a `Preprocessing`, which makes views on the device, and compar
 processor on two test images, so that an option nobody thought of is refused rather than ignored.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from models.errors import LoadError
 from models.file_schemas import ImageProcessorConfig, check, read_json
-from models.images.decode import MAX_SHORT_SIDE
-from models.views import BICUBIC, BOX, KNOWN_FILTERS, NEAREST, Preprocessing, make_views
-
-log = logging.getLogger(__name__)
+from models.images.preprocess import BICUBIC, Preprocessing
+from models.views import KNOWN_FILTERS, make_views
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -55,17 +52,10 @@ def read_preprocessing(directory: Path, name: str, side: int) -> Preprocessing:
         preprocessing = _express(settings, side)
         for image, theirs in zip(IMAGES, prepared, strict=True):
             _compare(image, theirs["pixel_values"][0], preprocessing)
+        return preprocessing
     except Exception as error:  # transformers fails with whatever a value makes it trip over
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
         raise LoadError(f"{name}: image preprocessing: {reason}") from error
-    if preprocessing.resample in (NEAREST, BOX) or not settings.do_resize:
-        log.warning(
-            "%s: scores of images over %d pixels on the shorter side differ from transformers', "
-            "because images are scaled down to that first",
-            name,
-            MAX_SHORT_SIDE,
-        )
-    return preprocessing
 
 
 def _load_processor(directory: Path) -> BaseImageProcessor:

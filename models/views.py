@@ -7,66 +7,27 @@ weights: no loop over views, and the same pixels as Pillow up to rounding.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.image_transforms import get_size_with_aspect_ratio
-from transformers.image_utils import get_image_size_for_max_height_width
 
 from models.device import upload
+from models.images.preprocess import (
+    AREA,
+    BICUBIC,
+    BILINEAR,
+    BOX,
+    HAMMING,
+    LANCZOS,
+    NEAREST,
+    Preprocessing,
+)
 
-AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # area and aspect ratio of the crops, as published
+RATIO = (3 / 4, 4 / 3)  # aspect ratio of the crops, as published
 ATTEMPTS = 10  # tries for a crop that fits before falling back to the center
-NEAREST, LANCZOS, BILINEAR, BICUBIC, BOX, HAMMING = range(6)  # Pillow's numbers of filters
-
-
-@dataclass(frozen=True, slots=True)
-class Preprocessing:
-    """A checkpoint's preprocessing of images, and the size of random crops.
-
-    Attributes:
-        crop: side of the center crop, padded with black where the image is smaller.
-        short_side: resize the shorter side to this; None for `size`.
-        size: resize to this (height, width); None for `within`.
-        resample: Pillow's filter number.
-        mean, std: normalize the channels.
-        area: smallest and largest share of the image that a random crop shows, in (0, 1].
-        long_side: most that the longer side may become with `short_side`; the shorter one becomes
-            shorter where it would exceed this.
-        within: resize to the largest (height, width) within these, keeping the aspect ratio; None
-            to keep the size.
-    """
-
-    crop: int
-    short_side: int | None
-    size: tuple[int, int] | None
-    resample: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    area: tuple[float, float] = AREA
-    long_side: int | None = None
-    within: tuple[int, int] | None = None
-
-    def without_resize(self) -> "Preprocessing":
-        """The same for images that keep their size."""
-        return replace(self, short_side=None, long_side=None, size=None, within=None)
-
-    def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of an image after the resize, at least 1."""
-        if self.short_side is not None and self.long_side is not None:
-            found = get_size_with_aspect_ratio((height, width), self.short_side, self.long_side)
-        elif self.short_side is not None:
-            short = min(height, width)
-            found = self.short_side * height // short, self.short_side * width // short
-        elif self.within is not None:
-            found = get_image_size_for_max_height_width((height, width), *self.within)
-        else:
-            found = self.size or (height, width)
-        return max(1, found[0]), max(1, found[1])
 
 
 def make_views(
@@ -75,6 +36,7 @@ def make_views(
     seed: int,
     preprocessing: Preprocessing,
     device: torch.device,
+    first: NDArray[np.uint8] | None = None,
 ) -> Tensor:
     """Views [views, 3, S, S] of one image, multiples of 1/255 in [0, 1].
 
@@ -82,13 +44,18 @@ def make_views(
         image: uint8 RGB [height, width, 3] of any size; or whole values [3, height, width] in
             [0, 255] as a tensor, to which the views pass a gradient: straight through rounding.
         seed: draws the crops on the host, so that device and batch do not change them.
+        first: view 0, uint8 RGB [S, S, 3], if `image` was scaled down before: see `DecodedImage`.
     """
     pixels = image
     if not isinstance(pixels, Tensor):
         pixels = upload(pixels, device).permute(2, 0, 1).float()
-    first = [weights.unsqueeze(0) for weights in _whole(pixels, preprocessing)]
+    if first is not None:
+        whole = upload(first, device).permute(2, 0, 1).unsqueeze(0) / 255
+    else:
+        weights = (each.unsqueeze(0) for each in _whole(pixels, preprocessing))
+        whole = _resample(pixels, *weights)
     if views == 1:
-        return _resample(pixels, *first)
+        return whole
     height, width = pixels.shape[1:]
     boxes, flips = draw_crops(views - 1, seed, height, width, preprocessing.area)
     top, left, high, wide = upload(boxes.astype(np.float32), device).T
@@ -98,7 +65,7 @@ def make_views(
     columns = _weights(left, wide, places, size, width, BILINEAR)
     flipped = upload(flips, device).view(-1, 1, 1)
     columns = torch.where(flipped, columns.flip(1), columns)
-    return torch.cat([_resample(pixels, *first), _resample(pixels, rows, columns)])
+    return torch.cat([whole, _resample(pixels, rows, columns)])
 
 
 def draw_crops(

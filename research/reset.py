@@ -27,9 +27,10 @@ from models.classifier import DefendedClassifier
 from models.data import open_dataset
 from models.evaluation import command
 from models.evaluation.options import parser as evaluation_flags
+from models.evaluation.sample import Subject, gather
 from models.evaluation.scores import difference, wilson
 from models.evaluation.table import percent, tabulate
-from models.evaluation.trial import Protocol, Subject, answers, gather
+from models.evaluation.trial import Protocol, answers
 from models.prompts import DefensePrompts
 
 PAGE = Path(__file__).parent.parent / "docs" / "robustness.md"

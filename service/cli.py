@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 USAGE_ERROR = 2  # exit status for a wrong flag, variable or argument
 
 ANSWER_SETTINGS = {
-    "model", "model_revision", "bundle", "design", "method", "steps", "views", "readout", "tier",
-    "selection_ratio", "learning_rate", "alignment_weight", "gamma", "adapts", "early_stop",
-    "hypothesis_template",
+    "model", "model_revision", "tokenizer", "quick_gelu", "bundle", "design", "method", "steps",
+    "views", "readout", "tier", "selection_ratio", "learning_rate", "alignment_weight", "gamma",
+    "adapts", "early_stop", "hypothesis_template",
 }  # fmt: skip
 """Knobs that change answers: lines of JSON made with others are not resumed."""
 
@@ -44,7 +44,7 @@ class UsageError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    command, rest = arguments[:1], _with_model(arguments[1:])
+    command, rest = arguments[:1], _with_variables(arguments[1:])
     if command == ["calibrate"]:
         from models.calibration.calibrate import main as calibrate
 
@@ -81,11 +81,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
 
 
-def _with_model(arguments: list[str]) -> list[str]:
-    """The arguments with the `--model` of `TAPT_MODEL`, unless they name one."""
-    model = os.environ.get(f"{PREFIX}MODEL")
-    named = any(argument.partition("=")[0] == "--model" for argument in arguments)
-    return ["--model", model, *arguments] if model and not named else arguments
+def _with_variables(arguments: list[str]) -> list[str]:
+    """The arguments with `--model` and `--tokenizer` from the environment where they name none.
+
+    A tokenizer goes with its model: with a `--model`, its variable is ignored.
+    """
+    named = {argument.partition("=")[0] for argument in arguments}
+    if "--model" in named:
+        return arguments
+    found = []
+    for name in ("model", "tokenizer"):
+        value = os.environ.get(PREFIX + name.upper())
+        if value and flag(name) not in named:
+            found += [flag(name), value]
+    return [*found, *arguments]
 
 
 def _serve(options: argparse.Namespace, settings: Settings) -> int:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from models.images.preprocess import Preprocessing
+
 Truncation = Literal["deadline", "cancelled"]
 
 
@@ -31,7 +33,8 @@ class DemoAttack:
 class Task:
     """One image to classify, with all options resolved.
 
-    `image` is uint8 RGB [height, width, 3]. `template` holds exactly one `{}`; of several, the mean
+    `image` is uint8 RGB [height, width, 3], and `view` view 0 if it was scaled down: both are those
+    of a `DecodedImage`. `template` holds exactly one `{}`; of several, the mean
     of a label's features counts; None is the model's default. `seed` draws the views. The answer
     must be sent by the instant `deadline`. `return_views` adds the views to the answer. With an
     `attack` the image is attacked first, and the answer is for the result.
@@ -50,6 +53,7 @@ class Task:
     return_views: bool = False
     tier: str = "standard"
     attack: DemoAttack | None = None
+    view: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,7 @@ class Ready:
     """The model is loaded and warmed up. `info` is its part of `/info` (JSON types only).
 
     `typical_seconds` is how long the warm-up took for one request with the server's defaults.
+    `preprocessing` is the checkpoint's, for the decoders.
     """
 
     info: dict[str, Any]
@@ -136,6 +141,7 @@ class Ready:
     image_tokens: int
     context_length: int
     typical_seconds: float = 0.1
+    preprocessing: Preprocessing | None = None
 
 
 @dataclass(frozen=True, slots=True)

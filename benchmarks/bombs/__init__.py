@@ -17,6 +17,7 @@ _BOMBS: dict[str, Callable[[], Bombs]] = {
     "TIFF": containers.tiff_bombs,
     "WEBP": containers.webp_bombs,
     "AVIF": containers.avif_bombs,
+    "HEIF": containers.heif_bombs,
 }
 
 

@@ -1,4 +1,4 @@
-"""Expensive TIFF, WebP and AVIF files."""
+"""Expensive TIFF, WebP, AVIF and HEIC files."""
 
 import struct
 import zlib
@@ -171,6 +171,33 @@ def avif_bombs() -> Bombs:
     yield "largest, transparent", encode(Image.new("RGBA", (SIDE, SIDE)), "AVIF", speed=10)
     for side in (SIDE, 12_000):
         frame = bytearray(encode(Image.new("L", (side, side)), "AVIF", speed=10))
+        at = frame.index(b"ispe") + 8
+        frame[at : at + 8] = struct.pack(">II", 64, 64)
+        yield f"frame of {side} larger than its header", bytes(frame)
+
+
+# HEIC: the same boxes with HEVC inside.
+
+
+def heif_items(count: int) -> Bombs:
+    for name, file in avif_items(count):
+        yield name, file.replace(b"ftypavif", b"ftypheic").replace(b"av01", b"hvc1")
+
+
+def heif_bombs() -> Bombs:
+    for count in (4096, 100_000):
+        for name, file in heif_items(count):
+            yield f"{count} {name}", file
+    blank = Image.new("RGB", (SIDE, SIDE))
+    for name, options in {
+        "4:2:0": {},
+        "4:4:4": {"chroma": 444},
+        "tiles": {"tile_size": 512},
+    }.items():
+        yield f"largest, {name}", encode(blank, "HEIF", **options)
+    yield "largest, transparent", encode(Image.new("RGBA", (SIDE, SIDE)), "HEIF")
+    for side in (SIDE, 11_900):  # x265 encodes no more
+        frame = bytearray(encode(Image.new("L", (side, side)), "HEIF"))
         at = frame.index(b"ispe") + 8
         frame[at : at + 8] = struct.pack(">II", 64, 64)
         yield f"frame of {side} larger than its header", bytes(frame)

@@ -39,7 +39,7 @@ def run_demo_attack(
     """
     checkpoint, labels, template = classifier.checkpoint, query.labels, query.template
     device, seed = checkpoint.clip.device, query.seed + 1
-    whole = make_views(query.image, 1, 0, checkpoint.preprocessing, device)
+    whole = make_views(query.image, 1, 0, checkpoint.preprocessing, device, query.view)
     yield _levels(whole)[0]
     shown = classifier.without_resize()
     model: Model = transfer(shown, labels, template)
@@ -61,12 +61,10 @@ def run_demo_attack(
         yield _levels(quantize(pixels, whole, reach))[0]
 
 
-def redraw(
-    classifier: DefendedClassifier, image: NDArray[np.uint8], views: int, seed: int
-) -> NDArray[np.uint8]:
-    """The views of an image that a seed draws, uint8 [views, S, S, 3]."""
-    checkpoint = classifier.checkpoint
-    return _levels(make_views(image, views, seed, checkpoint.preprocessing, checkpoint.clip.device))
+def redraw(classifier: DefendedClassifier, query: ImageQuery, views: int) -> NDArray[np.uint8]:
+    """The views of a query, uint8 [views, S, S, 3]."""
+    preprocessing, device = classifier.checkpoint.preprocessing, classifier.checkpoint.clip.device
+    return _levels(make_views(query.image, views, query.seed, preprocessing, device, query.view))
 
 
 def _levels(pixels: Tensor) -> NDArray[np.uint8]:

@@ -77,12 +77,12 @@ def gather(
     learned, others, seen = Pictures(), Pictures(), Counter[int]()
     most = shots * len(data.names)
     task = bar.add_task("reading pictures", total=most + images)
-    for example in data.examples(images if most == 0 else None, seed):
+    for example in data.examples(images if most == 0 else None, seed, checkpoint.preprocessing):
         pile = learned if seen[example.label] < shots else others
         if pile is others and len(others) == images:
             continue
         seen[example.label] += 1
-        view = make_views(example.pixels, 1, 0, checkpoint.preprocessing, CPU)[0]
+        view = make_views(example.pixels, 1, 0, checkpoint.preprocessing, CPU, example.view)[0]
         pile.add((view * 255).round().byte(), example.label)
         bar.advance(task)
         if len(learned) == most and len(others) == images:
@@ -112,7 +112,7 @@ def learn(
     `texts` are the names in their template behind the prompts' slots, `words` as in `begin`.
     """
     settings = {**asdict(tuning), "names": names, "checkpoint": checkpoint.sha256}
-    settings["pictures"] = len(pixels)
+    settings |= {"pictures": len(pixels), "tokens": texts.ids.tolist()}
     clip = checkpoint.clip
     progress = _resume(partial, settings, checkpoint) or begin(clip, tuning, words)
     task = bar.add_task("learning prompts", total=tuning.steps, completed=progress.step)
@@ -201,7 +201,8 @@ def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
     Raises:
         LoadError, DataError: checkpoint, bundle or pictures cannot be used.
     """
-    checkpoint = load_checkpoint(options.model, pick_device(options.device))
+    device = pick_device(options.device)
+    checkpoint = load_checkpoint(options.model, device, tokenizer=options.tokenizer)
     deepest = max(checkpoint.clip.vision_layers, checkpoint.clip.text_layers)
     if options.depth > deepest and options.depth != Tuning().depth:
         raise ValueError(f"--depth {options.depth}: {checkpoint.name} has {deepest} layers")

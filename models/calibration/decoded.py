@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.data import DataError, Dataset
-from models.views import Preprocessing, make_views
+from models.images.preprocess import Preprocessing
+from models.views import make_views
 
 CPU = torch.device("cpu")
 
@@ -52,8 +53,8 @@ def decode_once(
             images, mode="w+", dtype=np.uint8, shape=(len(data), 3, side, side)
         )
         found = np.empty(len(data), np.int64)
-        for row, example in enumerate(data):
-            view = make_views(example.pixels, 1, 0, preprocessing, CPU)[0]
+        for row, example in enumerate(data.examples(preprocessing=preprocessing)):
+            view = make_views(example.pixels, 1, 0, preprocessing, CPU, example.view)[0]
             written[row], found[row] = (view * 255).round().byte().numpy(), example.label
             report(row + 1)
         written.flush()

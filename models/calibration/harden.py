@@ -51,7 +51,7 @@ def harden(options: argparse.Namespace, settings: Hardening, bar: Bar) -> bool:
     device = pick_device(options.device)
     if device.type == "cuda" and dist.is_initialized():
         device = torch.device("cuda", dist.get_node_local_rank())
-    checkpoint = load_checkpoint(options.model, device)
+    checkpoint = load_checkpoint(options.model, device, tokenizer=options.tokenizer)
     data = open_dataset(*options.data)
     partial = options.out.with_name(options.out.name + ".partial")
     source = ", ".join(path.name for path in options.data)
@@ -85,6 +85,8 @@ def harden(options: argparse.Namespace, settings: Hardening, bar: Bar) -> bool:
         "batch": settings.batch,
         "seed": settings.seed,
     }
+    if options.tokenizer:
+        identity["tokenizer"] = options.tokenizer
     run = Run(trainer, partial, identity)
     run.resume()
     validation = None
@@ -138,10 +140,11 @@ def read_validation(checkpoint: Checkpoint, path: Path, limit: int) -> Validatio
     data, device = open_dataset(path), checkpoint.clip.device
     if not data.names:
         raise DataError(f"{path} has no labels to validate with")
-    examples = list(data.examples(limit, seed=0))
+    prepared = checkpoint.preprocessing
+    examples = list(data.examples(limit, 0, prepared))
     if not examples:
         raise DataError(f"there are no pictures to validate with: the limit is {limit}")
-    views = [make_views(e.pixels, 1, 0, checkpoint.preprocessing, CPU)[0] for e in examples]
+    views = [make_views(e.pixels, 1, 0, prepared, CPU, e.view)[0] for e in examples]
     labels = torch.tensor([example.label for example in examples], device=device)
     return Validation(torch.stack(views).to(device), labels, encode_names(checkpoint, data.names))
 
@@ -152,7 +155,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tune a checkpoint's image tower against attacks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", default="embedded", help="embedded, a directory, or a hub id")
+    parser.add_argument(
+        "--model", default="embedded", help="embedded, a directory, or a hub id [env: TAPT_MODEL]"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="",
+        help="directory or hub id, which the new checkpoint gets too; default: the model's own "
+        "[env: TAPT_TOKENIZER]",
+    )
     parser.add_argument(
         "--data",
         type=Path,

@@ -78,6 +78,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help="folder or parquet file of labeled images")
     add("--out", type=Path, required=True, help="directory of the new bundle")
     add("--model", default="embedded", help="embedded, a directory, or a hub id [env: TAPT_MODEL]")
+    add(
+        "--tokenizer",
+        default="",
+        help="directory or hub id; default: the model's own [env: TAPT_TOKENIZER]",
+    )
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--shots", type=whole(1), default=16, help="images of each class to learn from")
     add("--images", type=whole(1), default=1000, help="images for statistics and thresholds")

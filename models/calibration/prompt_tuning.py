@@ -18,10 +18,11 @@ from models import adamw
 from models.attacks.pgd import ascend
 from models.blocks import run_block
 from models.clip import PromptedCLIP
+from models.images.preprocess import Preprocessing
 from models.labels import LabelBatch
 from models.prompts import DefensePrompts
 from models.tapt import prompt_gradients
-from models.views import Preprocessing, make_views, round_levels
+from models.views import make_views, round_levels
 
 SPREAD = 0.02  # standard deviation of fresh prompts, as CLIP's own embeddings have
 

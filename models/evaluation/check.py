@@ -10,7 +10,8 @@ from typing import Any
 
 from models.classifier import DefendedClassifier
 from models.evaluation.journal import DOUBLED, LARGE, Cell, Journal
-from models.evaluation.trial import Protocol, Subject, Trial
+from models.evaluation.sample import Subject
+from models.evaluation.trial import Protocol, Trial
 
 MORE = 0.02  # share of the images that twice the steps may break beyond the evaluation
 LARGE_EPSILON = 128.0  # levels at which no image should stay right

@@ -36,7 +36,8 @@ from models.evaluation.merge import merge
 from models.evaluation.options import parse, read_area, read_protocol
 from models.evaluation.provenance import describe_machine, describe_settings, tell_command
 from models.evaluation.report import report
-from models.evaluation.trial import Protocol, Subject, Trial, gather
+from models.evaluation.sample import Subject, gather
+from models.evaluation.trial import Protocol, Trial
 from models.loading import load_classifier
 
 CHECKED = Budget(0, steps=10, queries=60)  # of a preflight, per image
@@ -113,6 +114,7 @@ def load(options: argparse.Namespace) -> DefendedClassifier:
         options.model,
         device=options.device,
         dtype=options.dtype,
+        tokenizer=options.tokenizer,
         bundle=options.bundle,
         template=options.template,
         selection_ratio=options.selection_ratio,

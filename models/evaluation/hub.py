@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from models.data import DataError, Dataset, Example, decode_picture, open_dataset, order, read_file
+from models.images.preprocess import Preprocessing
 
 IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label")
 
@@ -59,10 +60,15 @@ class HubDataset:
     def __iter__(self) -> Iterator[Example]:
         return self.examples()
 
-    def examples(self, limit: int | None = None, seed: int | None = None) -> Iterator[Example]:
+    def examples(
+        self,
+        limit: int | None = None,
+        seed: int | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> Iterator[Example]:
         for index in order(len(self), limit, seed):
             row = self._split[int(index)]
             file = row[self._image]
             data = file["bytes"] or read_file(Path(file["path"]))
-            pixels = decode_picture(data, f"picture {index} of {self._name}")
-            yield Example(pixels, int(row[self._label]))
+            image = decode_picture(data, f"picture {index} of {self._name}", preprocessing)
+            yield Example(image.pixels, int(row[self._label]), image.view)

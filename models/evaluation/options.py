@@ -12,9 +12,10 @@ from models.attacks.threats import THREATS
 from models.classifier import DEFAULT_TEMPLATE
 from models.defenses.catalog import DEFENSES, READOUTS
 from models.evaluation.journal import CLEAN
-from models.evaluation.trial import Protocol, Shard
+from models.evaluation.sample import Shard
+from models.evaluation.trial import Protocol
+from models.images.preprocess import AREA
 from models.tapt import ADAPTS
-from models.views import AREA
 
 
 def read_area(given: Sequence[str]) -> tuple[float, float]:
@@ -142,6 +143,11 @@ def parser() -> argparse.ArgumentParser:
     model = flags.add_argument_group("model and defense").add_argument
     model(
         "--model", default="embedded", help="embedded, a directory, or a hub id [env: TAPT_MODEL]"
+    )
+    model(
+        "--tokenizer",
+        default="",
+        help="directory or hub id; default: the model's own [env: TAPT_TOKENIZER]",
     )
     model("--bundle", type=Path, help="default: the one beside the model, if any")
     model("--device", default="cpu", help="cpu, cuda or cuda:N")

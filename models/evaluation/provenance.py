@@ -1,6 +1,7 @@
 """What is recorded beside every figure: settings, machine and command."""
 
 import hashlib
+import json
 import os
 import platform
 import shlex
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from models.bundle import DefenseBundle
+from models.checkpoint import Checkpoint
 from models.classifier import DefendedClassifier
 from models.evaluation.machine import cpu_name
 from models.evaluation.trial import Protocol
@@ -33,6 +35,7 @@ def describe_settings(
         "bundle": classifier.bundle and _describe_bundle(classifier.bundle),
         "dtype": str(checkpoint.clip.dtype),
         "labels": list(names),
+        "tokens_sha256": _hash_tokens(checkpoint, names),
         "template": classifier.template,
         "defense": {
             "views": protocol.views,
@@ -80,6 +83,12 @@ def _describe_bundle(bundle: DefenseBundle) -> dict[str, Any]:
     for name, value in sorted(bundle.statistics.tensors().items() if bundle.statistics else []):
         digest.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
     return {**bundle.describe(), "statistics_sha256": digest.hexdigest()}
+
+
+def _hash_tokens(checkpoint: Checkpoint, names: Sequence[str]) -> str:
+    """Tell runs with different tokenizers apart."""
+    ids = checkpoint.tokenizer(list(names))["input_ids"]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
 def _hash_code() -> str:

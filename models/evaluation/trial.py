@@ -10,7 +10,6 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from statistics import mean
 
 import numpy as np
@@ -25,10 +24,9 @@ from models.attacks.stealthy import stealthy
 from models.attacks.strong import STRONG, ways_of
 from models.attacks.threats import STEALTHY, static, transfer
 from models.classifier import DefendedClassifier, ImageQuery
-from models.data import DataError, Dataset
 from models.defenses.catalog import DEFENSES
 from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
-from models.views import make_views
+from models.evaluation.sample import Subject
 
 # Shared attacks that already attack exactly this defense.
 ATTACKED_THEMSELVES = {("plain", "transfer"), ("apt", "static")}
@@ -42,21 +40,6 @@ SHARED: Mapping[str, Callable[[DefendedClassifier, tuple[str, ...]], Model]] = {
 BY_QUERIES = {"square", "rays"}  # without gradients: all ways through an adaptation are the same
 
 VIEWS_AT_ONCE = 128  # of the images that are attacked adaptively together
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An image to attack: view 0 of the original, uint8 [S, S, 3], its class, and its place in the
-    sample."""
-
-    image: NDArray[np.uint8]
-    label: int
-    place: int = 0
-
-    @cached_property
-    def name(self) -> str:
-        """Identifies the image, whatever dataset it comes from."""
-        return hashlib.sha256(self.image.tobytes() + str(self.label).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,47 +90,6 @@ class Protocol:
         hurt = [threat for threat in self.threats if threat != CLEAN]
         pairs = [(CLEAN, 0.0), *((threat, eps) for threat in hurt for eps in self.epsilons)]
         return [Cell(name, threat, eps) for threat, eps in pairs for name in self.defenses]
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Every `of`-th image of a sample, from the one at place `index` on."""
-
-    index: int = 0
-    of: int = 1
-
-    def __contains__(self, place: object) -> bool:
-        return isinstance(place, int) and place % self.of == self.index
-
-
-WHOLE = Shard()
-
-
-def gather(
-    classifier: DefendedClassifier,
-    data: Dataset,
-    limit: int | None,
-    seed: int,
-    shard: Shard = WHOLE,
-) -> list[Subject]:
-    """A shard of a random sample of labeled images, drawn by `seed`, as the model sees them.
-
-    Raises:
-        DataError: there are no images, or one has no label.
-    """
-    preprocessing, cpu = classifier.checkpoint.preprocessing, torch.device("cpu")
-    subjects = []
-    for place, example in enumerate(data.examples(limit, seed)):
-        if place not in shard:
-            continue
-        if example.label < 0:
-            raise DataError("a picture without a label cannot be counted as right or wrong")
-        view = make_views(example.pixels, 1, 0, preprocessing, cpu)[0]
-        pixels = (view * LEVELS).round().byte().permute(1, 2, 0).contiguous().numpy()
-        subjects.append(Subject(pixels, example.label, place))
-    if not subjects:
-        raise DataError("there are no pictures to evaluate on")
-    return subjects
 
 
 class Trial:

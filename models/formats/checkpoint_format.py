@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from models.errors import LoadError
 from models.file_schemas import Model, check, read_json
-from models.views import Preprocessing
+from models.images.preprocess import Preprocessing
 
 
 @dataclass(frozen=True, slots=True)

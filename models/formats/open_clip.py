@@ -23,8 +23,8 @@ from models.formats.checkpoint_format import (
     check_report,
     read_config,
 )
+from models.images.preprocess import BICUBIC, BILINEAR, Preprocessing
 from models.preprocessing import OPENAI_MEAN, OPENAI_STD
-from models.views import BICUBIC, BILINEAR, Preprocessing
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"

@@ -82,10 +82,12 @@ async def local(settings: Settings, options: ClassifyOptions) -> AsyncIterator[C
         permit = engine.reserve(len(file))
         try:
             began = time.monotonic()
-            image = await decoders.decode(file)
+            prepared = engine.model.preprocessing if engine.model else None
+            image = await decoders.decode(file, preprocessing=prepared)
             decode_seconds = time.monotonic() - began
+            seed = seeds.of(image)
             task = resolve_options(
-                uuid.uuid4().hex, image, options, settings, seed=seeds.of(image), since=began
+                uuid.uuid4().hex, image, options, settings, seed=seed, since=began
             )
             engine.claim(permit, task)
             answer = await engine.submit(permit, task)

@@ -46,10 +46,12 @@ class Comparison(Classification):
 def classify_here(path: Path, options: ClassifyOptions, settings: Settings) -> Comparison:
     """Classify an image in this process. Raises ServiceError, ModelError, OSError."""
     check_options(options, settings)
-    began = time.monotonic()
-    image = decode(path.read_bytes(), settings.max_image_pixels)
-    decode_seconds = time.monotonic() - began
+    file = path.read_bytes()
     runner = _load(settings)
+    began = time.monotonic()
+    prepared = runner.ready.preprocessing
+    image = decode(file, settings.max_image_pixels, preprocessing=prepared)
+    decode_seconds = time.monotonic() - began
     settled: list[Answer | Failure | ProgressEvent] = []
     with progress.status("Adapting"):
         began = time.monotonic()

@@ -22,7 +22,7 @@ from service.engine.retry_after import RetryAfter
 from service.engine.scheduler import Item, Scheduler
 from service.engine.worker_pool import WorkerPool
 from service.errors import DeadlineExceeded, NotReady, QueueFull, ServiceError, make_error
-from service.messages import Answer, Failure, ProgressEvent, Task
+from service.messages import Answer, Failure, ProgressEvent, Ready, Task
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.traces import trace_answer
@@ -81,9 +81,9 @@ class Engine:
         return self._pool.ready > 0 and not self._draining
 
     @property
-    def started(self) -> bool:
-        """Whether a worker has been ready."""
-        return self._pool.model is not None
+    def model(self) -> Ready | None:
+        """The model's facts, once a worker has been ready."""
+        return self._pool.model
 
     @property
     def alive(self) -> bool:

@@ -4,11 +4,10 @@ import base64
 import binascii
 import contextlib
 
-import numpy as np
-from numpy.typing import NDArray
-
 from models import errors
+from models.images.decode import DecodedImage
 from models.images.decode import decode as decode_image
+from models.images.preprocess import Preprocessing
 from service.errors import (
     BadRequest,
     ImageTooCostly,
@@ -35,14 +34,19 @@ ERRORS: dict[type[errors.ImageError], type[ServiceError]] = {
 }
 
 
-def decode(data: bytes, max_pixels: int, memory: int | None = None) -> NDArray[np.uint8]:
+def decode(
+    data: bytes,
+    max_pixels: int,
+    memory: int | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> DecodedImage:
     """As `models.images.decode.decode`.
 
     Raises BadRequest, UnsupportedImage, TooLarge, Unprocessable, ImageTooCostly or OutOfMemory, in
     the order of the errors there.
     """
     try:
-        return decode_image(data, max_pixels, memory)
+        return decode_image(data, max_pixels, memory, preprocessing)
     except errors.ImageError as error:
         raise ERRORS[type(error)](str(error)) from error.__cause__
 

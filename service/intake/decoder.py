@@ -3,12 +3,14 @@
 `python -m service.intake.decoder` serves the socket that is its standard input until the other end
 closes. It imports neither torch nor a web framework. `decoders.py` is the other end.
 
-A request is a `REQUEST` and the file. A reply is a `REPLY` and its body: the pixels, or an error's
-type and message. The first reply comes unasked.
+A request is a `REQUEST`, a `Preprocessing` as JSON (or nothing), and the file. A reply is a `REPLY`
+and its body: the pixels and the view of a `DecodedImage`, or an error's type and message. The first
+reply comes unasked.
 """
 
 import contextlib
 import ctypes
+import json
 import os
 import resource
 import signal
@@ -19,21 +21,21 @@ from collections.abc import Iterator
 from enum import IntEnum
 from io import BytesIO
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from models.images.decode import FORMATS
+from models.images.decode import FORMATS, HEIC, DecodedImage
+from models.images.preprocess import Preprocessing
 from service.errors import ServiceError
 from service.intake.decode import OutOfMemory, decode
 from service.intake.malloc import keep_freed_memory
 
-REQUEST = struct.Struct(">QQQd?")
-"""Bytes of the file; limits in pixels, bytes of memory and seconds of processor time; and whether
-to refuse at once an image that is expected to need more memory."""
+REQUEST = struct.Struct(">QQQQd?")
+"""Bytes of the JSON and of the file; limits in pixels, bytes of memory and seconds of processor
+time; and whether to refuse at once an image that is expected to need more memory."""
 
-REPLY = struct.Struct(">B?QII")
-"""A `Status`, whether the process ends after this reply, bytes of the body, height and width."""
+REPLY = struct.Struct(">B?QIII")
+"""A `Status`, whether the process ends after this reply, bytes of the body, height and width of the
+pixels, and the side of the view, 0 without one."""
 
 
 class Status(IntEnum):
@@ -70,7 +72,7 @@ def main() -> None:
         space = _AddressSpace()
         _drop_rights()
         with contextlib.suppress(OSError):  # the API process is gone
-            connection.sendall(REPLY.pack(Status.WARM, False, 0, 0, 0))
+            connection.sendall(REPLY.pack(Status.WARM, False, 0, 0, 0, 0))
             _serve(connection, space)
 
 
@@ -78,14 +80,15 @@ def _serve(connection: socket.socket, space: "_AddressSpace") -> None:
     base = space.used()
     leaving = False
     while not leaving and (head := _receive(connection, REQUEST.size)):
-        size, max_pixels, memory, seconds, cautious = REQUEST.unpack(head)
-        file = _receive(connection, size)
-        if file is None:
+        described, size, max_pixels, memory, seconds, cautious = REQUEST.unpack(head)
+        preprocessing, file = _receive(connection, described), _receive(connection, size)
+        if preprocessing is None or file is None:
             return
-        reply: NDArray[np.uint8] | ServiceError
+        prepared = Preprocessing(**json.loads(preprocessing)) if preprocessing else None
+        reply: DecodedImage | ServiceError
         try:
             with _limited(space, memory, seconds):
-                reply = decode(file, max_pixels, memory if cautious else None)
+                reply = decode(file, max_pixels, memory if cautious else None, prepared)
         except ServiceError as error:
             reply = error
             # Nobody knows what a failed allocation left behind in native code.
@@ -94,19 +97,22 @@ def _serve(connection: socket.socket, space: "_AddressSpace") -> None:
         _send(connection, reply, leaving)
 
 
-def _send(
-    connection: socket.socket, reply: NDArray[np.uint8] | ServiceError, leaving: bool
-) -> None:
+def _send(connection: socket.socket, reply: DecodedImage | ServiceError, leaving: bool) -> None:
+    body: list[bytes | memoryview]
+    height = width = side = 0
     if isinstance(reply, ServiceError):
         status = Status.OUT_OF_MEMORY if isinstance(reply, OutOfMemory) else Status.ERROR
-        body: bytes | memoryview = f"{reply.error_type} {reply.message}".encode()
-        height = width = 0
+        body = [f"{reply.error_type} {reply.message}".encode()]
     else:
         status = Status.PIXELS
-        height, width, _ = reply.shape
-        body = reply.data.cast("B")
-    connection.sendall(REPLY.pack(status, leaving, len(body), height, width))
-    connection.sendall(body)
+        height, width, _ = reply.pixels.shape
+        body = [reply.pixels.data.cast("B")]
+        if reply.view is not None:
+            side = len(reply.view)
+            body.append(reply.view.data.cast("B"))
+    connection.sendall(REPLY.pack(status, leaving, sum(map(len, body)), height, width, side))
+    for part in body:
+        connection.sendall(part)
 
 
 def _receive(connection: socket.socket, size: int) -> bytes | None:
@@ -175,7 +181,7 @@ def _warm_up() -> None:
 
 
 def _drop_rights() -> None:
-    """Give up what decoding does not need: files, sockets, threads, children.
+    """Give up what decoding does not need: files, sockets, and, without HEIC, threads and children.
 
     The priority stays: beside a busy worker a lower one would let the clock run out for honest
     images.
@@ -191,13 +197,17 @@ def _drop_rights() -> None:
             os.setgid(NOBODY)
             os.setuid(NOBODY)
             _follow_parent()  # the change of user undid it
-    for kind, most in (
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NPROC, 0),
-        (resource.RLIMIT_MEMLOCK, 0),
-        (resource.RLIMIT_NOFILE, DESCRIPTORS),
-    ):
+    limits = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_NPROC: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_NOFILE: DESCRIPTORS,
+    }
+    if HEIC:
+        # libde265 decodes in a thread of its own, and this limit counts threads and processes.
+        del limits[resource.RLIMIT_NPROC]
+    for kind, most in limits.items():
         resource.setrlimit(kind, (most, most))
 
 

@@ -6,6 +6,7 @@ promise that.
 """
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -14,13 +15,14 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.images.decode import MAX_LONG_SIDE, MAX_SHORT_SIDE
+from models.images.decode import MAX_LONG_SIDE, MAX_SHORT_SIDE, DecodedImage
+from models.images.preprocess import Preprocessing
 from service.errors import InternalError, ServiceError, make_error
 from service.intake.decode import OutOfMemory
 from service.intake.decoder import REPLY, REQUEST, Status
@@ -94,29 +96,38 @@ class DecoderProcess:
             pass
         return False  # it ended, or says what nobody asked
 
-    async def exchange(self, file: bytes, limits: DecodeLimits) -> NDArray[np.uint8] | ServiceError:
+    async def exchange(
+        self, file: bytes, limits: DecodeLimits, preprocessing: Preprocessing | None
+    ) -> DecodedImage | ServiceError:
         """Have a file decoded. Raises ConnectionError when the process ends before it has read all
         of the file, EOFError when it ends later, ValueError when it replies nonsense.
         """
         loop = asyncio.get_running_loop()
+        prepared = json.dumps(asdict(preprocessing)).encode() if preprocessing else b""
         head = REQUEST.pack(
-            len(file), limits.pixels, limits.memory, limits.seconds, limits.cautious
+            len(prepared),
+            len(file),
+            limits.pixels,
+            limits.memory,
+            limits.seconds,
+            limits.cautious,
         )
         async with self._in_use:
             # A Unix socket whose other end closed tells whether it left bytes unread.
-            await loop.sock_sendall(self._connection, head)
+            await loop.sock_sendall(self._connection, head + prepared)
             await loop.sock_sendall(self._connection, file)
-            return await self._read_reply()
+            return await self._read_reply(preprocessing.crop if preprocessing else 0)
 
-    async def _read_reply(self) -> NDArray[np.uint8] | ServiceError:
+    async def _read_reply(self, crop: int) -> DecodedImage | ServiceError:
         """The process has parsed a hostile file: its words are checked like a client's."""
-        status, self.leaving, size, height, width = REPLY.unpack(await self._receive(REPLY.size))
+        head = REPLY.unpack(await self._receive(REPLY.size))
+        status, self.leaving, size, height, width, side = head
         if status == Status.PIXELS:
-            if not 0 < height * width <= MAX_PIXELS or size != height * width * 3:
-                raise ValueError(f"{size} bytes for {height} x {width} pixels")
-            pixels = np.empty((height, width, 3), np.uint8)
-            await self._fill(pixels.data.cast("B"))
-            return pixels
+            expected = 3 * (height * width + side**2)
+            if not 0 < height * width <= MAX_PIXELS or side not in (0, crop) or size != expected:
+                raise ValueError(f"{size} bytes for {height} x {width} pixels and a view of {side}")
+            pixels = await self._receive_pixels(height, width)
+            return DecodedImage(pixels, await self._receive_pixels(side, side) if side else None)
         if size > MAX_MESSAGE:
             raise ValueError(f"an error of {size} bytes")
         kind, _, message = (await self._receive(size)).decode().partition(" ")
@@ -126,6 +137,11 @@ class DecoderProcess:
         if isinstance(error, InternalError):
             raise ValueError(f"an error of type {kind!r}")
         return error
+
+    async def _receive_pixels(self, height: int, width: int) -> NDArray[np.uint8]:
+        pixels = np.empty((height, width, 3), np.uint8)
+        await self._fill(pixels.data.cast("B"))
+        return pixels
 
     async def _receive(self, size: int) -> bytes:
         buffer = bytearray(size)

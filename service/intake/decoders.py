@@ -15,9 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
+from models.images.decode import DecodedImage
+from models.images.preprocess import Preprocessing
 from service.errors import ImageTooCostly, NotReady, QueueFull, ServiceError
 from service.intake.decode import OutOfMemory
 from service.intake.decoder_process import DecodeLimits, DecoderProcess
@@ -46,11 +45,12 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Image:
-    """A file, who sent it, the instant by which it must be decoded, and the seconds it has waited
-    for its turns so far."""
+    """A file, who sent it, the checkpoint's preprocessing, the instant by which it must be decoded,
+    and the seconds it has waited for its turns so far."""
 
     file: bytes
     caller: str
+    preprocessing: Preprocessing | None
     deadline: float
     waited: float = 0.0
 
@@ -89,7 +89,9 @@ class Decoders:
         await asyncio.gather(*self._keepers, return_exceptions=True)
         self._usable.clear()
 
-    async def decode(self, file: bytes, caller: str = "") -> NDArray[np.uint8]:
+    async def decode(
+        self, file: bytes, caller: str = "", preprocessing: Preprocessing | None = None
+    ) -> DecodedImage:
         """The image in a file, as `service.intake.decode.decode` gives it. Cancelling this ends the
         decoding.
 
@@ -98,7 +100,7 @@ class Decoders:
         no decoder can be started.
         """
         loop = asyncio.get_running_loop()
-        image = _Image(file, caller, loop.time() + WALL_TIME * self._seconds)
+        image = _Image(file, caller, preprocessing, loop.time() + WALL_TIME * self._seconds)
         work = asyncio.create_task(self._decode(image))
         try:
             return await asyncio.shield(work)
@@ -106,7 +108,7 @@ class Decoders:
             loop.call_later(GRACE, work.cancel)
             raise
 
-    async def _decode(self, image: _Image) -> NDArray[np.uint8]:
+    async def _decode(self, image: _Image) -> DecodedImage:
         ordinary = self._memory // ORDINARY_SHARE
         with suppress(OutOfMemory):
             limits = DecodeLimits(self._pixels, ordinary, self._seconds, cautious=True)
@@ -121,7 +123,7 @@ class Decoders:
             self._large.refund(image.caller, self._seconds - (_now() - began))
             self._large.put(None)
 
-    async def _attempt(self, image: _Image, limits: DecodeLimits) -> NDArray[np.uint8]:
+    async def _attempt(self, image: _Image, limits: DecodeLimits) -> DecodedImage:
         while True:
             decoder = await self._take(image)
             with suppress(ConnectionError):  # it ended before it had read the file: try another
@@ -147,7 +149,7 @@ class Decoders:
 
     async def _run(
         self, decoder: DecoderProcess, image: _Image, limits: DecodeLimits
-    ) -> NDArray[np.uint8]:
+    ) -> DecodedImage:
         began = _now()
         try:
             reply = await self._exchange(decoder, image, limits)
@@ -166,10 +168,10 @@ class Decoders:
 
     async def _exchange(
         self, decoder: DecoderProcess, image: _Image, limits: DecodeLimits
-    ) -> NDArray[np.uint8] | ServiceError:
+    ) -> DecodedImage | ServiceError:
         try:
             async with asyncio.timeout_at(image.deadline):
-                return await decoder.exchange(image.file, limits)
+                return await decoder.exchange(image.file, limits, image.preprocessing)
         except TimeoutError:
             refusal = self._refuse(decoder, "timeout")
             # Without its wait it would have had time enough to use up its processor time.

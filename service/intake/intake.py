@@ -18,6 +18,7 @@ from fastapi import Request
 from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
+from models.images.decode import DecodedImage
 from service.engine.engine import Engine
 from service.engine.permits import Permit
 from service.errors import ClientGone, DeadlineExceeded, TooLarge
@@ -122,13 +123,13 @@ class Intake:
             source = await self.image_urls.fetch(source, ticket.caller)
             ticket.permit = self._engine.reserve(len(source), ticket.caller)
         # The price is known, and may be refused, before anything is decoded.
-        undecoded = np.zeros((0, 0, 3), np.uint8)
+        undecoded = DecodedImage(np.zeros((0, 0, 3), np.uint8))
         task = resolve_options(
             ticket.request_id, undecoded, options, self._settings, seed=0, since=ticket.permit.since
         )
         self._limits.charge(ticket.caller, self._engine.claim(ticket.permit, task))
         image = await self._decode(ticket, source)
-        await self._check_similarity(ticket, image, source)
+        await self._check_similarity(ticket, image.pixels, source)
         ticket.log |= {
             "labels": len(task.labels),
             "defense": task.method,
@@ -137,7 +138,7 @@ class Intake:
         }
         named = options.defense is not None and options.defense.seed is not None
         seed = task.seed if named else self._view_seeds.of(image)
-        return replace(task, image=image, seed=seed)
+        return replace(task, image=image.pixels, view=image.view, seed=seed)
 
     async def _receive(self, request: Request) -> bytes:
         limit = self._settings.max_body_bytes
@@ -160,16 +161,18 @@ class Intake:
             raise ClientGone("The client disconnected.") from None
         return bytes(body)
 
-    async def _decode(self, ticket: Ticket, file: bytes) -> NDArray[np.uint8]:
+    async def _decode(self, ticket: Ticket, file: bytes) -> DecodedImage:
         began = time.monotonic()
+        model = self._engine.model
+        prepared = model.preprocessing if model else None
         with trace_decoding() as span:
             try:
                 async with asyncio.timeout(self._settings.request_timeout_ms / 1000):
-                    image = await self.decoders.decode(file, ticket.caller)
+                    image = await self.decoders.decode(file, ticket.caller, prepared)
             except TimeoutError:
                 raise DeadlineExceeded("The image was not decoded in time.") from None
-            span.set_attribute("tapt.height", image.shape[0])
-            span.set_attribute("tapt.width", image.shape[1])
+            span.set_attribute("tapt.height", image.pixels.shape[0])
+            span.set_attribute("tapt.width", image.pixels.shape[1])
         ticket.decode_seconds = time.monotonic() - began
         self._metrics.decode_seconds.observe(ticket.decode_seconds)
         return image

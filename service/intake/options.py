@@ -2,10 +2,8 @@
 
 import math
 
-import numpy as np
-from numpy.typing import NDArray
-
 from models.defenses.catalog import DEFENSES
+from models.images.decode import DecodedImage
 from service.errors import Unprocessable
 from service.intake.requests import ClassifyOptions, DefenseOptions
 from service.messages import Task
@@ -35,14 +33,14 @@ def _template(templates: list[str] | None) -> str | tuple[str, ...] | None:
 
 def resolve_options(
     id: str,
-    image: NDArray[np.uint8],
+    image: DecodedImage,
     options: ClassifyOptions,
     settings: Settings,
     *,
     seed: int,
     since: float,
 ) -> Task:
-    """Make the task for an image, uint8 RGB [height, width, 3].
+    """Make the task for an image.
 
     The server's defaults fill in what the client left out; values above the server's limits are
     lowered to them. `seed` draws the views unless the client names a seed. The deadline counts from
@@ -63,7 +61,8 @@ def resolve_options(
     timeout = min(wanted.deadline_ms or math.inf, settings.request_timeout_ms)
     return Task(
         id=id,
-        image=image,
+        image=image.pixels,
+        view=image.view,
         labels=tuple(options.candidate_labels),
         template=_template(options.hypothesis_template),  # None: the worker knows the model's own
         method=method,

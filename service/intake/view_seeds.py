@@ -9,8 +9,8 @@ import hashlib
 import secrets
 
 import numpy as np
-from numpy.typing import NDArray
 
+from models.images.decode import DecodedImage
 from service.intake.requests import SEED_LIMIT
 from service.settings import Settings
 
@@ -22,9 +22,11 @@ class ViewSeeds:
         given = settings.view_secret.encode()
         self._key = hashlib.blake2b(given).digest() if given else secrets.token_bytes(64)
 
-    def of(self, image: NDArray[np.uint8]) -> int:
-        """The seed of an image, uint8 RGB [height, width, 3]; at least 0, below SEED_LIMIT."""
+    def of(self, image: DecodedImage) -> int:
+        """The seed of an image; at least 0, below SEED_LIMIT."""
         digest = hashlib.blake2b(key=self._key, digest_size=8)
-        digest.update(repr(image.shape).encode())
-        digest.update(np.ascontiguousarray(image).data)
+        for pixels in (image.pixels, image.view):
+            if pixels is not None:
+                digest.update(repr(pixels.shape).encode())
+                digest.update(np.ascontiguousarray(pixels).data)
         return int.from_bytes(digest.digest()) % SEED_LIMIT

@@ -45,12 +45,19 @@ def run_demo(
         last = step == steps or hurried
         began = time.monotonic()
         alone = replace(
-            task, image=image, attack=None, return_views=False, method="plain", steps=0, views=1
+            task,
+            image=image,
+            view=None,
+            attack=None,
+            return_views=False,
+            method="plain",
+            steps=0,
+            views=1,
         )
         undefended = ask(replace(alone, readout="single"))
         defended: Answer | Failure | None = None
         if step in defended_steps or last:
-            defended = ask(replace(task, image=image, attack=None, return_views=last))
+            defended = ask(replace(task, image=image, view=None, attack=None, return_views=last))
         for result in (undefended, defended):
             if isinstance(result, Failure):
                 settle(task.id, result)

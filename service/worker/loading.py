@@ -99,4 +99,5 @@ def describe(classifier: DefendedClassifier, settings: Settings) -> Ready:
         max_batch_tokens=tokens,
         image_tokens=image_tokens,
         context_length=clip.context_length,
+        preprocessing=checkpoint.preprocessing,
     )

@@ -233,7 +233,7 @@ class Runner:
 
     def _report_views(self, task: Task, prediction: Prediction) -> tuple[ViewReport, ...]:
         views = prediction.views
-        images = redraw(self.classifier, task.image, len(views), task.seed)
+        images = redraw(self.classifier, _query(task), len(views))
         kept = torch.special.entr(views).sum(dim=-1).argsort()[: prediction.kept].tolist()
         best = views.max(dim=-1)
         seen = zip(images, best.indices.tolist(), best.values.tolist(), strict=True)
@@ -306,4 +306,12 @@ class Runner:
 
 
 def _query(task: Task) -> ImageQuery:
-    return ImageQuery(task.image, task.labels, task.template, task.readout, task.seed, task.steps)
+    return ImageQuery(
+        image=task.image,
+        labels=task.labels,
+        template=task.template,
+        readout=task.readout,
+        seed=task.seed,
+        steps=task.steps,
+        view=task.view,
+    )

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from models.evaluation.options import parse, read_protocol
-from models.evaluation.trial import Shard
+from models.evaluation.sample import Shard
 
 ROOT = Path(__file__).parents[2]
 RELEASES = ("1.36", "1.37")

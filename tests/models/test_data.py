@@ -12,6 +12,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from models.data import DataError, ParquetDataset, open_dataset
+from models.images.preprocess import BICUBIC, Preprocessing
 from service.intake.decode import decode
 from service.settings import Settings
 
@@ -122,6 +123,7 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
+PREPROCESSING = Preprocessing(64, 70, None, BICUBIC, (0.5,) * 3, (0.5,) * 3)
 PICTURES = {
     "phone.jpg": phone_picture(),
     "gray.png": saved(
@@ -141,7 +143,7 @@ PICTURES = {
 def test_pictures_are_decoded_as_the_service_decodes_them(
     tmp_path: Path, name: str, kind: str
 ) -> None:
-    served = decode(PICTURES[name], Settings().max_image_pixels)
+    served = decode(PICTURES[name], Settings().max_image_pixels, preprocessing=PREPROCESSING)
     if kind == "folder":
         (tmp_path / name).write_bytes(PICTURES[name])
         data = open_dataset(tmp_path)
@@ -149,8 +151,10 @@ def test_pictures_are_decoded_as_the_service_decodes_them(
         rows = pa.array([{"bytes": PICTURES[name]}], pa.struct([("bytes", pa.binary())]))
         pq.write_table(pa.table({"image": rows}), tmp_path / "a.parquet")
         data = open_dataset(tmp_path / "a.parquet")
-    (example,) = data
-    np.testing.assert_array_equal(example.pixels, served)
+    (example,) = data.examples(preprocessing=PREPROCESSING)
+    np.testing.assert_array_equal(example.pixels, served.pixels)
+    np.testing.assert_equal(example.view, served.view)
+    assert (example.view is not None) == (name == "large.jpeg")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from models.views import Preprocessing, draw_crops, make_views
+from models.images.preprocess import Preprocessing
+from models.views import draw_crops, make_views
 from tests import tiny
 
 MEAN = STD = (0.5, 0.5, 0.5)

@@ -181,17 +181,19 @@ def test_a_flag_wins_over_its_variable(
     [
         ("calibrate", "models.calibration.calibrate"),
         ("evaluate", "models.evaluation.command"),
+        ("harden", "models.calibration.harden"),
     ],
 )
 @pytest.mark.parametrize(
     ("given", "passed"),
     [
-        (["--data", "d"], ["--model", "org/name", "--data", "d"]),
+        (["--data", "d"], ["--model", "org/name", "--tokenizer", "org/words", "--data", "d"]),
+        (["--tokenizer", "t"], ["--model", "org/name", "--tokenizer", "t"]),
         (["--model", "other"], ["--model", "other"]),
         (["--model=other"], ["--model=other"]),
     ],
 )
-def test_other_commands_take_the_model_of_serve(
+def test_other_commands_take_model_and_tokenizer_of_serve(
     monkeypatch: pytest.MonkeyPatch, command: str, module: str, given: list[str], passed: list[str]
 ) -> None:
     seen: list[list[str]] = []
@@ -202,8 +204,10 @@ def test_other_commands_take_the_model_of_serve(
 
     monkeypatch.setattr(f"{module}.main", note)
     monkeypatch.setenv("TAPT_MODEL", "org/name")
+    monkeypatch.setenv("TAPT_TOKENIZER", "org/words")
     assert main([command, *given]) == 0
     monkeypatch.delenv("TAPT_MODEL")
+    monkeypatch.delenv("TAPT_TOKENIZER")
     assert main([command, *given]) == 0
     assert seen == [passed, given]
 

@@ -31,7 +31,7 @@ async def readyz(request: Request) -> Status:
 @router.head("/startupz", include_in_schema=False)
 @router.get("/startupz", summary="Whether the model has been loaded")
 async def startupz(request: Request) -> Status:
-    return _status(_engine(request).started, "The model is loading.")
+    return _status(_engine(request).model is not None, "The model is loading.")
 
 
 def _engine(request: Request) -> Engine:

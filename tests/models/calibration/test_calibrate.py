@@ -1,5 +1,6 @@
 """Bundles are learned from pictures, the same after a break, and only for their checkpoint."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -352,3 +353,15 @@ def test_prompts_are_learned_against_an_attack_through_views(
         found[views] = load_bundle(out, checkpoint.clip, checkpoint.sha256)
     assert found["3"].provenance["tuning"]["attack_views"] == 3
     assert found["3"].prompts_sha256 != found["1"].prompts_sha256
+
+
+def test_a_tokenizer_can_be_named(
+    directory: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = Path(shutil.copytree(directory, tmp_path / "bare"))
+    for file in bare.glob("*token*"):
+        file.unlink()
+    assert run(bare, folder, tmp_path / "out", "--steps", "2") == 1
+    assert "no tokenizer" in capsys.readouterr().err
+    named = ("--tokenizer", str(directory))
+    assert run(bare, folder, tmp_path / "out", "--steps", "2", *named) == 0

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -495,3 +496,18 @@ def test_validation_counts_what_an_attack_leaves(checkpoint: Checkpoint) -> None
     assert found["clean"] == 1.0
     assert found["attacked"] == pytest.approx(left)
     assert left < 1.0
+
+
+def test_a_tokenizer_can_be_named(
+    directory: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = Path(shutil.copytree(directory, tmp_path / "bare"))
+    for file in bare.glob("*token*"):
+        file.unlink()
+    assert run(bare, folder, tmp_path / "out", "--steps", "4") == 1
+    assert "no tokenizer" in capsys.readouterr().err
+    named = ("--tokenizer", str(directory))
+    assert run(bare, folder, tmp_path / "out", "--steps", "4", *named) == 0
+    words = "a photo of a school bus"
+    kept, own = (tiny.load(place).tokenizer(words) for place in (tmp_path / "out", directory))
+    assert kept["input_ids"] == own["input_ids"]

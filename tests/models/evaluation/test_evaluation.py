@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +21,15 @@ from models.checkpoint import Checkpoint
 from models.classifier import DefendedClassifier
 from models.data import DataError
 from models.defenses import ttc
-from models.evaluation import command, options, trial
+from models.evaluation import command, options, sample, trial
 from models.evaluation.check import Check
 from models.evaluation.detection import detect, write_detection
 from models.evaluation.hub import open_anywhere
 from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
+from models.evaluation.provenance import describe_settings
 from models.evaluation.scores import auroc, difference, threshold, wilson
 from models.evaluation.table import read_shares, tally, write_markdown
+from research.embedded.tokenizer import train_tokenizer
 from service.cli import main as cli
 from tests import tiny
 
@@ -370,7 +373,7 @@ def test_an_adaptive_row_counts_the_worse_way(
 
 def test_a_row_that_only_square_breaks_is_pointed_out(tmp_path: Path) -> None:
     journal, cell = Journal(tmp_path / "out.jsonl", "key"), Cell("tapt", "adaptive", 2)
-    subjects = [trial.Subject(tiny.draw_image(number), 0) for number in range(10)]
+    subjects = [sample.Subject(tiny.draw_image(number), 0) for number in range(10)]
     for number, subject in enumerate(subjects):
         for attack, right in ((CLEAN, True), ("pgd", True), ("square", number > 3)):
             where = Cell("tapt", CLEAN, 0) if attack == CLEAN else cell
@@ -532,3 +535,24 @@ def test_scores_of_attacked_pictures_are_compared_with_clean_ones(tmp_path: Path
     assert found.auroc == pytest.approx(1 - 0.5 * 0.1 * 0.1, abs=0.01)
     assert [share.value for share in found.found] == [0.92, 0.96]
     assert "| `ensemble` | transfer 2/255 | 1.00 |" in write_detection([found])
+
+
+def test_a_tokenizer_can_be_named(
+    directory: Path, folder: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = Path(shutil.copytree(directory, tmp_path / "bare"))
+    for file in bare.glob("*token*"):
+        file.unlink()
+    out, quick = tmp_path / "out.json", ("--defenses", "plain", "--threats", "clean")
+    assert run(bare, folder, bundle, out, *quick) == 1
+    assert "no tokenizer" in capsys.readouterr().err
+    assert run(bare, folder, bundle, out, *quick, "--tokenizer", str(directory)) == 0
+
+
+def test_runs_with_other_tokens_are_told_apart(classifier: DefendedClassifier) -> None:
+    other = train_tokenizer(["a dog and a cat"], 600, 32)
+    changed = DefendedClassifier(replace(classifier.checkpoint, tokenizer=other), classifier.bundle)
+    protocol = trial.Protocol(["plain"], [], [], [], trial.Budget(0), views=1)
+    one, two = (describe_settings(each, NAMES, protocol) for each in (classifier, changed))
+    assert one.pop("tokens_sha256") != two.pop("tokens_sha256")
+    assert one == two

@@ -710,14 +710,14 @@ async def test_before_the_first_ready_and_after_the_drain_it_is_503():
     worker = by_hand()
     async with open_engine(worker) as harness:
         assert not harness.engine.ready
-        assert not harness.engine.started
+        assert harness.engine.model is None
         assert harness.engine.info == {"workers": {"configured": 1, "ready": 0}}
         with pytest.raises(NotReady, match="not ready") as refusal:
             await harness.ask()
         assert refusal.value.retry_after >= 1
         worker.be_ready()
         assert harness.engine.ready
-        assert harness.engine.started
+        assert harness.engine.model is not None
         assert harness.engine.info == {
             "model": {"name": "fake"},
             "workers": {"configured": 1, "ready": 1},

@@ -249,6 +249,19 @@ def make_work(attack: DemoAttack | None, deadline: float, **changes: Any) -> Tas
     return replace(work, **changes)
 
 
+def test_the_first_view_of_the_image_is_not_that_of_the_attacked_one() -> None:
+    asked: list[Task] = []
+
+    def ask(one: Task) -> Answer:
+        asked.append(one)
+        return answer(one)
+
+    work = make_work(DemoAttack(4, 1, None, False), time.monotonic() + 60, view=BLACK)
+    run_demo(work, iter([BLACK, BLACK]), ask, lambda id, result: None, lambda id: False)
+    assert len(asked) > 1
+    assert all(one.view is None for one in asked)
+
+
 @pytest.mark.parametrize("steps", [1, 3, 10, 40])
 def test_each_step_is_told_and_the_defense_asked_now_and_then(steps: int) -> None:
     *glimpses, last = play_out(steps)

@@ -2,40 +2,52 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
+import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
+from models.images.decode import MAX_SHORT_SIDE, DecodedImage
+from models.images.preprocess import BICUBIC, Preprocessing, prepare
 from service.intake.requests import SEED_LIMIT
 from service.intake.view_seeds import ViewSeeds
 from service.messages import Answer, Task
 from service.settings import Settings
 from tests.conftest import Server
-from tests.fake_worker import FakeWorker, answer
+from tests.fake_worker import READY, FakeWorker, answer
 
 IMAGE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+DECODED = DecodedImage(IMAGE)
 SECRET = "a secret of replicas"
 
 
 def test_a_seed_depends_on_every_pixel_and_on_the_shape() -> None:
     seeds = ViewSeeds(Settings())
+
+    def of(pixels: NDArray[np.uint8], view: NDArray[np.uint8] | None = None) -> int:
+        return seeds.of(DecodedImage(pixels, view))
+
     changed = IMAGE.copy()
     changed[3, 5, 2] ^= 1
-    assert seeds.of(IMAGE) == seeds.of(IMAGE.copy())
-    assert 0 <= seeds.of(IMAGE) < SEED_LIMIT
+    assert of(IMAGE) == of(IMAGE.copy())
+    assert 0 <= of(IMAGE) < SEED_LIMIT
     others = [changed, IMAGE.reshape(6, 4, 3), IMAGE.reshape(2, 12, 3), np.zeros_like(IMAGE)]
-    assert len({seeds.of(IMAGE), *map(seeds.of, others)}) == 5
-    assert seeds.of(IMAGE[:, ::-1]) == seeds.of(np.ascontiguousarray(IMAGE[:, ::-1]))
+    assert len({of(IMAGE), *map(of, others)}) == 5
+    # Views of a large image are cut from fewer pixels than its first view.
+    assert len({of(IMAGE), of(IMAGE, IMAGE), of(IMAGE, changed)}) == 3
+    assert of(IMAGE[:, ::-1]) == of(np.ascontiguousarray(IMAGE[:, ::-1]))
 
 
 def test_replicas_agree_if_they_share_the_secret() -> None:
     first, second = (ViewSeeds(Settings(view_secret=SECRET)) for _ in range(2))
     other = ViewSeeds(Settings(view_secret=SECRET + "!"))
-    assert first.of(IMAGE) == second.of(IMAGE) != other.of(IMAGE)
+    assert first.of(DECODED) == second.of(DECODED) != other.of(DECODED)
 
 
 def test_without_a_secret_each_process_draws_its_own() -> None:
-    assert ViewSeeds(Settings()).of(IMAGE) != ViewSeeds(Settings()).of(IMAGE)
+    assert ViewSeeds(Settings()).of(DECODED) != ViewSeeds(Settings()).of(DECODED)
 
 
 def test_the_secret_is_not_shown() -> None:
@@ -62,3 +74,25 @@ def test_asking_again_gets_the_same_views_from_any_file_of_the_same_pixels(
         assert reply.status_code == 200
     assert seeds[0] == seeds[1] != seeds[2]
     assert SECRET not in server.http.get("/info").text
+
+
+@pytest.mark.parametrize("side", [300, 900])
+def test_a_large_image_comes_with_its_first_view(start: Callable[..., Server], side: int) -> None:
+    prepared = Preprocessing(64, 70, None, BICUBIC, (0.5,) * 3, (0.5,) * 3)
+    worker = FakeWorker(ready=replace(READY, preprocessing=prepared))
+    server = start(worker)
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side + 50, 3), dtype=np.uint8)
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    image.save(file, "PNG")
+    reply = server.http.post(
+        "/v1/classify", files={"image": file.getvalue()}, data={"labels": "a,b"}
+    )
+    assert reply.status_code == 200
+    ((task,),) = worker.batches
+    if side == 300:
+        assert task.view is None
+        np.testing.assert_array_equal(task.image, pixels)
+    else:
+        assert task.view is not None
+        np.testing.assert_array_equal(task.view, prepare(image, side, side + 50, prepared))
+        assert min(task.image.shape[:2]) == MAX_SHORT_SIDE

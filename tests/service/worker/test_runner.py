@@ -376,3 +376,24 @@ def test_several_templates_where_the_words_adapt_are_refused_alone(runner: Runne
     assert not counts.get("error_splits")
     settled, _ = run(runner, [make_work(0, method="tapt", template=several, steps=1)])
     assert isinstance(settled["work-0"], Answer)
+
+
+def test_the_first_view_of_a_large_image_is_the_decoders(runner: Runner) -> None:
+    view = np.ascontiguousarray(tiny.draw_image(5)[:32, :32])
+    work = make_work(4, method="plain", steps=0, views=1)
+    (with_view, alone, without) = (
+        run(runner, [replace(work, **changes)])[0][work.id]
+        for changes in ({"view": view}, {"image": view}, {})
+    )
+    assert isinstance(with_view, Answer)
+    assert isinstance(alone, Answer)
+    assert isinstance(without, Answer)
+    assert with_view.scores == pytest.approx(alone.scores, abs=1e-5)
+    assert with_view.scores != pytest.approx(without.scores, abs=1e-3)
+    (shown,) = run(runner, [replace(work, view=view, return_views=True)])[0].values()
+    assert isinstance(shown, Answer)
+    np.testing.assert_array_equal(shown.view_reports[0].image, view)
+
+
+def test_the_decoders_are_told_the_preprocessing(runner: Runner) -> None:
+    assert runner.ready.preprocessing == runner.classifier.checkpoint.preprocessing
