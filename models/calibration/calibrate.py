@@ -4,7 +4,10 @@
 
 Labelled pictures teach prompts. Unlabelled ones take fresh statistics for the prompts of a bundle
 that exists (`--prompts BUNDLE --labels cat,dog,...`). A run that was stopped goes on from
-`BUNDLE.partial` when it is started again with the same settings.
+`BUNDLE.partial` when it is started again with the same settings. Several GPUs of one machine share
+the batches:
+
+    torchrun --nproc-per-node N -m models.calibration.calibrate --device cuda ...
 """
 
 import argparse
@@ -26,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.bundle import DefenseBundle, load_bundle
+from models.calibration import processes
 from models.calibration.options import make_parser
 from models.calibration.prompt_tuning import Progress, Tuning, attack, begin, tune
 from models.checkpoint import Checkpoint, load_checkpoint
@@ -195,13 +199,13 @@ def set_thresholds(
     return {name: float(torch.tensor(seen).quantile(1 - rate)) for name, seen in doubts.items()}
 
 
-def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
-    """The whole way from the command's options to a bundle.
+def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle | None:
+    """The whole way from the command's options to a bundle; None in all processes but the first.
 
     Raises:
         LoadError, DataError: checkpoint, bundle or pictures cannot be used.
     """
-    device = pick_device(options.device)
+    device = processes.own_device(pick_device(options.device))
     checkpoint = load_checkpoint(options.model, device, tokenizer=options.tokenizer)
     deepest = max(checkpoint.clip.vision_layers, checkpoint.clip.text_layers)
     if options.depth > deepest and options.depth != Tuning().depth:
@@ -240,6 +244,8 @@ def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle:
         shape = prompts.vision if prompts.vision is not None else prompts.text
         layers = 0 if shape is None else shape.shape[1]
         made = {"tuning": asdict(tuning), "shots": options.shots, "pictures": len(pixels)}
+    if processes.rank():
+        return None
     pixels, targets = others.stack()
     slots = 0 if prompts.text is None else prompts.text.shape[2]
     texts = _tokenize(checkpoint, names, template, slots)
@@ -285,7 +291,9 @@ def _tokenize(checkpoint: Checkpoint, names: list[str], template: str, slots: in
 
 def _save(partial: Path, settings: dict[str, Any], progress: Progress) -> None:
     """Tensors first, then the file that says how far they are: one without the other is no
-    progress."""
+    progress. Only the first process saves."""
+    if processes.rank():
+        return
     partial.mkdir(parents=True, exist_ok=True)
     tensors = {f"prompts.{k}": v for k, v in progress.prompts.tensors.items()}
     for name, (first, second) in progress.moments.items():
@@ -325,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{options.out} exists; name another --out or add --force", file=sys.stderr)
         return 1
     try:
-        with Bar() as bar:
+        with processes.joined(options.device) as rank, Bar(disable=rank > 0) as bar:
             bundle = calibrate(options, bar)
     except (LoadError, DataError, ValueError) as error:
         print(error, file=sys.stderr)
@@ -333,6 +341,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped. The same command resumes.", file=sys.stderr)
         return 130
+    if bundle is None:
+        return 0
     bundle.save(options.out)
     shutil.rmtree(options.out.with_name(options.out.name + ".partial"), ignore_errors=True)
     print(f"{options.out}: {bundle.prompts.design} prompts {bundle.prompts_sha256[:12]}")

@@ -13,16 +13,15 @@ machine share the batches:
 import argparse
 import sys
 from dataclasses import fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from rich.progress import Progress as Bar
 from torch import Tensor
 
+from models.calibration import processes
 from models.calibration.decoded import decode_once
 from models.calibration.hardening import Hardening, HardeningTrainer, image_parameters
 from models.calibration.hardening_run import Run, Validation
@@ -37,7 +36,6 @@ from models.export import stored_dtype, write_checkpoint
 from models.labels import tokenize
 from models.views import make_views
 
-PATIENCE = timedelta(hours=12)  # of processes that wait while the first decodes or validates
 CPU = torch.device("cpu")
 
 
@@ -47,10 +45,7 @@ def harden(options: argparse.Namespace, settings: Hardening, bar: Bar) -> bool:
     Raises:
         LoadError, DataError, ValueError: checkpoint, pictures or an earlier run cannot be used.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    device = pick_device(options.device)
-    if device.type == "cuda" and dist.is_initialized():
-        device = torch.device("cuda", dist.get_node_local_rank())
+    rank, device = processes.rank(), processes.own_device(pick_device(options.device))
     checkpoint = load_checkpoint(options.model, device, tokenizer=options.tokenizer)
     data = open_dataset(*options.data)
     partial = options.out.with_name(options.out.name + ".partial")
@@ -68,8 +63,7 @@ def harden(options: argparse.Namespace, settings: Hardening, bar: Bar) -> bool:
 
     if rank == 0:
         read()
-    if dist.is_initialized():
-        dist.barrier()
+    processes.wait_for_all()
     pixels, labels = read()  # the second time, the files are there
     bar.remove_task(task)
     labelled = bool(data.names) and not options.unsupervised
@@ -202,19 +196,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if options.out.exists() and not options.force:
         parser.error(f"{options.out} exists; --force replaces it")
-    if dist.is_torchelastic_launched():
-        dist.init_process_group(
-            "nccl" if options.device.startswith("cuda") else "gloo", timeout=PATIENCE
-        )
     try:
-        with Bar(disable=dist.is_initialized() and dist.get_rank() > 0) as bar:
+        with processes.joined(options.device) as rank, Bar(disable=rank > 0) as bar:
             ended = harden(options, settings, bar)
     except (LoadError, DataError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     partial = options.out.with_name(options.out.name + ".partial")
     if not ended:
         print(f"stopped; the same command continues from {partial}", file=sys.stderr)

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.attacks.pgd import ascend
+from models.calibration import processes
 from models.calibration.crops import cut_crops, draw_crops
 from models.clip import ImageFeatures, PromptedCLIP
 
@@ -143,9 +143,7 @@ class HardeningTrainer:
             raise ValueError("labels and features of the class names are needed together")
         if len(pixels) < settings.batch:
             raise ValueError(f"{len(pixels)} pictures do not fill a batch of {settings.batch}")
-        self.rank, self.processes = 0, 1
-        if dist.is_initialized():
-            self.rank, self.processes = dist.get_rank(), dist.get_world_size()
+        self.rank, self.processes = processes.rank(), processes.count()
         if settings.batch % self.processes:
             raise ValueError(
                 f"{self.processes} processes cannot share a batch of {settings.batch} evenly"
@@ -278,15 +276,10 @@ class HardeningTrainer:
             parameter.requires_grad_(wanted)
 
     def _average_gradients(self) -> None:
-        if self.processes == 1:
-            return
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= self.processes
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        if self.processes > 1:
+            for name, total in processes.add_up(gradients).items():
+                gradients[name].copy_(total / self.processes)
 
     def _update_average(self) -> None:
         decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))

@@ -6,17 +6,17 @@ stays clean, so that the prompts keep what the model knew.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models import adamw
-from models.attacks.pgd import ascend
+from models.attacks.pgd import take_steps
 from models.blocks import run_block
+from models.calibration import processes
 from models.clip import PromptedCLIP
 from models.images.preprocess import Preprocessing
 from models.labels import LabelBatch
@@ -123,7 +123,7 @@ def attack(
     prompts: DefensePrompts | None,
     epsilon: float,
     steps: int,
-    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
     cut: Cut | None = None,
 ) -> Tensor:
     """PGD on a prompted CLIP, away from the targets, quantized to uint8 values.
@@ -131,7 +131,7 @@ def attack(
     Args:
         pixels: [N, 3, S, S] in [0, 1]; `targets` [N] are indices into the classes.
         text: features [C, D] of the classes at those prompts.
-        generator: draws the random start; None starts at the clean picture.
+        noise: as `pixels`, in [0, 1): the random start, 0.5 the clean picture; None starts there.
         cut: pixels to views [N, m, 3, S, S], drawn anew for each step of the attack, which then
             goes through the mean prediction over them (expectation over transformation, Athalye
             et al., ICML 2018); None attacks the single view.
@@ -142,8 +142,62 @@ def attack(
         views = attacked.unsqueeze(1) if cut is None else cut(attacked)
         return _mean_loss(_logits(clip, views, text, visual), targets, "sum")
 
-    attacked = ascend(pixels, loss, epsilon, steps, 2 * epsilon / max(2, steps), generator)
+    attacked = pixels
+    if noise is not None:
+        attacked = (pixels + (2 * noise.to(pixels.device) - 1) * epsilon).clamp(0, 1)
+    stride = 2 * epsilon / max(2, steps)
+    for ahead in take_steps(pixels, loss, epsilon, steps, stride, attacked):
+        attacked = ahead
     return (attacked * 255).round() / 255
+
+
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """What a step draws, for the whole batch. It depends on the step's number and the seed alone,
+    so that all processes that share a batch agree, and a run that was cut short ends where one in a
+    single piece does.
+
+    Attributes:
+        picked: indices [N] of the pictures; `mirrored` [N, 1, 1, 1] says which are flipped.
+        noise: [H, 3, S, S] in [0, 1), the starts of the first H pictures, which are attacked.
+        attack_seeds: of the views of these, for each step of an attack through views.
+        seeds: [N] of the views that the loss is the mean over.
+    """
+
+    picked: Tensor
+    mirrored: Tensor
+    noise: Tensor
+    attack_seeds: list[Tensor]
+    seeds: Tensor
+
+    @classmethod
+    def of(cls, tuning: Tuning, step: int, pixels: Tensor) -> "_Draws":
+        """Those of step number `step`, counted from 0, on pictures [count, 3, S, S]."""
+        source = torch.Generator().manual_seed(tuning.seed * 1_000_003 + step)
+
+        def seeds(number: int, views: int) -> Tensor:
+            # A single view is drawn from nothing.
+            shape = (number if views > 1 else 0,)
+            return torch.randint(2**31, shape, generator=source)
+
+        hurt, through = int(tuning.batch * (1 - tuning.clean_share)), tuning.attack_views
+        return cls(
+            torch.randint(len(pixels), (tuning.batch,), generator=source),
+            torch.rand(tuning.batch, 1, 1, 1, generator=source) < 0.5,
+            torch.rand(hurt, *pixels.shape[1:], generator=source),
+            [seeds(hurt, through) for _ in range(tuning.attack_steps if hurt else 0)],
+            seeds(tuning.batch, tuning.views),
+        )
+
+    def share(self, own: slice) -> "_Draws":
+        """Those of every picture in `own`."""
+        return _Draws(
+            self.picked[own],
+            self.mirrored[own],
+            self.noise[own],
+            [seeds[own] for seeds in self.attack_seeds],
+            self.seeds[own],
+        )
 
 
 def tune(
@@ -158,29 +212,21 @@ def tune(
 ) -> DefensePrompts:
     """Go on from `progress` to the last step and return the learned prompts.
 
-    What a step draws depends on its number and the seed alone, so that a run that was cut short
-    ends where one in a single piece does.
+    Processes that torchrun started share each batch and add up their gradients.
 
     Args:
         labels: the classes, with the slots that the design's text prompts take.
         pixels: view 0 of the pictures, uint8 [N, 3, S, S]; `targets` [N] their classes.
         report: told after every step.
     """
+    own = slice(processes.rank(), None, processes.count())
     while progress.step < tuning.steps:
-        source = torch.Generator().manual_seed(tuning.seed * 1_000_003 + progress.step)
-        picked = torch.randint(len(pixels), (tuning.batch,), generator=source)
-        batch = pixels[picked].float() / 255
-        mirrored = torch.rand(tuning.batch, 1, 1, 1, generator=source) < 0.5
-        batch = torch.where(mirrored, batch.flip(-1), batch).to(clip.device)
-        goals = targets[picked].to(clip.device)
-        prompts = progress.prompts
+        draws = _Draws.of(tuning, progress.step, pixels).share(own)
+        batch = pixels[draws.picked].float() / 255
+        batch = torch.where(draws.mirrored, batch.flip(-1), batch).to(clip.device)
+        goals = targets[draws.picked].to(clip.device)
+        prompts, hurt = progress.prompts, len(draws.noise)
         text = clip.encode_labels(labels, prompts.text)
-        hurt = int(tuning.batch * (1 - tuning.clean_share))
-        cut: Cut | None = None
-        if tuning.attack_views > 1:
-            cut = partial(
-                _spread, views=tuning.attack_views, preprocessing=preprocessing, source=source
-            )
         if hurt:
             batch[:hurt] = attack(
                 clip,
@@ -190,11 +236,16 @@ def tune(
                 prompts,
                 tuning.epsilon,
                 tuning.attack_steps,
-                source,
-                cut,
+                draws.noise,
+                _cut_anew(draws.attack_seeds, tuning.attack_views, preprocessing),
             )
-        views = _spread(batch, tuning.views, preprocessing, source)
+        views = _spread(batch, tuning.views, preprocessing, draws.seeds.tolist())
         loss, found = _gradients(clip, views, goals, labels, text, prompts)
+        # Means over shares of a batch, which may differ by one in size.
+        part = len(batch) / tuning.batch
+        found = {name: gradient * part for name, gradient in found.items()}
+        found = processes.add_up(found | {"loss": torch.tensor([loss * part]).to(clip.device)})
+        loss = float(found.pop("loss"))
         progress.step += 1
         moved, progress.moments = adamw.advance(
             prompts.tensors,
@@ -210,14 +261,21 @@ def tune(
     return progress.prompts
 
 
+def _cut_anew(seeds: Sequence[Tensor], views: int, preprocessing: Preprocessing) -> Cut | None:
+    """Views from the next seeds at each call; None for a single view."""
+    if views == 1:
+        return None
+    left = iter(seeds)
+    return lambda pixels: _spread(pixels, views, preprocessing, next(left).tolist())
+
+
 def _spread(
-    batch: Tensor, views: int, preprocessing: Preprocessing, source: torch.Generator
+    batch: Tensor, views: int, preprocessing: Preprocessing, seeds: Sequence[int]
 ) -> Tensor:
     """Views [N, views, 3, S, S] of pictures [N, 3, S, S] in [0, 1], with a gradient; view 0 is the
-    picture itself, the others are drawn from `source`."""
+    picture itself, the others are drawn by a seed for each picture."""
     if views == 1:
         return batch.unsqueeze(1)
-    seeds = torch.randint(2**31, (len(batch),), generator=source).tolist()
     cut = [
         make_views(picture, views, seed, preprocessing, batch.device)
         for picture, seed in zip(round_levels(batch * 255), seeds, strict=True)

@@ -1,6 +1,9 @@
 """Bundles are learned from pictures, the same after a break, and only for their checkpoint."""
 
+import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -313,8 +316,10 @@ def test_an_attack_through_views_hurts_new_views_more(checkpoint: Checkpoint) ->
     pixels = torch.stack(pictures).permute(0, 3, 1, 2).float() / 255
 
     def cut(seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        source = torch.Generator().manual_seed(seed)
-        return lambda batch: _spread(batch, 8, checkpoint.preprocessing, source)
+        source = random.Random(seed)
+        return lambda batch: _spread(
+            batch, 8, checkpoint.preprocessing, [source.randrange(2**31) for _ in batch]
+        )
 
     with torch.no_grad():
         goals = _logits(clip, cut(0)(pixels), text, None).softmax(dim=-1).mean(dim=1).argmax(dim=-1)
@@ -331,11 +336,9 @@ def test_an_attack_through_views_hurts_new_views_more(checkpoint: Checkpoint) ->
         drawn.append(through(batch))
         return drawn[-1]
 
-    def start() -> torch.Generator:
-        return torch.Generator().manual_seed(5)
-
-    single = attack(clip, pixels, goals, text, None, epsilon, steps, start())
-    several = attack(clip, pixels, goals, text, None, epsilon, steps, start(), watch)
+    noise = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(5))
+    single = attack(clip, pixels, goals, text, None, epsilon, steps, noise)
+    several = attack(clip, pixels, goals, text, None, epsilon, steps, noise, watch)
     assert [views.shape for views in drawn] == [(12, 8, 3, 32, 32)] * steps
     assert not torch.equal(drawn[0][:, 1:], drawn[1][:, 1:])
     assert (several - pixels).abs().max() <= epsilon + 1e-6
@@ -365,3 +368,25 @@ def test_a_tokenizer_can_be_named(
     assert "no tokenizer" in capsys.readouterr().err
     named = ("--tokenizer", str(directory))
     assert run(bare, folder, tmp_path / "out", "--steps", "2", *named) == 0
+
+
+@pytest.mark.parametrize("clean_share", ["0.2", "0.9"], ids=["an uneven share", "one attacked"])
+def test_processes_share_a_batch_and_learn_the_same(
+    directory: Path, checkpoint: Checkpoint, folder: Path, tmp_path: Path, clean_share: str
+) -> None:
+    """Of eleven pictures one has six and the other five, attacked through views or not."""
+    flags = f"--steps 4 --batch 11 --rate 1e-2 --depth 2 --tokens 4 --epsilon 2/255 --images 6 \
+        --views 2 --attack-views 2 --threshold-views 2 --warm-up 1 --clean-share {clean_share} \
+        --model {directory} --data {folder} --out".split()
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*two, "-m", "models.calibration.calibrate", *flags, str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert calibrate.main([*flags, str(tmp_path / "one")]) == 0
+    one, other = (
+        load_bundle(tmp_path / name, checkpoint.clip, checkpoint.sha256).prompts.tensors
+        for name in ("one", "two")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=1e-5, rtol=0)
+    assert one["vision"].abs().max() > 1e-2
