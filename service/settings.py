@@ -120,8 +120,9 @@ class Settings(BaseSettings):
     """Maximum number of requests in a batch."""
     max_batch_tokens: int = Field(0, ge=0)
     """Maximum number of image and text tokens in a batch; 0: set by free memory."""
-    max_queue_delay_ms: float = Field(5.0, ge=0)
-    """How long an idle worker waits for a batch to fill (ms)."""
+    max_queue_delay_ms: float = Field(0.0, ge=0)
+    """How long an idle worker waits for a batch to fill (ms). Requests that arrive while a batch runs
+    share the next one in any case."""
     max_queue_size: int = Field(64, ge=1)
     """Maximum number of admitted requests without an answer; more get a 429. One batch per worker
     may always wait."""

@@ -82,7 +82,9 @@ class Harness:
         self.workers = workers
         self._serial = itertools.count()
         self.metrics = Metrics()
-        self.engine = Engine(Settings(**knobs), self.metrics, workers, clock=now)
+        # By default a worker starts at once; here it waits, so that requests can meet in a batch.
+        settings = Settings(**{"max_queue_delay_ms": 5.0, **knobs})
+        self.engine = Engine(settings, self.metrics, workers, clock=now)
 
     async def measure_pace(self) -> None:
         """Answer so many expensive requests that the mean forgets its first guess."""
@@ -162,6 +164,22 @@ async def test_an_answer_comes_back_and_is_measured():
         assert harness.metric("truncated_total", reason="cancelled") is None
         assert harness.metric("device_memory_bytes", worker="0") == 7
         assert harness.metric("worker_up", worker="0") == 1
+
+
+@virtual
+async def test_by_default_a_lone_request_starts_at_once_and_others_share_the_next_batch():
+    assert Settings().max_queue_delay_ms == 0
+    worker = FakeWorker(seconds=lambda batch: 0.5)
+    async with open_engine(worker, max_queue_delay_ms=0) as harness:
+        began = now()
+        lone = harness.asking("lone")
+        await asyncio.sleep(0)
+        others = [harness.asking(f"other {number}") for number in range(3)]
+        await lone
+        assert now() - began == pytest.approx(0.5)
+        await asyncio.gather(*others)
+        assert now() - began == pytest.approx(1.0)
+        assert sizes(worker) == [1, 3]
 
 
 @virtual
