@@ -7,7 +7,7 @@ DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded bundle harden picture robustness static search image image-local smoke release lock audit sbom clean benchmark benchmark-gpu low-precision capacity peers heavy load faults soak fuzz mutants
+.PHONY: serve test setup check format parity embedded bundle harden picture robustness static search image image-local smoke release lock audit sbom clean benchmark benchmark-gpu low-precision lone capacity peers heavy load faults soak fuzz mutants
 
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
@@ -196,6 +196,10 @@ low-precision: setup
 	$(MEASURE)low_precision --data $(DATA)/tiny_imagenet_val.parquet \
 	    --section 'low precision embedded'
 	$(MEASURE)low_precision --size vit-b-32 --section 'low precision vit-b-32'
+
+# Where each millisecond of a lone request goes, into docs/performance.md.
+lone: setup
+	$(MEASURE)lone --write
 
 # What one API process carries, and a simulated day of a fleet, into docs/capacity.md; after
 # `make benchmark`, which measures the times.

@@ -5,6 +5,7 @@ other side is gone. A multiprocessing queue would leave its locks held when a pr
 """
 
 import contextlib
+import fcntl
 import importlib
 import logging
 import multiprocessing
@@ -36,6 +37,10 @@ from service.settings import Settings
 from service.telemetry import logs
 
 EXIT_TIMEOUT = 5.0  # seconds for a process to exit by itself
+
+PIPE_BYTES = 2**20
+"""Capacity of the pipe to a worker, as much as Linux gives to everyone. An image of the usual 64 KiB
+at a time would have both processes wait for each other again and again."""
 
 log = logging.getLogger(__name__)
 spawn = multiprocessing.get_context("spawn")
@@ -76,6 +81,7 @@ class Process:
 
     def __init__(self, settings: Settings, index: int, runner: str, beat: float) -> None:
         inbox, self._to_child = spawn.Pipe(duplex=False)
+        _widen(self._to_child.fileno())
         self._from_child, outbox = spawn.Pipe(duplex=False)
         self._outbox: SimpleQueue[Run | Cancel | None] = SimpleQueue()
         self._process = spawn.Process(
@@ -124,6 +130,13 @@ class Process:
         with contextlib.suppress(OSError), self._to_child:
             while message := self._outbox.get():
                 self._to_child.send(message)
+
+
+def _widen(pipe: int) -> None:
+    """Let a pipe hold PIPE_BYTES, where the system can."""
+    if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
+        with contextlib.suppress(OSError):  # more than this user's share
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def main(
