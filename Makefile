@@ -179,6 +179,7 @@ benchmark: setup
 	$(if $(DATA),$(MEASURE)adaptation --size embedded --labels 100 --dtype bf16 --repeats 2 \
 	    --agreement 500 --data $(DATA)/tiny_imagenet_val.parquet \
 	    --section 'embedded bf16' --json $(FIGURES_IN)/embedded-bf16.json)
+	$(if $(DATA),$(MEASURE)agreement --data $(DATA)/caltech101.parquet --limit 500 --write)
 	$(MEASURE)service --seconds 60 --write --json $(FIGURES_IN)/service.json
 	$(MEASURE)service --seconds 60 --write --section 'service on two workers' \
 	    --json $(FIGURES_IN)/service-two.json -- --workers 2 --max-batch-size 1

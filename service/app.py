@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match, Route
 
 from service.engine.engine import Engine
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, Unauthorized
@@ -20,6 +21,8 @@ from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.traces import TELEMETRY
 from service.worker.supervisor import Backend, WorkerProcess
+
+ROUTERS = [module.router for module in (classify, huggingface, health, info, docs, page)]
 
 
 def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
@@ -61,8 +64,8 @@ def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
     app.state.engine = engine
     app.state.intake = intake
     app.state.keys = keys
-    for routes in (classify, huggingface, health, info, docs, page):
-        app.include_router(routes.router)
+    for router in ROUTERS:
+        app.include_router(router)
     if settings.enable_attack_demo:
         app.include_router(demo.router)
     docs.add_bodies(app)
@@ -104,4 +107,17 @@ async def _answer_http_error(request: Request, error: Exception) -> JSONResponse
             known = BadRequest("The request is malformed.")
     answer = await _answer_error(request, known)
     answer.headers.update(error.headers or {})
+    if error.status_code == 405:
+        # The router names the methods of the first route at this path only.
+        answer.headers["Allow"] = ", ".join(_methods(request))
     return answer
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods of all routes at a request's path."""
+    found: set[str] = set()
+    for router in (*ROUTERS, demo.router):
+        for route in router.routes:
+            if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+                found |= route.methods or set()
+    return sorted(found)

@@ -18,6 +18,8 @@ SMALL_BYTES, SMALL_VALUES = 2**18, 1024
 """Bodies up to this size are parsed within a millisecond or two. Waking a thread takes about
 0.1 ms, as long as parsing a typical body."""
 
+_OTHER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
@@ -59,8 +61,8 @@ def check_value_count(text: bytes) -> None:
 
 
 def _describe_body(body: bytes, problem: str) -> str:
-    if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "The body is UTF-16; send UTF-8."
+    if body.startswith(_OTHER_MARKS) or b"\0" in body[:4]:  # RFC 4627, section 3
+        return "The body is UTF-16 or UTF-32; send UTF-8."
     start = body[:64].lstrip()
     if start.startswith(b"--"):
         return (

@@ -25,6 +25,7 @@ def test_agreement_is_a_share_of_the_images(
     flags = ["--data", str(tmp_path), "--labels", "3", "--views", "4", "--methods", "plain"]
     assert agreement.main([*flags, "--least", str(least)]) == status
     shown = capsys.readouterr().out
-    assert "| `plain` | " in shown
-    assert "bfloat16 against float32, 4 images." in shown
+    assert "| bfloat16 | `plain` | " in shown
+    assert "| float16 | `plain` | " in shown
+    assert "4 photographs of" in shown
     assert str(tmp_path.parent) not in shown

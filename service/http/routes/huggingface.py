@@ -8,6 +8,7 @@ from functools import partial
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
+from service.errors import BadRequest
 from service.http.authentication import check_key
 from service.http.query import refuse_query
 from service.http.response import ScoredLabel, report_headers
@@ -38,6 +39,8 @@ async def classify(request: Request) -> JSONResponse:
     state = request.app.state
     intake: Intake = state.intake
     async with intake.admit(request) as ticket:
+        if ticket.content_type.strip().lower().startswith("multipart/"):
+            raise BadRequest("This route takes JSON; send forms to `/v1/classify`.")
         limits = TextLimits.of(state.settings)
         source, options = await parse(ticket.body, partial(_read, limits=limits))
         task = await intake.prepare(ticket, source, options)

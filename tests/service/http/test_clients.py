@@ -60,6 +60,30 @@ def test_head_of_a_server_that_is_not_ready(start: START) -> None:
     assert server.http.head("/livez").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/", "GET, HEAD, POST"),
+        ("OPTIONS", "/", "GET, HEAD, POST"),
+        ("DELETE", "/readyz", "GET, HEAD"),
+        ("GET", "/v1/classify", "POST"),
+    ],
+)
+def test_a_wrong_method_is_told_all_that_would_do(
+    server: Server, method: str, path: str, allowed: str
+) -> None:
+    answer = server.http.request(method, path)
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == allowed
+
+
+def test_a_form_at_the_hugging_face_route_is_sent_to_the_other(
+    server: Server, photo: bytes
+) -> None:
+    answer = server.http.post("/", files={"image": photo}, data={"labels": "cat,dog"})
+    assert sentence(answer, 400) == "This route takes JSON; send forms to `/v1/classify`."
+
+
 def test_head_is_not_described(server: Server) -> None:
     paths = server.http.get("/openapi.json").json()["paths"]
     assert not [path for path, methods in paths.items() if "head" in methods]
@@ -145,10 +169,14 @@ def test_a_form_with_another_content_type_is_told_so(server: Server) -> None:
     assert "its Content-Type is not `multipart/form-data; boundary=...`" in sentence(answer, 400)
 
 
-def test_utf_16_and_broken_json_are_told_so(server: Server, photo: bytes) -> None:
-    text = json.dumps(native(photo))
-    answer = server.http.post("/v1/classify", content=text.encode("utf-16"), headers=JSON)
-    assert sentence(answer, 400) == "The body is UTF-16; send UTF-8."
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+def test_another_encoding_is_told_so(server: Server, photo: bytes, encoding: str) -> None:
+    text = json.dumps(native(photo)).encode(encoding)
+    answer = server.http.post("/v1/classify", content=text, headers=JSON)
+    assert sentence(answer, 400) == "The body is UTF-16 or UTF-32; send UTF-8."
+
+
+def test_broken_json_is_told_so(server: Server) -> None:
     answer = server.http.post("/v1/classify", content=b'{"image": 1,}', headers=JSON)
     assert "not valid JSON: trailing comma at line 1 column 13" in sentence(answer, 400)
 
