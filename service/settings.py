@@ -121,8 +121,8 @@ class Settings(BaseSettings):
     max_batch_tokens: int = Field(0, ge=0)
     """Maximum number of image and text tokens in a batch; 0: set by free memory."""
     max_queue_delay_ms: float = Field(0.0, ge=0)
-    """How long an idle worker waits for a batch to fill (ms). Requests that arrive while a batch runs
-    share the next one in any case."""
+    """How long an idle worker waits for a batch to fill (ms). Requests that arrive while a batch
+    runs share the next one in any case."""
     max_queue_size: int = Field(64, ge=1)
     """Maximum number of admitted requests without an answer; more get a 429. One batch per worker
     may always wait."""

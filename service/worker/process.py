@@ -39,8 +39,8 @@ from service.telemetry import logs
 EXIT_TIMEOUT = 5.0  # seconds for a process to exit by itself
 
 PIPE_BYTES = 2**20
-"""Capacity of the pipe to a worker, as much as Linux gives to everyone. An image of the usual 64 KiB
-at a time would have both processes wait for each other again and again."""
+"""Capacity of the pipe to a worker, as much as Linux gives to everyone. Through the usual 64 KiB an
+image goes piece by piece, and both processes wait for each other each time."""
 
 log = logging.getLogger(__name__)
 spawn = multiprocessing.get_context("spawn")
