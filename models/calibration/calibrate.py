@@ -11,7 +11,6 @@ the batches:
 """
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -24,13 +23,12 @@ from typing import Any
 import torch
 import transformers
 from rich.progress import Progress as Bar
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.bundle import DefenseBundle, load_bundle
 from models.calibration import processes
 from models.calibration.options import make_parser
+from models.calibration.progress import resume_progress, save_progress
 from models.calibration.prompt_tuning import Progress, Tuning, attack, begin, tune
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier, ImageQuery
@@ -118,7 +116,7 @@ def learn(
     settings = {**asdict(tuning), "names": names, "checkpoint": checkpoint.sha256}
     settings |= {"pictures": len(pixels), "tokens": texts.ids.tolist()}
     clip = checkpoint.clip
-    progress = _resume(partial, settings, checkpoint) or begin(clip, tuning, words)
+    progress = resume_progress(partial, settings, checkpoint) or begin(clip, tuning, words)
     task = bar.add_task("learning prompts", total=tuning.steps, completed=progress.step)
 
     done, saved = replace(progress), time.monotonic()
@@ -130,14 +128,14 @@ def learn(
         # A copy: an interruption may find the next step half done.
         done = replace(progress, losses=[*progress.losses])
         if progress.step == tuning.steps or time.monotonic() >= saved + SAVE_SECONDS:
-            _save(partial, settings, done)
+            save_progress(partial, settings, done)
             saved = time.monotonic()
 
     prepared = checkpoint.preprocessing
     try:
         return tune(clip, texts, pixels, targets, prepared, tuning, progress, report)
     except KeyboardInterrupt:
-        _save(partial, settings, done)
+        save_progress(partial, settings, done)
         raise
 
 
@@ -287,44 +285,6 @@ def _tokenize(checkpoint: Checkpoint, names: list[str], template: str, slots: in
     texts = [template.replace("{}", name) for name in names]
     end = clip.model.config.text_config.eos_token_id
     return tokenize(checkpoint.tokenizer, end, texts, clip.context_length, slots).to(clip.device)
-
-
-def _save(partial: Path, settings: dict[str, Any], progress: Progress) -> None:
-    """Tensors first, then the file that says how far they are: one without the other is no
-    progress. Only the first process saves."""
-    if processes.rank():
-        return
-    partial.mkdir(parents=True, exist_ok=True)
-    tensors = {f"prompts.{k}": v for k, v in progress.prompts.tensors.items()}
-    for name, (first, second) in progress.moments.items():
-        tensors |= {f"first.{name}": first, f"second.{name}": second}
-    meta = {"settings": settings, "step": progress.step, "losses": progress.losses}
-    scratch = partial / f"{progress.step}.tmp"
-    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, scratch)
-    scratch.replace(partial / f"{progress.step}.safetensors")
-    scratch.write_text(json.dumps(meta))
-    scratch.replace(partial / "progress.json")
-    for old in partial.glob("*.safetensors"):
-        if old.stem != str(progress.step):
-            old.unlink()
-
-
-def _resume(partial: Path, settings: dict[str, Any], checkpoint: Checkpoint) -> Progress | None:
-    """The progress of an earlier run with these very settings, if there is one."""
-    try:
-        meta = json.loads((partial / "progress.json").read_text())
-        if meta["settings"] != settings:
-            return None
-        tensors = load_file(partial / f"{meta['step']}.safetensors")
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return None
-    groups: dict[str, dict[str, Tensor]] = {"prompts": {}, "first": {}, "second": {}}
-    for name, value in tensors.items():
-        group, _, key = name.partition(".")
-        groups[group][key] = value.clone().to(checkpoint.clip.device)
-    moments = {name: (groups["first"][name], groups["second"][name]) for name in groups["first"]}
-    prompts = DefensePrompts(settings["design"], groups["prompts"])
-    return Progress(prompts, moments, meta["step"], meta["losses"])
 
 
 def main(argv: list[str] | None = None) -> int:

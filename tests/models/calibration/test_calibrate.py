@@ -147,13 +147,13 @@ def test_progress_is_saved_by_time_and_at_the_last_step(
     directory: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
-    save = calibrate._save
+    save = calibrate.save_progress
 
     def note(*arguments: object) -> None:
         saved.append(arguments[-1].step)  # type: ignore[attr-defined]
         save(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(calibrate, "_save", note)
+    monkeypatch.setattr(calibrate, "save_progress", note)
     now = 0.0
 
     def tick() -> float:
