@@ -169,7 +169,7 @@ sbom: setup
 MEASURE := $(BIN)/python -m benchmarks.
 FIGURES_IN ?= runs/benchmarks
 benchmark: setup
-	$(MEASURE)adaptation --size vit-b-32 --labels 10 100 300 1000 --repeats 2 \
+	$(MEASURE)adaptation --size vit-b-32 --labels 10 100 300 1000 --repeats 3 \
 	    --section 'vit-b-32 fp32' --json $(FIGURES_IN)/vit-b-32-fp32.json
 	$(MEASURE)adaptation --size vit-b-32 --labels 10 100 300 --dtype bf16 --repeats 2 \
 	    --agreement 100 \

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.adaptation import operations_ratio
 from benchmarks.harness.report import DOCS, ROOT, make_parser, write_section
 from benchmarks.harness.server import Server
 from benchmarks.service import describe_requests
@@ -178,8 +179,9 @@ def speed_table(adaptation: dict[str, Any], service: dict[str, Any]) -> str:
         spent = [side["seconds"] - side["extra_seconds"] for side in (ours, theirs)]
         seconds = f"{spent[0]:.1f} ({spent[1]:.1f})"
         ratio = f"{row['ratio']:.1f} ({low:.1f} to {high:.1f})"
-        lines.append((f"{row['labels']:,}", seconds, ratio, gigabytes))
-    heads = ("labels", "seconds (published)", "speedup", "peak GB (published)")
+        operations = f"{operations_ratio(row):.1f}"
+        lines.append((f"{row['labels']:,}", seconds, ratio, operations, gigabytes))
+    heads = ("labels", "seconds (published)", "speedup", "in operations", "peak GB (published)")
     settings, machine = adaptation["settings"], adaptation["machine"]
     single, full = service["single"], service["saturation"]
     text = (
@@ -187,7 +189,8 @@ def speed_table(adaptation: dict[str, Any], service: dict[str, Any]) -> str:
         f"{_count(settings['steps'], 'step')}, {settings['dtype']}, visual and text prompts. In "
         "parentheses is our own implementation of the published computation: one image at a time, "
         "gradients through all views, the full text. It gives the same answer. Where it does not "
-        "fit into memory it runs in chunks of labels, and the extra pass is not counted. "
+        "fit into memory it runs in chunks of labels, and the extra pass is not counted. In "
+        "operations: how many times fewer floating-point operations ours takes. "
         f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}; medians of "
         f"{settings['repeats']} alternating runs. Made by `{adaptation['command']}`."
     )

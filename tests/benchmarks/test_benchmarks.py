@@ -72,6 +72,8 @@ def test_a_run_writes_its_figures_and_fails_below_the_ratio(
     assert figures["rows"][0]["ours"]["peak_bytes"] > 0
     assert "| labels | batch |" in out.with_suffix(".md").read_text()
     assert adaptation.fall_short(figures["rows"], [2, 3], [0.0]) == []
+    two, three = (adaptation.operations_ratio(row) for row in figures["rows"])
+    assert 1 < two < three  # the published shape encodes every label's text anew
 
 
 def test_one_minimum_is_asked_for_each_label_count() -> None:
