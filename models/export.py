@@ -32,6 +32,8 @@ def write_checkpoint(
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
     model.save_pretrained(fresh)
+    for file in fresh.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors makes them private; a container reads them as another user
     if tokenizer is not None:
         # Padding and truncation of the last call would be saved with the vocabulary.
         tokenizer.backend_tokenizer.no_padding()

@@ -66,6 +66,7 @@ def test_a_pickled_checkpoint_is_converted(whole: Path, tmp_path: Path, capsys: 
     with pytest.raises(LoadError, match=r"no safetensors weights.*`tapt-serve convert`"):
         load_checkpoint(str(source), tiny.CPU)
     assert main(["convert", str(source), str(out)]) == 0
+    assert (out / "model.safetensors").stat().st_mode & 0o777 == 0o644  # for a container's user
     assert "without a tokenizer: set TAPT_TOKENIZER" in capsys.readouterr().out
     torch.testing.assert_close(logits(out), logits(whole), atol=1e-5, rtol=0)
     found = load_checkpoint(str(out), tiny.CPU, tokenizer=str(whole)).preprocessing
