@@ -29,8 +29,8 @@ from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
 from models.evaluation.provenance import describe_settings
 from models.evaluation.scores import auroc, difference, threshold, wilson
 from models.evaluation.table import read_shares, tally, write_markdown
-from research.embedded.tokenizer import train_tokenizer
 from models.views import make_views
+from research.embedded.tokenizer import train_tokenizer
 from service.cli import main as cli
 from tests import tiny
 
