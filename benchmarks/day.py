@@ -72,7 +72,7 @@ class Day:
     refused: float = 0.0
     lost: float = 0.0
     longest: float = 0.0
-    slow: float = 0.0  # requests that waited longer than the target for longer
+    slow: float = 0.0  # requests that waited longer than the target
     most: int = 0
     replica_hours: float = 0.0
     recovered: float = 0.0  # seconds after the failure at which nothing is refused any more
@@ -111,7 +111,9 @@ def simulate(plan: Plan) -> Day:
         now = number * STEP
         failed = FAILS_AT <= now < FAILS_AT + FAILS_FOR
         if now == FAILS_AT:
-            day.lost += plan.load(now) / ZONES * (queue / max(1, sum(zones)) + 1 / plan.throughput)
+            running = plan.load(now) / plan.throughput
+            day.lost += (queue + running) / ZONES
+            queue -= queue / ZONES
             zones[0] = 0
             starting[0].clear()
         for place, due in enumerate(starting):

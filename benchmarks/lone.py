@@ -40,6 +40,11 @@ class Spent:
         return self.seen - self.told["total"]
 
     @property
+    def rest(self) -> float:
+        """What no other stage accounts for."""
+        return self.service - self.outside - self.told["queue"]
+
+    @property
     def service(self) -> float:
         """All but decoding and computing."""
         return self.seen - sum(self.told[name] for name in COMPUTED)
@@ -65,8 +70,9 @@ def write(found: dict[str, list[Spent]], command: str) -> str:
         "decoding": lambda spent: spent.told["decode"],
         "adapting": lambda spent: spent.told["adapt"],
         "predicting": lambda spent: spent.told["predict"],
-        "queue and pipes to the worker": lambda spent: spent.told["queue"],
+        "queue": lambda spent: spent.told["queue"],
         "HTTP outside of the measured total": lambda spent: spent.outside,
+        "parsing, hashing, pipes to the worker": lambda spent: spent.rest,
         "**all but decoding and computing**": lambda spent: spent.service,
     }
     rows = [

@@ -29,6 +29,9 @@ SAME = {
 }
 """What all shards must share, and what a refusal calls it."""
 
+TAKEN = ("command", "machine", "warned")
+"""What else is read of a shard's file."""
+
 
 def merge(sources: Sequence[Path], out: Path) -> None:
     """Write the files of a whole evaluation from those of its shards.
@@ -50,9 +53,7 @@ def merge(sources: Sequence[Path], out: Path) -> None:
     for index, facts in enumerate(ordered):
         pictures[index :: len(ordered)] = facts["pictures"]
     journal = Journal(_gather_outcomes(files, out), first["key"])
-    warnings = [
-        sentence for facts in ordered for sentence in facts["warned"] if sentence is not None
-    ]
+    warnings = [sentence for facts in ordered for sentence in facts["warned"]]
     machines = [facts["machine"] for facts in ordered]
     if any(machine != machines[0] for machine in machines):
         warnings.append("The shards ran on different machines: times are means over these.")
@@ -87,7 +88,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         shard = facts["shard"]
-        whole = 0 <= shard["index"] < shard["of"] and all(name in facts for name in SAME)
+        whole = 0 <= shard["index"] < shard["of"] and all(name in facts for name in (*SAME, *TAKEN))
         if not whole or not facts["pictures"] or not facts["rows"]:
             raise ValueError("something is missing in it")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -86,7 +86,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = flags.parse_args(arguments)
     if options.merge:
         usual = vars(flags.parse_args(["--merge", ".", "--json", "."]))
-        own = {"merge", "json", "model"}  # TAPT_MODEL may have given the model
+        # TAPT_MODEL and TAPT_TOKENIZER may have given the last two.
+        own = {"merge", "json", "model", "tokenizer"}
         for name, value in vars(options).items():
             if name not in own and value != usual[name]:
                 flags.error(f"--merge takes only --json, not --{name.replace('_', '-')}")

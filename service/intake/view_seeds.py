@@ -25,7 +25,7 @@ class ViewSeeds:
 
     def of(self, image: DecodedImage) -> int:
         """The seed of an image; at least 0, below SEED_LIMIT."""
-        # Processors compute SHA-256 in hardware, so it takes half the time of BLAKE2.
+        # Processors compute SHA-256 in hardware, so it is faster than BLAKE2.
         digest = hmac.new(self._key, digestmod="sha256")
         for pixels in (image.pixels, image.view):
             if pixels is not None:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from models.evaluation import command
+from service.cli import main as cli
 from tests import tiny
 
 NAMES = ("cat", "dog", "lemon")
@@ -67,6 +68,14 @@ def test_the_shards_make_the_table_of_one_run(
     assert (tmp_path / "merged.jsonl").read_bytes() == before  # nothing was left to do
 
 
+def test_variables_for_other_runs_do_no_harm(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAPT_MODEL", "elsewhere")
+    monkeypatch.setenv("TAPT_TOKENIZER", "elsewhere")
+    assert cli(["evaluate", "--merge", str(shards), "--json", str(tmp_path / "out.json")]) == 0
+
+
 def edit(file: Path, change: Change) -> None:
     facts = json.loads(file.read_text())
     change(facts)
@@ -84,6 +93,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "number": (lambda f: f["shard"].update(of=4), "different numbers of shards"),
     "twice": (lambda f: f["shard"].update(index=0), "are both shard 0"),
     "no shard": (lambda f: f.pop("shard"), "not the file of a shard"),
+    "no warnings": (lambda f: f.pop("warned"), "not the file of a shard"),
     "beyond": (lambda f: f["shard"].update(index=3), "not the file of a shard"),
     "no images": (lambda f: f.update(pictures=[]), "not the file of a shard"),
 }
