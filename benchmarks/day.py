@@ -45,7 +45,7 @@ class Plan:
         peak: requests a second at 14:00; at night, a third of it.
         throughput: requests a second of a replica in full batches.
         target: seconds in a replica's queue that the autoscaler keeps.
-        spare: the autoscaler's floor, as a share beyond what the load needs at full throughput.
+        floor: the autoscaler's floor, as a share beyond what the load needs at full throughput.
         most: the autoscaler's limit, as a factor of what the peak needs at full throughput.
         start: seconds from the autoscaler's decision until a replica is ready.
         admitted: seconds of queue beyond which requests are refused.
@@ -54,7 +54,7 @@ class Plan:
     peak: float
     throughput: float
     target: float
-    spare: float
+    floor: float
     most: float
     start: float
     admitted: float
@@ -95,14 +95,14 @@ def want(plan: Plan, load: float, seconds: float, replicas: int, expected: int) 
         wanted = max(expected, min(math.ceil(replicas * ratio), math.ceil(expected * MOST_UP)))
     elif ratio < 1 - TOLERANCE:
         wanted = math.ceil(expected * max(ratio, MOST_DOWN))
-    wanted = max(wanted, math.ceil(load / plan.throughput * (1 + plan.spare)))
+    wanted = max(wanted, math.ceil(load / plan.throughput * (1 + plan.floor)))
     return min(wanted, math.ceil(plan.peak / plan.throughput * plan.most))
 
 
 def simulate(plan: Plan) -> Day:
     """A day from midnight to midnight."""
     day = Day()
-    first = plan.load(0) / plan.throughput * max(1 + plan.spare, 1.1)
+    first = plan.load(0) / plan.throughput * max(1 + plan.floor, 1.1)
     zones = [math.ceil(first / ZONES)] * ZONES
     starting: list[deque[tuple[float, int]]] = [deque() for _ in zones]
     queue = 0.0
@@ -155,7 +155,7 @@ def simulate(plan: Plan) -> Day:
 def write_page(figures: dict[str, Any]) -> str:
     rows = [
         (
-            f"{row['spare']:.0%}",
+            f"{row['floor']:.0%}",
             f"{row['most']:,}",
             f"{row['replica_hours']:,.0f}",
             f"{row['refused'] / row['asked']:.3%}",
@@ -195,7 +195,7 @@ def main() -> int:
     add("--times", type=Path, required=True, help="figures of benchmarks.service")
     add("--peak", type=float, default=100_000.0, help="requests a second")
     add("--target", type=float, default=1.0, help="seconds in a queue that the autoscaler keeps")
-    add("--spare", type=float, nargs="+", default=[0.0, 0.1, 0.25, 0.5], help="floors to compare")
+    add("--floors", type=float, nargs="+", default=[0.0, 0.1, 0.25, 0.5], help="floors to compare")
     add("--most", type=float, default=1.8, help="limit of the fleet, in what the peak needs")
     add("--start", type=float, default=120.0, help="seconds until a new replica is ready")
     add("--json", type=Path, metavar="OUT", default=Path("runs/benchmarks/day.json"))
@@ -207,9 +207,9 @@ def main() -> int:
     admitted = QUEUE_SHARE * Settings().request_timeout_ms / 1000
     plan = Plan(options.peak, throughput, options.target, 0, options.most, options.start, admitted)
     rows = []
-    for spare in options.spare:
-        day = simulate(replace(plan, spare=spare))
-        rows.append({"spare": spare, **{name: getattr(day, name) for name in Day.__slots__}})
+    for floor in options.floors:
+        day = simulate(replace(plan, floor=floor))
+        rows.append({"floor": floor, **{name: getattr(day, name) for name in Day.__slots__}})
     figures = {
         "command": command_line("benchmarks.day"),
         "machine": measured["machine"],

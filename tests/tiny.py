@@ -1,6 +1,8 @@
 """Tiny CLIP checkpoints with random weights, made on the spot."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,11 @@ def make_queries(count: int) -> list[ImageQuery]:
         )
         for i in range(count)
     ]
+
+
+def run_twice(module: str, arguments: list[str]) -> None:
+    """Run a module in two processes that torchrun joins."""
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*two, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import day, front
 
-PLAN = day.Plan(peak=1000, throughput=8, target=1.0, spare=0.5, most=1.8, start=120, admitted=30)
+PLAN = day.Plan(peak=1000, throughput=8, target=1.0, floor=0.5, most=1.8, start=120, admitted=30)
 
 
 def test_load_peaks_when_the_zone_fails_and_is_a_third_at_night() -> None:
@@ -27,14 +27,14 @@ def test_a_floor_with_room_for_a_zone_refuses_nothing() -> None:
     assert found.asked == pytest.approx(1000 * day.HOUR * 24 * 2 / 3, rel=1e-3)
     assert found.refused == 0
     assert found.lost > 0
-    scarce = day.simulate(replace(PLAN, spare=0.05, start=600))
+    scarce = day.simulate(replace(PLAN, floor=0.05, start=600))
     assert scarce.refused > 0
     assert scarce.recovered > 0
     assert scarce.replica_hours < found.replica_hours
 
 
 def test_the_autoscaler_follows_the_queue_within_its_bounds() -> None:
-    free = replace(PLAN, spare=0, most=9)
+    free = replace(PLAN, floor=0, most=9)
     assert day.want(free, 0, 1.05, 100, 100) == 100  # within the tolerance
     assert day.want(free, 0, 1.2, 100, 100) == 120
     assert day.want(free, 0, 30.0, 100, 100) == 125

@@ -2,8 +2,6 @@
 
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -378,10 +376,7 @@ def test_processes_share_a_batch_and_learn_the_same(
     flags = f"--steps 4 --batch 11 --rate 1e-2 --depth 2 --tokens 4 --epsilon 2/255 --images 6 \
         --views 2 --attack-views 2 --threshold-views 2 --warm-up 1 --clean-share {clean_share} \
         --model {directory} --data {folder} --out".split()
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*two, "-m", "models.calibration.calibrate", *flags, str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
+    tiny.run_twice("models.calibration.calibrate", [*flags, str(tmp_path / "two")])
     assert calibrate.main([*flags, str(tmp_path / "one")]) == 0
     one, other = (
         load_bundle(tmp_path / name, checkpoint.clip, checkpoint.sha256).prompts.tensors

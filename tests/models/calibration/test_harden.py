@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -460,10 +458,7 @@ def test_processes_share_a_batch_and_agree(directory: Path, folder: Path, tmp_pa
     """Without an attack, whose starts each process draws by itself, two equal one."""
     flags = f"--model {directory} --data {folder} --batch 6 --rate 1e-3 --warm-up 2 --steps 3 \
         --attacked-share 0 --dtype float32 --out".split()
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*two, "-m", "models.calibration.harden", *flags, str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
+    tiny.run_twice("models.calibration.harden", [*flags, str(tmp_path / "two")])
     assert harden.main([*flags, str(tmp_path / "one")]) == 0
     one, other = (tiny.load(tmp_path / name).clip.model for name in ("one", "two"))
     start = tiny.load(directory).clip.model.state_dict()

@@ -6,6 +6,12 @@ import sys
 
 import pytest
 
+
+def measure(script: str, how: str) -> int:
+    """What a script prints in a process of its own."""
+    return int(subprocess.check_output([sys.executable, "-c", script, how], text=True))
+
+
 FAULTS = """
 import io, resource, sys
 import numpy as np
@@ -30,10 +36,7 @@ print(faults() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_decoding_reuses_its_buffers() -> None:
-    usual, kept = (
-        int(subprocess.check_output([sys.executable, "-c", FAULTS, how], text=True))
-        for how in ("usual", "keep")
-    )
+    usual, kept = (measure(FAULTS, how) for how in ("usual", "keep"))
     assert kept < usual / 4
 
 
@@ -66,10 +69,7 @@ print(resident() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_the_bodies_that_threads_parsed_are_not_kept() -> None:
-    images, bodies = (
-        int(subprocess.check_output([sys.executable, "-c", BODIES, how], text=True))
-        for how in ("images", "bodies")
-    )
+    images, bodies = (measure(BODIES, how) for how in ("images", "bodies"))
     assert bodies < 8 * 2**20 < 32 * 2**20 < images
 
 
@@ -98,8 +98,5 @@ print(size() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_threads_reserve_no_heap_of_their_own() -> None:
     """They reserve their stacks alone, of 8 MiB each."""
-    many, one = (
-        int(subprocess.check_output([sys.executable, "-c", THREADS, how], text=True))
-        for how in ("many", "one")
-    )
+    many, one = (measure(THREADS, how) for how in ("many", "one"))
     assert one < 4 * 2**24 < 4 * 2**26 < many
