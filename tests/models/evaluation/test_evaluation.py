@@ -29,6 +29,7 @@ from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
 from models.evaluation.provenance import describe_settings
 from models.evaluation.scores import auroc, difference, threshold, wilson
 from models.evaluation.table import read_shares, tally, write_markdown
+from models.views import make_views
 from research.embedded.tokenizer import train_tokenizer
 from service.cli import main as cli
 from tests import tiny
@@ -459,7 +460,7 @@ def test_the_attacked_pixels_are_the_models_own(classifier: DefendedClassifier) 
     # A checkpoint may resize to more than it cuts; the attacked picture must not be cut again.
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
     assert classifier.checkpoint.preprocessing.resized(32, 32) == (32, 32)
-    view = trial.make_views(image, 1, 0, classifier.checkpoint.preprocessing, tiny.CPU)[0]
+    view = make_views(image, 1, 0, classifier.checkpoint.preprocessing, tiny.CPU)[0]
     assert np.array_equal((view * 255).round().byte().permute(1, 2, 0).numpy(), image)
 
 
