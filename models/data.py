@@ -54,12 +54,15 @@ class Dataset(Protocol):
         limit: int | None = None,
         seed: int | None = None,
         preprocessing: Preprocessing | None = None,
+        first: int = 0,
+        every: int = 1,
     ) -> Iterator[Example]:
         """Yield at most `limit` examples, in stored order or shuffled by `seed`.
 
-        The same seed gives the same examples; a limit with a seed is a random sample.
-        `preprocessing` is that of the checkpoint that the images are for; without it there are no
-        views. Raises DataError at the first image that cannot be decoded.
+        The same seed gives the same examples; a limit with a seed is a random sample. Only those at
+        the places `first`, `first + every` and so on are read. `preprocessing` is that of the
+        checkpoint that the images are for; without it there are no views. Raises DataError at the
+        first image that cannot be decoded.
         """
 
 
@@ -110,8 +113,10 @@ class FolderDataset:
         limit: int | None = None,
         seed: int | None = None,
         preprocessing: Preprocessing | None = None,
+        first: int = 0,
+        every: int = 1,
     ) -> Iterator[Example]:
-        for index in order(len(self), limit, seed):
+        for index in order(len(self), limit, seed)[first::every]:
             file, label = self._files[index]
             image = decode_picture(read_file(file), str(file), preprocessing)
             yield Example(image.pixels, label, image.view)
@@ -149,9 +154,12 @@ class ParquetDataset:
         limit: int | None = None,
         seed: int | None = None,
         preprocessing: Preprocessing | None = None,
+        first: int = 0,
+        every: int = 1,
     ) -> Iterator[Example]:
-        picked = order(len(self), limit, seed)
-        rows = self._stream(len(picked)) if seed is None else self._pick(list(picked))
+        picked = order(len(self), limit, seed)[first::every]
+        in_order = seed is None and every == 1 and first == 0
+        rows = self._stream(len(picked)) if in_order else self._pick(list(picked))
         for where, data, label in rows:
             image = decode_picture(data, where, preprocessing)
             yield Example(image.pixels, label, image.view)

@@ -88,7 +88,13 @@ def evaluate(options: argparse.Namespace, command: str) -> int:
         cross_check(shown, names, protocol, subjects, journal)
     facts = {
         "key": key,
-        "data": {"name": Path(options.data).name, "classes": len(names), "n": len(subjects)},
+        "data": {
+            "name": Path(options.data).name,
+            "classes": len(names),
+            "images": len(data),
+            "n": len(subjects),
+        },
+        "limit": options.limit,
         "checkpoint": classifier.checkpoint.name,
         "settings": settings,
         "command": command,

@@ -65,8 +65,10 @@ class HubDataset:
         limit: int | None = None,
         seed: int | None = None,
         preprocessing: Preprocessing | None = None,
+        first: int = 0,
+        every: int = 1,
     ) -> Iterator[Example]:
-        for index in order(len(self), limit, seed):
+        for index in order(len(self), limit, seed)[first::every]:
             row = self._split[int(index)]
             file = row[self._image]
             data = file["bytes"] or read_file(Path(file["path"]))

@@ -21,6 +21,7 @@ from models.evaluation.report import report
 SAME = {
     "key": "settings",
     "data": "data",
+    "limit": "--limit",
     "attacks": "attacks",
     "queried": "--queried",
     "checked": "--check",

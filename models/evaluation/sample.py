@@ -36,9 +36,6 @@ class Shard:
     index: int = 0
     of: int = 1
 
-    def __contains__(self, place: object) -> bool:
-        return isinstance(place, int) and place % self.of == self.index
-
 
 WHOLE = Shard()
 
@@ -57,13 +54,13 @@ def gather(
     """
     preprocessing, cpu = classifier.checkpoint.preprocessing, torch.device("cpu")
     subjects = []
-    for place, example in enumerate(data.examples(limit, seed, preprocessing)):
-        if place not in shard:
-            continue
+    examples = data.examples(limit, seed, preprocessing, shard.index, shard.of)
+    for number, example in enumerate(examples):
         if example.label < 0:
             raise DataError("a picture without a label cannot be counted as right or wrong")
         view = make_views(example.pixels, 1, 0, preprocessing, cpu, example.view)[0]
         pixels = (view * LEVELS).round().byte().permute(1, 2, 0).contiguous().numpy()
+        place = shard.index + number * shard.of
         subjects.append(Subject(pixels, example.label, place))
     if not subjects:
         raise DataError("there are no pictures to evaluate on")

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import ExifTags, Image
 
-from models.data import DataError, ParquetDataset, open_dataset
+from models.data import DataError, ParquetDataset, decode_picture, open_dataset
 from models.images.preprocess import BICUBIC, Preprocessing
 from service.intake.decode import decode
 from service.settings import Settings
@@ -96,6 +97,20 @@ def test_a_seed_gives_the_same_sample_of_the_whole(
     assert sorted(labels(None, 1)) == sorted(labels(None, None))
     assert len({tuple(labels(3, seed)) for seed in range(8)}) > 1
     assert labels(2, None) == labels(None, None)[:2]
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_every_nth_is_read_alone(
+    kind: str, seed: int | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = open_dataset(request.getfixturevalue(kind))
+    whole = [example.label for example in dataset.examples(5, seed)]
+    decoded = Mock(wraps=decode_picture)
+    monkeypatch.setattr("models.data.decode_picture", decoded)
+    found = [example.label for example in dataset.examples(5, seed, first=1, every=2)]
+    assert found == whole[1::2]
+    assert decoded.call_count == len(found) == 2
 
 
 def test_shuffled_pictures_keep_their_labels(shards: Path) -> None:

@@ -76,6 +76,8 @@ def edit(file: Path, change: Change) -> None:
 CHANGES: dict[str, tuple[Change, str]] = {
     "settings": (lambda f: f.update(key="0"), "different settings"),
     "data": (lambda f: f["data"].update(name="others"), "different data"),
+    "more data": (lambda f: f["data"].update(images=9), "different data"),
+    "limit": (lambda f: f.update(limit=8), "different --limit"),
     "attacks": (lambda f: f.update(attacks=["pgd"]), "different attacks"),
     "check": (lambda f: f.update(checked=False), "different --check"),
     "rows": (lambda f: f["rows"].pop(), "different rows"),
