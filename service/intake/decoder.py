@@ -27,7 +27,7 @@ from models.images.decode import FORMATS, HEIC, DecodedImage
 from models.images.preprocess import Preprocessing
 from service.errors import ServiceError
 from service.intake.decode import OutOfMemory, decode
-from service.intake.malloc import keep_freed_memory
+from service.intake.malloc import keep_freed_memory, use_one_heap
 
 REQUEST = struct.Struct(">QQQQd?")
 """Bytes of the JSON and of the file; limits in pixels, bytes of memory and seconds of processor
@@ -68,6 +68,7 @@ def main() -> None:
     with socket.socket(fileno=sys.stdin.fileno()) as connection:
         _follow_parent()
         keep_freed_memory()
+        use_one_heap()
         _warm_up()
         space = _AddressSpace()
         _drop_rights()
@@ -90,11 +91,15 @@ def _serve(connection: socket.socket, space: "_AddressSpace") -> None:
             with _limited(space, memory, seconds):
                 reply = decode(file, max_pixels, memory if cautious else None, prepared)
         except ServiceError as error:
-            reply = error
             # Nobody knows what a failed allocation left behind in native code.
             leaving = isinstance(error.__cause__, MemoryError)
+            # The frames of a traceback hold the file and the pixels.
+            error.__cause__ = error.__context__ = error.__traceback__ = None
+            reply = error
+        del file  # what is held until the next image must not count, nor be held
         leaving = leaving or space.used() > base + RETAINED
         _send(connection, reply, leaving)
+        del reply
 
 
 def _send(connection: socket.socket, reply: DecodedImage | ServiceError, leaving: bool) -> None:

@@ -7,7 +7,7 @@ page fault by page fault, for the next one. On a virtual machine that takes long
 import contextlib
 import ctypes
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # from malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # from malloc.h
 
 MMAP_BYTES, TRIM_BYTES = 8 * 2**20, 16 * 2**20
 """Thresholds of a decoder. Larger buffers, those of large photographs, are mapped one by one and go
@@ -26,3 +26,11 @@ def keep_freed_memory(mmap_bytes: int = MMAP_BYTES, trim_bytes: int = TRIM_BYTES
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, mmap_bytes)
         mallopt(_TRIM_THRESHOLD, trim_bytes)
+
+
+def use_one_heap() -> None:
+    """Let all threads share the main heap. Each would reserve 64 MiB of address space for a heap of
+    its own, which a limit on the address space then does not see filled. Does nothing without
+    glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)

@@ -1,6 +1,7 @@
 """Decoder processes: limits, what becomes of an image that exceeds them, and of the others."""
 
 import asyncio
+import contextlib
 import io
 import os
 import resource
@@ -36,6 +37,7 @@ from service.intake import decoders as module
 from service.intake.decode import decode
 from service.intake.decoder import DESCRIPTORS, REPLY, Status
 from service.intake.decoders import Decoders
+from service.intake.malloc import TRIM_BYTES
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
@@ -330,6 +332,25 @@ def test_large_images_take_turns_and_small_ones_pass() -> None:
     run(test, decoders=3, decode_timeout_ms=20_000)
 
 
+def test_nothing_of_an_image_is_held_until_the_next() -> None:
+    """Neither the file nor, behind an error, the pixels decoded so far."""
+    size = 3600
+    whole = encode(Image.new("RGB", (size, size)), "BMP")  # 39 MB
+    damaged = whole[:-1000] + b"x" * 2_000_000
+
+    async def test(pool: Pool) -> None:
+        (pid,) = pool.pids()
+        await pool.decode(SMALL)
+        before = resident(pid)
+        for file in (whole, damaged, whole[: len(whole) // 2]):
+            with contextlib.suppress(BadRequest):
+                await pool.decode(file)
+            assert pool.pids() == {pid}
+            assert resident(pid) - before < TRIM_BYTES + 8 * 2**20
+
+    run(test, decoders=1)
+
+
 def resident(pid: int) -> int:
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
@@ -562,6 +583,7 @@ def test_a_decoder_imports_little() -> None:
 PARENT = """
 import asyncio, os, sys
 from service.intake.decoders import Decoders
+from service.intake.malloc import TRIM_BYTES
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 

@@ -71,3 +71,35 @@ def test_the_bodies_that_threads_parsed_are_not_kept() -> None:
         for how in ("images", "bodies")
     )
     assert bodies < 8 * 2**20 < 32 * 2**20 < images
+
+
+THREADS = """
+import sys, threading
+from service.intake.malloc import use_one_heap
+
+if sys.argv[1] == "one":
+    use_one_heap()
+size = lambda: int(open("/proc/self/statm").read().split()[0]) * 4096
+barrier = threading.Barrier(5)
+
+def allocate():
+    held = [bytes(1000 + number) for number in range(1000)]
+    barrier.wait()
+    barrier.wait()
+
+before = size()
+for _ in range(4):
+    threading.Thread(target=allocate, daemon=True).start()
+barrier.wait()
+print(size() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_threads_reserve_no_heap_of_their_own() -> None:
+    """They reserve their stacks alone, of 8 MiB each."""
+    many, one = (
+        int(subprocess.check_output([sys.executable, "-c", THREADS, how], text=True))
+        for how in ("many", "one")
+    )
+    assert one < 4 * 2**24 < 4 * 2**26 < many
