@@ -1,94 +1,108 @@
-"""Where each millisecond of a lone request goes, from the socket to the answer.
+"""Where each millisecond of a lone request goes, from the client's socket and back.
 
 python -m benchmarks.lone --write
 
 One client on a kept-alive connection asks again as soon as it has its answer, so no request waits
-for another. The answer says how long decoding, adapting and predicting took. What remains of the
-time that the client saw is the service: HTTP, JSON, limits, queue and pipes.
+for another. The stages follow each other without a gap: see `benchmarks.stamped`.
 """
 
 import argparse
+import http.client
+import json
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
-
-import httpx
 
 from benchmarks.harness.load import percentile
 from benchmarks.harness.machine import machine
 from benchmarks.harness.report import DOCS, command_line, make_parser, write_section
 from benchmarks.harness.requests import LABELS, classification, draw_file
 from benchmarks.harness.server import Server
+from benchmarks.stamped import STAGES, read_stamps, serve_stamped
 from models.evaluation.table import tabulate
 
 PICTURES = 32  # different ones
 WARM_UP = 5  # requests
-COMPUTED = ("decode", "adapt", "predict")
+COMPUTED = ("decoded", "computed")  # the stages that the service is for
+
+Sent = tuple[float, float]
+"""The instants at which a client began to send a request and had its answer."""
+
+Spent = Mapping[str, float]
+"""Milliseconds of one request, by the name of the instant at which a stage ends."""
 
 
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """Milliseconds of one request: what the client saw, and what the answer says."""
-
-    seen: float
-    told: dict[str, float]
-
-    @property
-    def outside(self) -> float:
-        """HTTP before the first byte was read and after the answer was made."""
-        return self.seen - self.told["total"]
-
-    @property
-    def rest(self) -> float:
-        """What no other stage accounts for."""
-        return self.service - self.outside - self.told["queue"]
-
-    @property
-    def service(self) -> float:
-        """All but decoding and computing."""
-        return self.seen - sum(self.told[name] for name in COMPUTED)
-
-
-def ask(http: httpx.Client, method: str, requests: int) -> list[Spent]:
+def ask(server: Server, method: str, requests: int) -> list[Sent]:
     """So many answers with a defense, one after the other."""
-    bodies = [classification(draw_file(n), LABELS, method=method) for n in range(PICTURES)]
+    bodies = [
+        json.dumps(classification(draw_file(number), LABELS, method=method))
+        for number in range(PICTURES)
+    ]
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     found = []
     for number in range(WARM_UP + requests):
-        began = time.perf_counter()
-        answer = http.post("/v1/classify", json=bodies[number % PICTURES])
-        seen = 1000 * (time.perf_counter() - began)
-        found.append(Spent(seen, answer.raise_for_status().json()["timings_ms"]))
+        began = time.monotonic()
+        connection.request("POST", "/v1/classify", bodies[number % PICTURES])
+        answer = connection.getresponse()
+        answer.read()
+        found.append((began, time.monotonic()))
+        if answer.status != 200:
+            raise RuntimeError(f"the server answered {answer.status}")
+    connection.close()
     return found[WARM_UP:]
 
 
-def write(found: dict[str, list[Spent]], command: str) -> str:
+def split(sent: Sent, stamps: Sequence[tuple[float, str]]) -> Spent:
+    """A request's time by stage. Raises ValueError unless each stage ended once, in order."""
+    began, received = sent
+    inside = [stamp for stamp in stamps if began <= stamp[0] <= received]
+    ends = [*inside, (received, "received")]
+    if [name for _, name in ends] != list(STAGES):
+        raise ValueError(f"a request passed {[name for _, name in ends]}")
+    starts = [began, *(instant for instant, _ in inside)]
+    return {name: 1000 * (end - start) for (end, name), start in zip(ends, starts, strict=True)}
+
+
+def service(spent: Spent) -> float:
+    """The milliseconds of all but decoding and computing."""
+    return sum(spent.values()) - sum(spent[name] for name in COMPUTED)
+
+
+def write(found: Mapping[str, Sequence[Spent]], command: str) -> str:
     """The section of docs/performance.md."""
-    heads = ("", *(f"`{method}`" for method in found))
-    stages = {
-        "seen by the client": lambda spent: spent.seen,
-        "decoding": lambda spent: spent.told["decode"],
-        "adapting": lambda spent: spent.told["adapt"],
-        "predicting": lambda spent: spent.told["predict"],
-        "queue": lambda spent: spent.told["queue"],
-        "HTTP outside of the measured total": lambda spent: spent.outside,
-        "parsing, hashing, pipes to the worker": lambda spent: spent.rest,
-        "**all but decoding and computing**": lambda spent: spent.service,
-    }
     rows = [
-        (name, *(f"{median(map(read, spent)):.1f}" for spent in found.values()))
-        for name, read in stages.items()
+        (title, *(f"{median(one[name] for one in spent):.2f}" for spent in found.values()))
+        for name, title in STAGES.items()
     ]
+    for title, total in (
+        ("seen by the client", lambda one: sum(one.values())),
+        ("**all but decoding and computing**", service),
+    ):
+        rows.append((title, *(f"{median(map(total, spent)):.2f}" for spent in found.values())))
     tail = ", ".join(
-        f"{percentile([each.service for each in spent], 0.99):.1f} with `{method}`"
+        f"{percentile([service(one) for one in spent], 0.99):.1f} with `{method}`"
         for method, spent in found.items()
     )
     count = min(map(len, found.values()))
     return (
-        f"{tabulate(heads, rows)}\n\nMilliseconds at p50, {count} requests each, one at a time: "
-        f"JPEG of 640 x 480, {len(LABELS)} labels, embedded model. All but decoding and computing "
-        f"at p99: {tail}. {machine()} Written by `{command}`."
+        f"{tabulate(('', *(f'`{method}`' for method in found)), rows)}\n\n"
+        f"Milliseconds at p50, {count} requests each, one at a time: JPEG of 640 x 480, "
+        f"{len(LABELS)} labels, embedded model. All but decoding and computing at p99: {tail}. "
+        f"{machine()} Written by `{command}`."
     )
+
+
+def measure(methods: Sequence[str], requests: int) -> dict[str, list[Spent]]:
+    """The time of each request, by defense."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "stamps"
+        with serve_stamped(file) as server:
+            sent = {method: ask(server, method, requests) for method in methods}
+        stamps = read_stamps(file)
+    return {method: [split(one, stamps) for one in each] for method, each in sent.items()}
 
 
 def main() -> int:
@@ -97,9 +111,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=["plain", "tapt"], help="defenses")
     parser.add_argument("--write", action="store_true", help="write docs/performance.md")
     options: argparse.Namespace = parser.parse_args()
-    with Server() as server, httpx.Client(base_url=server.url, timeout=60) as http:
-        found = {method: ask(http, method, options.requests) for method in options.methods}
-    text = write(found, command_line("benchmarks.lone"))
+    text = write(measure(options.methods, options.requests), command_line("benchmarks.lone"))
     print(text)
     if options.write:
         write_section("lone", text, DOCS / "performance.md")

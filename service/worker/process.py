@@ -5,7 +5,6 @@ other side is gone. A multiprocessing queue would leave its locks held when a pr
 """
 
 import contextlib
-import fcntl
 import importlib
 import logging
 import multiprocessing
@@ -35,12 +34,9 @@ from service.messages import (
 )
 from service.settings import Settings
 from service.telemetry import logs
+from service.worker import pipe
 
 EXIT_TIMEOUT = 5.0  # seconds for a process to exit by itself
-
-PIPE_BYTES = 2**20
-"""Capacity of the pipe to a worker, as much as Linux gives to everyone. Through the usual 64 KiB an
-image goes piece by piece, and both processes wait for each other each time."""
 
 log = logging.getLogger(__name__)
 spawn = multiprocessing.get_context("spawn")
@@ -81,7 +77,7 @@ class Process:
 
     def __init__(self, settings: Settings, index: int, runner: str, beat: float) -> None:
         inbox, self._to_child = spawn.Pipe(duplex=False)
-        _widen(self._to_child.fileno())
+        pipe.widen(self._to_child)
         self._from_child, outbox = spawn.Pipe(duplex=False)
         self._outbox: SimpleQueue[Run | Cancel | None] = SimpleQueue()
         self._process = spawn.Process(
@@ -113,7 +109,7 @@ class Process:
         """All messages of the process, until it is gone."""
         with contextlib.suppress(Exception):  # treat a broken message like a broken pipe
             while True:
-                yield self._from_child.recv()
+                yield pipe.receive(self._from_child)
 
     def end(self) -> int | None:
         """Make sure that the process is gone; its exit code, negative for a signal."""
@@ -129,14 +125,7 @@ class Process:
         """Send in order, in a thread: the pipe blocks while it carries large images."""
         with contextlib.suppress(OSError), self._to_child:
             while message := self._outbox.get():
-                self._to_child.send(message)
-
-
-def _widen(pipe: int) -> None:
-    """Let a pipe hold PIPE_BYTES, where the system can."""
-    if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
-        with contextlib.suppress(OSError):  # more than this user's share
-            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+                pipe.send(self._to_child, message)
 
 
 def main(
@@ -205,14 +194,14 @@ class _Worker:
     def send(self, message: Message) -> None:
         try:
             with self._lock:
-                self._outbox.send(message)
+                pipe.send(self._outbox, message)
         except OSError:
             os._exit(0)
 
     def receive(self) -> None:
         try:
             while True:
-                match self._inbox.recv():
+                match pipe.receive(self._inbox):
                     case Run(batch=batch):
                         self._unfinished |= {task.id for task in batch}
                         self._batches.put(batch)

@@ -3,12 +3,14 @@
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.defenses.catalog import DEFENSES
 from models.images.decode import MAX_SHORT_SIDE, DecodedImage
 from models.images.preprocess import BICUBIC, Preprocessing, prepare
 from service.intake.requests import SEED_LIMIT
@@ -74,6 +76,29 @@ def test_asking_again_gets_the_same_views_from_any_file_of_the_same_pixels(
         assert reply.status_code == 200
     assert seeds[0] == seeds[1] != seeds[2]
     assert SECRET not in server.http.get("/info").text
+
+
+def test_pixels_are_hashed_only_for_a_defense_that_draws(
+    start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, hashed = FakeWorker(), Mock(return_value=5)
+    monkeypatch.setattr(ViewSeeds, "of", hashed)
+    server, file = start(worker, allow_client_seed=True), io.BytesIO()
+    Image.fromarray(IMAGE).save(file, "PNG")
+    drawing = {name for name, spec in DEFENSES.items() if spec.random}
+    assert {"plain", "tapt"} - drawing == {"plain"}
+    for method in DEFENSES:
+        form = {"labels": "cat,dog", "method": method}
+        for more in ({}, {"seed": "7"}):
+            reply = server.http.post(
+                "/v1/classify", files={"image": file.getvalue()}, data={**form, **more}
+            )
+            assert reply.status_code == 200
+    seeds: dict[str, list[int]] = {name: [] for name in DEFENSES}
+    for (task,) in worker.batches:
+        seeds[task.method].append(task.seed)
+    assert seeds == {name: [5 if name in drawing else 0, 7] for name in DEFENSES}
+    assert hashed.call_count == len(drawing)
 
 
 @pytest.mark.parametrize("side", [300, 900])

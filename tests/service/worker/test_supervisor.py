@@ -1,7 +1,6 @@
 """Real processes, with a runner that has no model: killed, stopped, hanging, crashing, orphaned."""
 
 import asyncio
-import fcntl
 import os
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from service.messages import Fatal, Finished, Heartbeat, Ready, Settled, Task
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.worker import supervisor as supervision
-from service.worker.process import PIPE_BYTES, _widen, prepare_torch
+from service.worker.process import prepare_torch
 from service.worker.supervisor import Event, Lost, WorkerProcess
 from tests import fake_worker
 
@@ -290,14 +289,3 @@ def test_a_machine_that_can_start_no_process_does_not_use_up_the_starts(
             assert all(event.restarting for event in watched.events if isinstance(event, Lost))
 
     asyncio.run(scenario())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have pipes of one size")
-def test_the_pipe_to_a_worker_holds_an_image() -> None:
-    reading, writing = os.pipe()
-    try:
-        _widen(writing)
-        assert fcntl.fcntl(reading, fcntl.F_GETPIPE_SZ) == PIPE_BYTES
-    finally:
-        os.close(reading)
-        os.close(writing)
