@@ -16,7 +16,7 @@ from service.app import create_app
 from service.engine.engine import Engine
 from service.http.connections import BACKLOG, limit_connections, raise_descriptor_limit
 from service.http.root_path import mount
-from service.intake.malloc import BODIES_BYTES, BODY_BYTES, keep_freed_memory
+from service.malloc import BODIES_BYTES, BODY_BYTES, keep_freed_memory, trim_regularly
 from service.settings import Settings
 from service.telemetry import logs
 from service.worker.supervisor import Backend
@@ -49,6 +49,7 @@ def serve(settings: Settings, backend: Backend | None = None) -> int:
     logs.configure(settings.log_format)
     raise_descriptor_limit()
     keep_freed_memory(BODY_BYTES, BODIES_BYTES)
+    trim_regularly()
     with listen(settings.host, settings.port) as listener:
         return asyncio.run(_run(create_app(settings, backend), settings, listener))
 

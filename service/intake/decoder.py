@@ -27,7 +27,7 @@ from models.images.decode import FORMATS, HEIC, DecodedImage
 from models.images.preprocess import Preprocessing
 from service.errors import ServiceError
 from service.intake.decode import OutOfMemory, decode
-from service.intake.malloc import keep_freed_memory, use_one_heap
+from service.malloc import keep_freed_memory, use_one_heap
 
 REQUEST = struct.Struct(">QQQQd?")
 """Bytes of the JSON and of the file; limits in pixels, bytes of memory and seconds of processor

@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from service.errors import ModelError
+from service.malloc import trim_regularly
 from service.messages import (
     Answer,
     Cancel,
@@ -142,6 +143,7 @@ def main(
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.configure(settings.log_format)
     prepare_torch(settings.workers)
+    trim_regularly()
     worker = _Worker(inbox, outbox)
     threading.Thread(target=worker.receive, daemon=True).start()
     threading.Thread(target=worker.beat, args=(beat,), daemon=True).start()

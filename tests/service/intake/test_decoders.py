@@ -37,7 +37,7 @@ from service.intake import decoders as module
 from service.intake.decode import decode
 from service.intake.decoder import DESCRIPTORS, REPLY, Status
 from service.intake.decoders import Decoders
-from service.intake.malloc import TRIM_BYTES
+from service.malloc import TRIM_BYTES
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
@@ -583,7 +583,7 @@ def test_a_decoder_imports_little() -> None:
 PARENT = """
 import asyncio, os, sys
 from service.intake.decoders import Decoders
-from service.intake.malloc import TRIM_BYTES
+from service.malloc import TRIM_BYTES
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 

@@ -1,11 +1,15 @@
-"""Malloc thresholds that keep freed memory in the process.
+"""What glibc does with freed memory: keep it for the next request, and return it in time.
 
 By default glibc returns an image's buffers to the system after each request and maps them again,
 page fault by page fault, for the next one. On a virtual machine that takes longer than decoding.
+What it keeps beyond that is fragmented, and the heaps of a busy process grow for hours.
 """
 
 import contextlib
 import ctypes
+import threading
+import time
+from collections.abc import Callable
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # from malloc.h
 
@@ -34,3 +38,17 @@ def use_one_heap() -> None:
     glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
+
+
+def trim_regularly(seconds: float = 60.0) -> None:
+    """Return free pages inside the heaps to the system from time to time, in a thread of its own.
+    Does nothing without glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        trim = ctypes.CDLL(None).malloc_trim
+        threading.Thread(target=_trim, args=(trim, seconds), daemon=True).start()
+
+
+def _trim(trim: Callable[[int], int], seconds: float) -> None:
+    while True:
+        time.sleep(seconds)
+        trim(0)  # without the GIL

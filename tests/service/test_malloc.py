@@ -1,4 +1,4 @@
-"""Memory that the next image wants is kept."""
+"""Memory that the next image wants is kept, and the rest is returned."""
 
 import platform
 import subprocess
@@ -16,7 +16,7 @@ FAULTS = """
 import io, resource, sys
 import numpy as np
 from PIL import Image
-from service.intake.malloc import keep_freed_memory
+from service.malloc import keep_freed_memory
 from service.intake.decode import decode
 
 if sys.argv[1] == "keep":
@@ -42,7 +42,7 @@ def test_decoding_reuses_its_buffers() -> None:
 
 BODIES = """
 import sys, threading
-from service.intake.malloc import BODIES_BYTES, BODY_BYTES, MMAP_BYTES, keep_freed_memory
+from service.malloc import BODIES_BYTES, BODY_BYTES, MMAP_BYTES, keep_freed_memory
 
 keep_freed_memory(BODY_BYTES if sys.argv[1] == "bodies" else MMAP_BYTES, BODIES_BYTES)
 size = 7 * 2**20
@@ -75,7 +75,7 @@ def test_the_bodies_that_threads_parsed_are_not_kept() -> None:
 
 THREADS = """
 import sys, threading
-from service.intake.malloc import use_one_heap
+from service.malloc import use_one_heap
 
 if sys.argv[1] == "one":
     use_one_heap()
@@ -100,3 +100,35 @@ def test_threads_reserve_no_heap_of_their_own() -> None:
     """They reserve their stacks alone, of 8 MiB each."""
     many, one = (measure(THREADS, how) for how in ("many", "one"))
     assert one < 4 * 2**24 < 4 * 2**26 < many
+
+
+FRAGMENTS = """
+import ctypes, sys, time
+from service.malloc import trim_regularly
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+before = resident()
+blocks = [libc.malloc(2**16) for _ in range(1024)]
+for block in blocks:
+    ctypes.memset(block, 1, 2**16)
+for number, block in enumerate(blocks):
+    if number % 16 != 15:  # the last of them holds on to the whole heap
+        libc.free(block)
+if sys.argv[1] == "trim":
+    trim_regularly(0.01)
+    deadline = time.monotonic() + 10
+    while resident() - before > 2**25 and time.monotonic() < deadline:
+        time.sleep(0.01)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_free_memory_between_used_blocks_goes_back_to_the_system() -> None:
+    usual, trimmed = (measure(FRAGMENTS, how) for how in ("usual", "trim"))
+    assert trimmed < 2**24 < 2**25 < usual
