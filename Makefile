@@ -59,8 +59,8 @@ bundle: setup
 	    --force
 
 # Harden the embedded model on all four training shards, for hours; the same command continues a run
-# that was stopped: make harden DATA=DIR [STEPS=4500 HARDENED=DIR]
-STEPS ?= 4500
+# that was stopped: make harden DATA=DIR [STEPS=5000 HARDENED=DIR]
+STEPS ?= 5000
 HARDENED ?= runs/hardened
 harden: setup
 	GOMP_SPINCOUNT=1000 $(BIN)/tapt-serve harden --model embedded --out $(HARDENED) \

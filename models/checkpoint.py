@@ -1,4 +1,4 @@
-"""Load a CLIP checkpoint: the embedded one, a local directory, or a hub id; safetensors only."""
+"""Load a CLIP checkpoint: an embedded one, a local directory, or a hub id; safetensors only."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,6 +18,9 @@ from models.images.preprocess import Preprocessing
 from models.tokenizer import load_tokenizer
 
 EMBEDDED = Path(__file__).parent / "embedded"
+SHIPPED = {"embedded": EMBEDDED, "embedded-hardened": EMBEDDED.with_name("embedded_hardened")}
+"""Checkpoints that are part of the package."""
+
 SMALL_FILES = ("*.json", "*.txt", "*.model", "bundle/bundle.safetensors")
 
 
@@ -66,7 +69,8 @@ def load_checkpoint(
     """Load a checkpoint.
 
     Args:
-        name: `embedded`, a directory, or a hub id (from the cache when `HF_HUB_OFFLINE` is set).
+        name: `embedded`, `embedded-hardened`, a directory, or a hub id (from the cache when
+            `HF_HUB_OFFLINE` is set).
         revision: commit, tag or branch of a hub id; empty for the newest.
         sha256: hash that the weight files must have; empty accepts any.
         tokenizer: a directory, `owner/name` or `owner/name@revision` with the tokenizer; empty for
@@ -100,9 +104,9 @@ def find_checkpoint(
     Raises:
         LoadError
     """
-    if name == "embedded" and revision:
+    if name in SHIPPED and revision:
         raise LoadError(f"{name} is part of the package and has no revision {revision}")
-    place = str(EMBEDDED) if name == "embedded" else name
+    place = str(SHIPPED.get(name, name))
     directory = find_directory(place, revision, SMALL_FILES)
     layout, files = _find_weights(place, directory, name, pickled)
     architecture = layout.read_architecture(directory, files, name)

@@ -63,8 +63,9 @@ class Settings(BaseSettings):
     so that the proxy never sends a request on a connection that is being closed."""
 
     model: str = "embedded"
-    """`embedded`, a Hugging Face hub id, or a directory with a CLIP checkpoint, in the format of
-    transformers or of OpenCLIP; see [checkpoints](checkpoints.md)."""
+    """`embedded` or `embedded-hardened`, which are part of the package; a Hugging Face hub id; or a
+    directory with a CLIP checkpoint, in the format of transformers or of OpenCLIP. See
+    [checkpoints](checkpoints.md)."""
     model_revision: str = ""
     """Commit, tag or branch of a hub id. Only a full commit hash is immutable."""
     model_sha256: str = Field("", pattern="^([0-9a-fA-F]{64})?$")

@@ -26,7 +26,7 @@ CLIENT = CLIENT_KEY.removeprefix(PREFIX).lower()
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     page
-    for pattern in ("*.md", "docs/*.md", "examples/*.md", "models/embedded/*.md")
+    for pattern in ("*.md", "docs/*.md", "examples/*.md", "models/*/*.md")
     for page in ROOT.glob(pattern)
     if page.name != "CHANGELOG.md"  # tells of commands that are gone
 )

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from models.checkpoint import load_checkpoint
+from models.checkpoint import SHIPPED, find_checkpoint, load_checkpoint
 from models.errors import LoadError
 from service.settings import Settings
 from service.worker.runner import Runner
@@ -103,3 +104,16 @@ def test_the_worker_checks_what_the_settings_name(original: Path) -> None:
         Runner(Settings(**knobs, model_revision="main"), 0)
     with pytest.raises(ValueError, match="model_sha256"):
         Settings(model_sha256="abc")
+
+
+def test_a_checkpoint_of_the_package_has_a_name_and_no_revision() -> None:
+    for name in SHIPPED:
+        assert load_checkpoint(name, torch.device("cpu")).name == name
+        with pytest.raises(LoadError, match="no revision main"):
+            find_checkpoint(name, revision="main")
+
+
+def test_the_hardened_checkpoint_tells_what_it_was_made_from() -> None:
+    made = json.loads((SHIPPED["embedded-hardened"] / "hardening.json").read_text())
+    assert made["checkpoint_sha256"] == find_checkpoint("embedded").sha256
+    assert made["checkpoint_sha256"] != find_checkpoint("embedded-hardened").sha256
