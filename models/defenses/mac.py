@@ -5,11 +5,12 @@ attack may have put them. It does so for the image and for an augmented view of 
 another augmentation moves far counts as attacked, and only as far as it does is its delta added.
 The views' logits are averaged.
 
-From the paper and its code (github.com/sunoh-kim/MAC): the augmentations (see `augmentation`), two
-views, four signed steps up the squared distance of the unnormalized features from a uniform start,
-a ball of 8/255, the corruption degree, its sigmoid with threshold 0.7 and temperature 0.01, and the
-mean of logits. Ours: a request takes no step where every weight is negligible; and where an
-attacker differentiates the answer, the deltas and their weights are constants (BPDA).
+From the paper and its code (github.com/sunoh-kim/MAC): two views, four signed steps up the squared
+distance of the unnormalized features from a uniform start, a ball of 8/255, the degree of
+corruption and its sigmoid with threshold 0.7 and temperature 0.01 (chosen there for ViT-B/32), the
+mean of logits, and the augmentations but for what `augmentation` names. Ours: a request takes no
+step where every weight is negligible; and where an attacker differentiates the answer, the deltas
+and their weights are constants (BPDA).
 """
 
 import time
