@@ -79,12 +79,14 @@ def main(argv: list[str] | None = None) -> None:
         "experts": f"gated experts, {plan.views} and {budget - plan.views} views",
         "step-prompts": f"mean over {budget} views, prompts of the step",
         "bundle-prompts": f"mean over {budget} views, prompts of the bundle",
+        "few-views": f"mean over {plan.views} views, prompts of the step",
     }
     answers = {
         "step": make_step(taught["step"]),
         "experts": make_experts(taught["experts"]),
         "step-prompts": frozen.answer_by_mean(taught["step"]["vision"], budget),
         "bundle-prompts": frozen.answer_by_mean(vision, budget),
+        "few-views": frozen.answer_by_mean(taught["step"]["vision"], plan.views),
     }
     trial = Trial(attack_steps=options.attack_steps, seed=options.seed)
     test = gather(classifier, open_dataset(options.test), options.limit, options.seed)
@@ -93,11 +95,17 @@ def main(argv: list[str] | None = None) -> None:
         names_of[name]: judge(answer, undefended, test, trial, options.out / f"{name}.jsonl", made)
         for name, answer in answers.items()
     }
-    pairs = [("step", "bundle-prompts"), ("step", "step-prompts"), ("experts", "bundle-prompts")]
+    pairs = [
+        ("step", "bundle-prompts"),
+        ("step", "step-prompts"),
+        ("step", "few-views"),
+        ("experts", "bundle-prompts"),
+    ]
+    passes = dict.fromkeys(names_of.values(), budget) | {names_of["few-views"]: plan.views}
     named = [(names_of[one], names_of[other]) for one, other in pairs]
     page = "\n\n".join(
         [
-            tabulate_accuracies(outcomes, budget),
+            tabulate_accuracies(outcomes, passes),
             tabulate_differences(outcomes, named),
             describe(options, plan, trial, taught["step"], len(test)),
         ]
@@ -138,8 +146,9 @@ def describe(
         "cross-entropy of the mean logits, with new views at every step and the exact gradient "
         "through step and gate; the last result counts, on fresh views. A quick attack, the same "
         f"for all rows: read it for the differences. Model `{options.model.name}` with bundle "
-        f"`{options.bundle.name}`. Every row takes as many passes of one view through the image "
-        "encoder; a backward pass counts as two forward ones. Both ways were learned from the same "
+        f"`{options.bundle.name}`. Passes are of one view through the image encoder; a backward "
+        "pass counts as two forward ones. The last row, at a quarter of the cost, has the step's "
+        "views and prompts and no step. Both ways were learned from the same "
         f"{plan.steps * plan.batch} images of `{options.data.name}` in {plan.steps} batches, half "
         f"of each attacked by a signed step through all of it.\n\n"
         f"The step's learned weights, in units of each term's gradient at the start: {weights}. "

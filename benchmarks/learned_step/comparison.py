@@ -107,14 +107,14 @@ def _read(journal: Path, settings: dict[str, Any]) -> Iterator[tuple[int, Any]]:
         yield chunk["start"], chunk["outcomes"]
 
 
-def tabulate_accuracies(rows: Mapping[str, Outcomes], passes: int) -> str:
+def tabulate_accuracies(rows: Mapping[str, Outcomes], passes: Mapping[str, int]) -> str:
     """Accuracies in Markdown.
 
     Args:
         passes: forward passes of one view that each row takes; a backward pass counts as two.
     """
     lines = [
-        (name, str(passes), *(_share(outcomes[threat]) for threat in THREATS))
+        (name, str(passes[name]), *(_share(outcomes[threat]) for threat in THREATS))
         for name, outcomes in rows.items()
     ]
     return tabulate(("answer", "passes per image", *THREATS), lines)

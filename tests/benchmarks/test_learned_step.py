@@ -238,7 +238,7 @@ def test_an_answer_is_attacked_within_the_ball_and_judged_on_every_picture(
 def test_the_tables_show_accuracies_and_paired_differences() -> None:
     right, wrong = [True] * 8 + [False] * 2, [True] * 4 + [False] * 6
     rows = {"new": dict.fromkeys(THREATS, right), "old": dict.fromkeys(THREATS, wrong)}
-    assert "| new | 16 | 80" in tabulate_accuracies(rows, 16)
+    assert "| new | 16 | 80" in tabulate_accuracies(rows, {"new": 16, "old": 4})
     assert "| old, against new | -40.0 (" in tabulate_differences(rows, [("old", "new")])
 
 
