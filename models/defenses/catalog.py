@@ -29,6 +29,8 @@ class DefenseSpec:
         adapts: whether it takes optimization steps.
         readout: the only readout that it knows; None to let the request choose.
         steps: default number of steps; None for the server's `steps`.
+        images: images that it encodes, and takes steps on, for each view that it is given; more
+            than 1 where it augments the image itself.
         order: position in lists; smaller comes first, ties go by name.
     """
 
@@ -39,6 +41,7 @@ class DefenseSpec:
     adapts: bool
     readout: Readout | None = None
     steps: int | None = None
+    images: int = 1
     order: int = 100
 
     @property
@@ -64,7 +67,7 @@ class DefenseSpec:
     def describe(self) -> dict[str, Any]:
         """The facts in JSON types, for `/info`."""
         facts = dataclasses.asdict(self) | {"needs_bundle": self.needs_bundle}
-        del facts["name"], facts["order"]
+        del facts["name"], facts["images"], facts["order"]
         return facts
 
 

@@ -23,7 +23,7 @@ SPEC = DefenseSpec(
     prompts="learned",
     views="all",
     adapts=True,
-    order=8,
+    order=9,
 )
 
 THRESHOLD = 0.8  # cosine, as published: an image at or below it counts as attacked

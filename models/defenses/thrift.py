@@ -21,7 +21,7 @@ SPEC = DefenseSpec(
     prompts="learned",
     views="all",
     adapts=True,
-    order=9,
+    order=10,
 )
 
 SHARE, FEWEST = 1 / 4, 3  # views looked at first; fewer than three could hardly disagree

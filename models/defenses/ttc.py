@@ -76,8 +76,8 @@ def defend(clip: PromptedCLIP, inputs: DefenseInput) -> Iterator[DefenseOutput]:
 
 
 def draw_noise(pixels: Tensor, seeds: Sequence[int], eps: float) -> Tensor:
-    """Uniform noise [B, 3, S, S] in [-eps, eps] that keeps pixels in [0, 1], one seed per image;
-    drawn on the host, so that device and batch do not change it."""
+    """Uniform noise in [-eps, eps] that keeps pixels [B, ..., 3, S, S] in [0, 1], one seed per
+    request; drawn on the host, so that device and batch do not change it."""
     shape = pixels.shape[1:]
     drawn = [torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
     return _confine(eps * (2 * torch.stack(drawn).to(pixels.device) - 1), pixels, eps)
@@ -113,29 +113,54 @@ def counterattack(
     rows = [row for row, stable in enumerate(false_stable) if stable]
     if others := [row for row, stable in enumerate(false_stable) if not stable]:
         yield MovedPixels(others, noise[others], 0)
-    steps, trail = 0, [noise]
+    views, start, still = pixels.unsqueeze(1), noise.unsqueeze(1), projected[:, :1]
+    for out, trail in climb(clip, views, start, still, recipe.eps, recipe.stride, rows, leaving):
+        yield MovedPixels(out, _settle(trail[:, :, 0], recipe.beta), len(trail) - 1)
+
+
+def climb(
+    clip: PromptedCLIP,
+    pixels: Tensor,
+    start: Tensor,
+    still: Tensor,
+    eps: float,
+    stride: float,
+    rows: list[int],
+    leaving: Leaving,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Move views up the squared distance of their features from the original ones.
+
+    Args:
+        pixels, start: views [B, V, 3, S, S] in [0, 1], and the deltas that the steps start from.
+        still: the unnormalized features [B, V, D] to move away from.
+        eps, stride: radius of the ball and length of a step, of [0, 1] pixels.
+        rows: the requests to move, as indices into B.
+
+    Yields:
+        Requests as they leave, and their deltas [steps + 1, n, V, 3, S, S]: the start, and those
+        after each step.
+    """
+    trail = [start]
     while rows:
-        leave = leaving(steps, rows)
+        leave = leaving(len(trail) - 1, rows)
         if out := [row for row in rows if row in leave.done]:
-            path = torch.stack([delta[out] for delta in trail])
-            yield MovedPixels(out, _settle(path, recipe.beta), steps)
+            yield out, torch.stack([delta[out] for delta in trail])
         rows = [row for row in rows if row not in leave.done | leave.dropped]
         if rows:
             delta = trail[-1].clone()
-            delta[rows] = _step(clip, pixels[rows], trail[-1][rows], projected[rows, 0], recipe)
+            delta[rows] = _step(clip, pixels[rows], trail[-1][rows], still[rows], eps, stride)
             trail.append(delta)
-            steps += 1
 
 
 @torch.enable_grad()
 def _step(
-    clip: PromptedCLIP, pixels: Tensor, delta: Tensor, still: Tensor, recipe: Counterattack
+    clip: PromptedCLIP, pixels: Tensor, delta: Tensor, still: Tensor, eps: float, stride: float
 ) -> Tensor:
-    """The next deltas: one stride up the squared distance from the original features [n, D]."""
+    """The next deltas [n, V, 3, S, S]: one stride up the squared distance from `still`."""
     delta = delta.detach().requires_grad_()
-    moved = clip.encode_images((pixels + delta).unsqueeze(1)).projected[:, 0]
+    moved = clip.encode_images(pixels + delta).projected
     (gradient,) = torch.autograd.grad((moved - still).square().sum(), delta)
-    return _confine(delta.detach() + recipe.stride * gradient.sign(), pixels, recipe.eps)
+    return _confine(delta.detach() + stride * gradient.sign(), pixels, eps)
 
 
 def step_weights(steps: int, beta: float) -> Tensor:

@@ -159,8 +159,9 @@ class Trial:
         """Attack a whole defense, in batches that its views allow, in every way through its
         adaptation that the attack takes."""
         protocol = self._protocol
-        views = protocol.views if DEFENSES[cell.defense].views == "all" else 1
-        count = max(1, VIEWS_AT_ONCE // views)
+        spec = DEFENSES[cell.defense]
+        views = protocol.views if spec.views == "all" else 1
+        count = max(1, VIEWS_AT_ONCE // (views * spec.images))
         ways = ways_of(attack, list(self._targets([], cell, attack)))
         for start in range(0, len(subjects), count):
             some = subjects[start : start + count]

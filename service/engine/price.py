@@ -42,7 +42,7 @@ def count_tokens(task: Task, model: Ready, default_template: str) -> int:
     The API process has no tokenizer. A prompt counts as one token per three UTF-8 bytes, plus four
     for its ends and prompt slots. All prompts are padded to the longest.
     """
-    tokens = task.views * model.image_tokens
+    tokens = _count_image_tokens(task, model)
     template = task.template or default_template
     for each in (template,) if isinstance(template, str) else template:
         longest = max(len(each.replace("{}", label).encode()) for label in task.labels)
@@ -53,21 +53,26 @@ def count_tokens(task: Task, model: Ready, default_template: str) -> int:
 def _count_work(task: Task, model: Ready, settings: Settings, encoded: bool) -> float:
     """Tokens through an encoder: the first look, each step, and the readout after the steps."""
     spec = DEFENSES[task.method]
-    image = task.views * model.image_tokens
+    image = _count_image_tokens(task, model)
     text = count_tokens(task, model, settings.hypothesis_template) - image
     first = image + (0 if encoded else text)
     if task.steps:
         kept = max(1, int(task.views * settings.selection_ratio))
         read = {"single": 1, "kept": kept}.get(task.readout, task.views)
         moving = text if _text_adapts(task, model, settings) else 0
-        step = STEP_COST * (kept * model.image_tokens + moving)
-        work = first + task.steps * step + read * model.image_tokens + moving
+        tokens = spec.images * model.image_tokens  # of one view
+        step = STEP_COST * (kept * tokens + moving)
+        work = first + task.steps * step + read * tokens + moving
     else:
         work = first
     if task.attack is None:
         return work
     # Each stage of an attack is answered, and an adaptive one differentiates through the answer.
     return work * (1 + task.attack.steps * (1 + STEP_COST * (task.attack.adaptive and spec.adapts)))
+
+
+def _count_image_tokens(task: Task, model: Ready) -> int:
+    return task.views * DEFENSES[task.method].images * model.image_tokens
 
 
 def _text_adapts(task: Task, model: Ready, settings: Settings) -> bool:

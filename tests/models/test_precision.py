@@ -88,7 +88,7 @@ def test_the_speedup_is_measured_on_the_model(
     assert slower < 1
 
 
-@pytest.mark.parametrize("method", ["plain", "ensemble", "tapt", "rtpt", "ttc"])
+@pytest.mark.parametrize("method", ["plain", "ensemble", "tapt", "rtpt", "ttc", "mac"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_converted_model_answers_as_one_loaded_in_that_dtype(
     directory: Path, dtype: str, method: str

@@ -15,7 +15,7 @@ FACTS = "from models.defenses.catalog import DEFENSES; import sys; assert DEFENS
 
 
 def test_defenses_are_listed_in_their_order() -> None:
-    names = "plain ensemble apt apt-ensemble tapt tpt rtpt ttc gate thrift"
+    names = "plain ensemble apt apt-ensemble tapt tpt rtpt ttc mac gate thrift"
     assert list(DEFENSES) == names.split()
 
 

@@ -4,16 +4,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from models.attacks.attack import Budget
+from models.attacks.pgd import pgd
+from models.attacks.threats import transfer
+from models.augmentation import augment
 from models.checkpoint import Checkpoint
 from models.classifier import DefendedClassifier, ImageQuery, Prediction
 from models.clip import ImageFeatures
-from models.defenses import gate, rtpt, thrift, ttc
+from models.defenses import gate, mac, rtpt, thrift, ttc
 from models.defenses.catalog import DEFENSES
+from models.loading import load_classifier
 from models.tapt import Adapts, Exit, Objective, entropies, gradients, leaves_after
+from models.views import make_views
 from tests import tiny
 from tests.tiny import make_queries
 
@@ -38,6 +46,7 @@ def _parted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thresholds at which a random model's queries fall on both sides."""
     monkeypatch.setattr(gate, "THRESHOLD", 0.5)
     monkeypatch.setattr(ttc, "PUBLISHED", replace(ttc.PUBLISHED, tau=0.05))
+    monkeypatch.setattr(mac, "PUBLISHED", replace(mac.PUBLISHED, threshold=0.6))
 
 
 def classify(
@@ -251,6 +260,92 @@ def test_the_counterattack_stays_within_its_ball(classifier: DefendedClassifier)
         after = clip.encode_images((pixels + moved.deltas).unsqueeze(1)).projected
     further = ttc.drift_ratio(torch.cat([seen[:, :1], after], dim=1))
     assert bool((further > ttc.drift_ratio(seen)).all())
+
+
+def test_the_adaptive_counterattack_stays_within_its_ball(classifier: DefendedClassifier) -> None:
+    recipe = mac.AdaptiveCounterattack()
+    gray = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32), gray])
+    views = torch.stack([images, images.flip(-1)], dim=1)
+    weights = torch.tensor([[1.0, 0.5], [1.0, 1.0], [0.0, 1.0]])
+    clip = classifier.checkpoint.clip
+    with torch.no_grad():
+        still = clip.encode_images(views).projected
+    found = {
+        steps: next(
+            mac.counterattack(clip, views, still, weights, recipe, [1, 2, 3], leaves_after(steps))
+        )
+        for steps in (0, 4)
+    }
+    for moved in found.values():
+        reach = moved.deltas.abs().amax(dim=(2, 3, 4))
+        assert bool((reach <= recipe.eps * weights + 1e-6).all())
+        assert float((views + moved.deltas).min()) >= -1e-6
+        assert float((views + moved.deltas).max()) <= 1 + 1e-6
+    with torch.no_grad():
+        noised, attacked = (clip.encode_images(views + found[n].deltas).projected for n in (0, 4))
+    further = (attacked - still).norm(dim=-1) - (noised - still).norm(dim=-1)
+    assert bool((further[weights > 0] > 0).all())
+
+
+def test_the_adaptive_counterattack_spares_what_augmenting_hardly_moves(
+    classifier: DefendedClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = make_queries(8)
+    taken = [prediction.steps for prediction in classify(classifier, queries, "mac", [2] * 8)]
+    assert {0, 2} == set(taken)
+    monkeypatch.setattr(mac, "PUBLISHED", replace(mac.PUBLISHED, threshold=2.0))
+    spared = classify(classifier, queries, "mac", [2] * 8)
+    assert [prediction.steps for prediction in spared] == [0] * 8
+    # What is left are the logits of the two views, averaged.
+    clip, query = classifier.checkpoint.clip, queries[6]
+    preprocessing, source = classifier.checkpoint.preprocessing, np.random.default_rng(query.seed)
+    image = make_views(query.image, 1, 0, preprocessing, tiny.CPU)
+    views = torch.stack([image, augment(image, [source])], dim=1)
+    labels = classifier.encoder.encode(query.labels, classifier.template, "none")
+    logits = clip.class_logits(clip.encode_images(views).features, labels.features, labels.batch)
+    expected = logits[0].mean(dim=0).softmax(dim=-1)
+    torch.testing.assert_close(spared[6].probabilities, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("levels", "share"), [(1, 0.6), (2, 0.2)])
+def test_the_adaptive_counterattack_restores_labels(
+    monkeypatch: pytest.MonkeyPatch, levels: int, share: float
+) -> None:
+    """On the embedded model, under an attack on undefended CLIP. Two views without a counterattack
+    restore fewer."""
+    classifier = load_classifier().without_resize()
+    monkeypatch.setattr(mac, "PUBLISHED", mac.AdaptiveCounterattack())
+    names = (
+        *tiny.LABELS,
+        *["goldfish", "snail", "pizza", "banana", "bridge", "castle", "umbrella", "violin"],
+    )
+    drawn = [
+        torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(number)) for number in range(24)
+    ]
+    smooth = F.interpolate(torch.stack(drawn), size=64, mode="bicubic").clamp(0, 1)
+    pixels = (smooth * 255).round() / 255
+
+    def label(method: str, pixels: Tensor, steps: int = 4) -> Tensor:
+        queries = [
+            ImageQuery(image, names, seed=number, steps=steps)
+            for number, image in enumerate((pixels * 255).round())
+        ]
+        (batch,) = classifier.prepare(queries, method)
+        found = {p.row: p.probabilities.argmax() for p in classifier.classify(batch, 1)}
+        return torch.stack([found[row] for row in range(len(queries))])
+
+    true = label("plain", pixels)
+    budget = Budget(levels / 255, steps=8)
+    attacked = pgd(transfer(classifier, names), pixels, true, budget, range(24))
+    broken = label("plain", attacked) != true
+    attacked, true = attacked[broken], true[broken]
+    assert len(true) >= 12
+    restored = int((label("mac", attacked) == true).sum())
+    monkeypatch.setattr(mac, "PUBLISHED", replace(mac.PUBLISHED, threshold=9.0))
+    without = int((label("mac", attacked) == true).sum())
+    assert restored > without
+    assert restored >= share * len(true)
 
 
 def test_the_gate_adapts_the_suspects_and_passes_the_rest(classifier: DefendedClassifier) -> None:

@@ -67,6 +67,15 @@ def test_the_readout_counts_the_views_it_looks_at() -> None:
     assert cost(readout="single") < cost(readout="kept", views=32) < cost(readout="all", views=32)
 
 
+def test_a_defense_pays_for_the_views_that_it_makes_itself() -> None:
+    """Two images and ten labels at first, two images in each of four steps and two to read."""
+    own = cost(method="mac", views=1, steps=4, readout="all")
+    assert own == pytest.approx((100 + 130 + 4 * 3 * 100 + 100) / (930 + 150 + 800), rel=0.01)
+    task = replace(TYPICAL, views=1)
+    alone, more = (count_tokens(replace(task, method=name), MODEL, "{}") for name in ("ttc", "mac"))
+    assert more == alone + MODEL.image_tokens
+
+
 def test_an_attack_costs_its_steps_and_an_adaptive_one_more() -> None:
     transfer, adaptive = (
         cost(attack=DemoAttack(epsilon=4, steps=10, target=None, adaptive=adaptive))

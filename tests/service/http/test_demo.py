@@ -336,7 +336,7 @@ def run_attack(
     )
 
 
-@pytest.mark.parametrize("method", ["apt", "tapt", "tpt", "rtpt", "ttc", "gate"])
+@pytest.mark.parametrize("method", ["apt", "tapt", "tpt", "rtpt", "ttc", "mac", "gate"])
 def test_whoever_knows_the_defense_finds_a_way_through_each(runner: Runner, method: str) -> None:
     clean, *_, last = run_attack(runner.classifier, None, True, method=method)
     assert (clean != last).any()

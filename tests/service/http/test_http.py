@@ -233,6 +233,7 @@ def test_a_tier_says_what_is_spent_where_the_request_does_not(
         ("tapt", 0, (0, 9, "kept")),
         ("rtpt", 5, (5, 9, "weighted")),
         ("ttc", None, (2, 1, "single")),
+        ("mac", None, (4, 1, "all")),
     ],
 )
 def test_a_method_gets_only_what_it_uses(

@@ -138,7 +138,9 @@ def watch_blocks(
     return watch
 
 
-@pytest.mark.parametrize("method", ["plain", "apt-ensemble", "tapt", "rtpt", "ttc", "thrift"])
+@pytest.mark.parametrize(
+    "method", ["plain", "apt-ensemble", "tapt", "rtpt", "ttc", "mac", "thrift"]
+)
 def test_nothing_is_computed_for_a_client_that_left(
     runner: Runner, watch_blocks: Callable[[Callable[[], None]], None], method: str
 ) -> None:
@@ -369,7 +371,7 @@ def test_several_templates_where_the_words_adapt_are_refused_alone(runner: Runne
     assert refused.error_type == "unprocessable"
     assert refused.message == (
         "The defense rtpt adapts the words of one template. For several templates, choose one of "
-        "plain, ensemble, apt, apt-ensemble, tapt, ttc, gate, thrift."
+        "plain, ensemble, apt, apt-ensemble, tapt, ttc, mac, gate, thrift."
     )
     assert isinstance(settled["work-0"], Answer)
     assert isinstance(settled["work-2"], Answer)
