@@ -131,7 +131,7 @@ class DefendedClassifier:
 
     Args:
         selection_ratio: share of the views kept for the loss, in (0, 1].
-        template: default template where labels are not read with learned prompts.
+        template: default where labels are not read with learned prompts.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class DefendedClassifier:
         bundle: DefenseBundle | None,
         objective: Objective | None = None,
         selection_ratio: float = 0.1,
-        template: str = DEFAULT_TEMPLATE,
+        template: Template = DEFAULT_TEMPLATE,
     ) -> None:
         self.checkpoint, self.bundle, self.template = checkpoint, bundle, template
         self.objective = objective or Objective()
@@ -167,6 +167,12 @@ class DefendedClassifier:
         if self.bundle is None or spec.prompts == "words":
             return True
         return "text" in self.objective.moving(self.bundle.prompts)
+
+    def can_adapt(self, template: Template | None, method: str) -> bool:
+        """Whether a defense can take steps on labels in this template (None for the default). Steps
+        that change the labels' features take one template, not several."""
+        used = self.encoder.resolve_template(template, DEFENSES[method].prompts)
+        return isinstance(used, str) or not self.moves_text(method)
 
     def without_resize(self) -> "DefendedClassifier":
         """The same for images of the model's own size, which it neither resizes nor crops."""
@@ -203,7 +209,7 @@ class DefendedClassifier:
         """
         if method not in self.methods:
             raise ValueError(f"{method} needs a defense bundle")
-        if isinstance(query.template, tuple) and query.steps and self.moves_text(method):
+        if query.steps and not self.can_adapt(query.template, method):
             raise ValueError(f"{method} adapts the words of one template, not of several")
         prompts = DEFENSES[method].prompts
         plain = prompted = self.encoder.encode(query.labels, query.template, prompts)

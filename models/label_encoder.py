@@ -45,7 +45,9 @@ class LabelEncoder:
         template: the default where labels are not read with the bundle's prompts.
     """
 
-    def __init__(self, checkpoint: Checkpoint, bundle: DefenseBundle | None, template: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, bundle: DefenseBundle | None, template: Template
+    ) -> None:
         self._checkpoint, self._bundle, self._template = checkpoint, bundle, template
         self._cache: OrderedDict[tuple[Prompting, Template, tuple[str, ...]], EncodedLabels]
         self._cache = OrderedDict()
@@ -55,6 +57,14 @@ class LabelEncoder:
     def resolve(self, prompting: Prompting) -> Prompting:
         """Without a bundle, the template's words stand in for learned prompts."""
         return "words" if self._bundle is None and prompting == "learned" else prompting
+
+    def resolve_template(self, template: Template | None, prompting: Prompting) -> Template:
+        """The default for None: the bundle's text behind its learned prompts, or the encoder's own
+        template."""
+        if template is not None:
+            return template
+        learned = self._bundle if prompting == "learned" else None
+        return learned.template if learned else self._template
 
     def encode(
         self, labels: Sequence[str], template: Template | None, prompting: Prompting
@@ -69,13 +79,10 @@ class LabelEncoder:
         The token rows and prompts are then those of the first template; a step must not move them.
 
         Args:
-            template: holds one `{}`; None is the default: the bundle's text behind its learned
-                prompts, or the encoder's own template.
+            template: each holds one `{}`; None for the default, see `resolve_template`.
         """
         prompting = self.resolve(prompting)
-        if template is None:
-            learned = self._bundle if prompting == "learned" else None
-            template = learned.template if learned else self._template
+        template = self.resolve_template(template, prompting)
         key = (prompting, template, tuple(labels))
         if key in self._cache:
             self.hits += 1

@@ -10,6 +10,7 @@ from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier
 from models.device import pick_device
 from models.errors import LoadError
 from models.images.preprocess import AREA
+from models.label_encoder import Template
 from models.precision import choose_precision, compare_precisions
 from models.tapt import Adapts, Objective
 
@@ -28,7 +29,7 @@ def load_classifier(
     quick_gelu: bool | None = None,
     bundle: str | Path | None = None,
     design: str | None = None,
-    template: str = DEFAULT_TEMPLATE,
+    template: Template = DEFAULT_TEMPLATE,
     selection_ratio: float = 0.1,
     view_area: tuple[float, float] = AREA,
     adapts: Adapts = "vision",

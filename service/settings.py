@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import Annotated, Literal, Self, get_args, get_origin
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from models.defenses.catalog import Method, Readout
+from service.texts import check_template, read_templates
 
 PREFIX = "TAPT_"
 
@@ -114,8 +115,10 @@ class Settings(BaseSettings):
     """Stop adapting once a step changes the entropy by less than this (nats); 0 disables."""
     readout: Readout = "all"
     """Views that the prediction is computed from after adapting."""
-    hypothesis_template: str = "a photo of a {}."
-    """Default prompt; must contain one `{}`."""
+    hypothesis_template: Annotated[str | tuple[str, ...], NoDecode] = "a photo of a {}."
+    """Default prompt around a label, with one `{}`; or a JSON array of several, of which the mean
+    of the label's features counts. Used where labels are not read with the bundle's learned
+    prompts."""
 
     max_batch_size: int = Field(16, ge=1)
     """Maximum number of requests in a batch."""
@@ -214,12 +217,28 @@ class Settings(BaseSettings):
                 values[name] = tuple(part.strip() for part in text.split(",") if part.strip())
         return values
 
+    @field_validator("hypothesis_template", mode="before")
+    @classmethod
+    def _read_templates(cls, value: object) -> str | tuple[str, ...]:
+        templates = read_templates(value)
+        if not templates:
+            raise ValueError("at least one template is needed")
+        for template in templates:
+            if not isinstance(template, str):
+                raise ValueError("a template is a string")
+            check_template(template)
+        return tuple(templates) if len(templates) > 1 else templates[0]
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The default templates, at least one."""
+        default = self.hypothesis_template
+        return (default,) if isinstance(default, str) else default
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.hypothesis_template.replace("{}", "", 1).count("{") or (
-            self.hypothesis_template.count("{}") != 1
-        ):
-            raise ValueError("hypothesis_template must contain exactly one {}")
+        if not isinstance(self.hypothesis_template, str):
+            self._check_templates(self.hypothesis_template)
         if self.steps > self.max_steps:
             raise ValueError(f"steps ({self.steps}) is above max_steps ({self.max_steps})")
         if self.views > self.max_views:
@@ -235,6 +254,19 @@ class Settings(BaseSettings):
         if self.allow_image_urls and not self.image_url_hosts:
             raise ValueError("allow_image_urls needs image_url_hosts")
         return self
+
+    def _check_templates(self, templates: tuple[str, ...]) -> None:
+        """Several templates have the limits of a request's."""
+        if any(len(template) > self.max_label_chars for template in templates):
+            raise ValueError(
+                f"a template of hypothesis_template is longer than max_label_chars "
+                f"({self.max_label_chars})"
+            )
+        if 2 * len(templates) > self.max_labels:
+            raise ValueError(
+                f"two labels in the {len(templates)} templates of hypothesis_template are more "
+                f"texts than max_labels ({self.max_labels})"
+            )
 
 
 def _is_loopback(host: str) -> bool:

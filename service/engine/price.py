@@ -35,31 +35,36 @@ def price_class(price: float) -> int:
     return int(math.log(max(price, 1.0), CLASS_RATIO))
 
 
-def count_tokens(task: Task, model: Ready, default_template: str) -> int:
+def count_tokens(task: Task, model: Ready, default: str | tuple[str, ...]) -> int:
     """Estimate the tokens that a task takes in a batch: of all views and all labels
-    in all templates.
+    in all templates."""
+    return _count_image_tokens(task, model) + sum(_count_text_tokens(task, model, default))
+
+
+def _count_text_tokens(task: Task, model: Ready, default: str | tuple[str, ...]) -> list[int]:
+    """Estimate the tokens of all labels in each template.
 
     The API process has no tokenizer. A prompt counts as one token per three UTF-8 bytes, plus four
     for its ends and prompt slots. All prompts are padded to the longest.
     """
-    tokens = _count_image_tokens(task, model)
-    template = task.template or default_template
+    template = task.template or default
+    counts = []
     for each in (template,) if isinstance(template, str) else template:
         longest = max(len(each.replace("{}", label).encode()) for label in task.labels)
-        tokens += len(task.labels) * min(model.context_length, 4 + longest // 3)
-    return tokens
+        counts.append(len(task.labels) * min(model.context_length, 4 + longest // 3))
+    return counts
 
 
 def _count_work(task: Task, model: Ready, settings: Settings, encoded: bool) -> float:
     """Tokens through an encoder: the first look, each step, and the readout after the steps."""
     spec = DEFENSES[task.method]
     image = _count_image_tokens(task, model)
-    text = count_tokens(task, model, settings.hypothesis_template) - image
-    first = image + (0 if encoded else text)
+    text = _count_text_tokens(task, model, settings.hypothesis_template)
+    first = image + (0 if encoded else sum(text))
     if task.steps:
         kept = max(1, int(task.views * settings.selection_ratio))
         read = {"single": 1, "kept": kept}.get(task.readout, task.views)
-        moving = text if _text_adapts(task, model, settings) else 0
+        moving = max(text) if _text_adapts(task, model, settings) else 0  # one template adapts
         tokens = spec.images * model.image_tokens  # of one view
         step = STEP_COST * (kept * tokens + moving)
         work = first + task.steps * step + read * tokens + moving

@@ -8,7 +8,8 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from service.errors import BadRequest, ServiceError, Unprocessable
-from service.intake.requests import TextLimits, describe_json
+from service.intake.requests import TextLimits
+from service.texts import describe_json
 
 MAX_VALUES = 50_000
 """Values in one request, counted by their commas before parsing: a parsed value takes many times

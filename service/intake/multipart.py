@@ -13,7 +13,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.errors import BadRequest, Unprocessable
 from service.intake.body import check_value_count
-from service.intake.requests import DefenseOptions, describe_json
+from service.intake.requests import DefenseOptions
+from service.texts import describe_json
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks

@@ -17,11 +17,13 @@ def check_options(options: ClassifyOptions, settings: Settings) -> None:
     """Raises Unprocessable for options that this server refuses."""
     if options.defense and options.defense.seed is not None and not settings.allow_client_seed:
         raise Unprocessable("This server accepts no seed from its clients.")
-    labels, templates = len(options.candidate_labels), len(options.hypothesis_template or [None])
+    labels = len(options.candidate_labels)
+    templates = len(options.hypothesis_template or settings.templates)
     if labels * templates > settings.max_labels:
+        whose = "" if options.hypothesis_template else " of the server's default"
         raise Unprocessable(
-            f"{labels} labels in {templates} templates are {labels * templates} texts; the limit "
-            f"is {settings.max_labels}."
+            f"{labels} labels in {templates} templates{whose} are {labels * templates} texts; the "
+            f"limit is {settings.max_labels}."
         )
 
 

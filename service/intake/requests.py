@@ -1,6 +1,5 @@
 """The bodies of requests: what a client may ask for, and how it is validated."""
 
-import re
 import unicodedata
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
@@ -15,10 +14,11 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import PydanticCustomError, from_json
+from pydantic_core import PydanticCustomError
 
 from models.defenses.catalog import Method, Readout
 from service.settings import Settings
+from service.texts import HIDDEN, check_template, read_list, read_templates
 
 SEED_LIMIT = 2**63
 """Seeds are smaller than this."""
@@ -63,7 +63,7 @@ def _measure(text: Any, info: ValidationInfo) -> Any:
 def _split_and_measure(labels: Any, info: ValidationInfo) -> Any:
     limits = _limits(info)
     if isinstance(labels, str) and labels.lstrip().startswith("["):
-        labels = _read_list(labels)
+        labels = read_list(labels)
     elif isinstance(labels, str):
         limits.check_count(labels.count(",") + 1)
         labels = labels.split(",")
@@ -74,29 +74,6 @@ def _split_and_measure(labels: Any, info: ValidationInfo) -> Any:
     return labels
 
 
-def describe_json(problem: str) -> str:
-    """A parser's message as the end of a sentence, without the client's input.
-
-    Half of a surrogate pair comes from a program that cut a string in the middle of a character.
-    """
-    if "surrogate" in problem or "end of hex escape" in problem:
-        place = problem[problem.rfind(" at line") :]
-        return f"holds half of a surrogate pair{place}, which is not a character"
-    return f"is not valid JSON: {problem}"
-
-
-def _read_list(text: str) -> Any:
-    """A JSON array that was sent inside a string."""
-    try:
-        return from_json(text)
-    except ValueError as error:
-        message = describe_json(str(error))
-        raise PydanticCustomError("json_list", "{problem}", {"problem": message}) from None
-
-
-# Control characters other than white space, and bidirectional embeddings, overrides and isolates,
-# which make a text look like another one.
-_HIDDEN = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # Unicode categories
 
 
@@ -104,7 +81,7 @@ def _check_labels(labels: list[str]) -> list[str]:
     if len(labels) < 2:
         raise ValueError("at least two labels are needed")
     for label in labels:
-        if _HIDDEN.search(label):
+        if HIDDEN.search(label):
             raise ValueError("a label holds a control character")
         if all(unicodedata.category(char) in _INVISIBLE for char in label):
             raise ValueError("a label is blank")
@@ -116,25 +93,14 @@ def _check_labels(labels: list[str]) -> list[str]:
 
 def _read_templates(templates: Any, info: ValidationInfo) -> Any:
     """The templates as a list, measured and checked."""
-    if isinstance(templates, str):
-        listed = templates.lstrip().startswith('["')  # `[{}]` is a template
-        templates = _read_list(templates) if listed else [templates]
-    if not isinstance(templates, list):
-        raise ValueError("a template is a string, and several are a list of strings")
+    templates = read_templates(templates)
     limits = _limits(info)
     limits.check_count(len(templates), "templates")
     for template in templates:
         limits.check_text(template)
         if isinstance(template, str):
-            _check_template(template)
+            check_template(template)
     return templates
-
-
-def _check_template(template: str) -> None:
-    if _HIDDEN.search(template):
-        raise ValueError("a template holds a control character")
-    if template.count("{}") != 1 or "{" in (rest := template.replace("{}", "")) or "}" in rest:
-        raise ValueError("a template holds exactly one {} and no other brace")
 
 
 Label = Annotated[str, StringConstraints(strip_whitespace=True), BeforeValidator(_measure)]

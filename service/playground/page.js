@@ -123,7 +123,8 @@ async function learn() {
       make("option", { value: name, textContent: `${name}: ${description}` }),
     ),
   );
-  find("template").placeholder = info.bundle?.template ?? defaults.hypothesis_template;
+  const template = info.bundle?.template ?? defaults.hypothesis_template;
+  find("template").placeholder = typeof template === "string" ? template : JSON.stringify(template);
   for (const name of ["steps", "views"]) {
     find(name).placeholder = defaults[name];
     find(name).max = limits[`max_${name}`];

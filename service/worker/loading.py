@@ -46,6 +46,11 @@ def load(settings: Settings, index: int) -> DefendedClassifier:
         raise ModelError(str(error)) from error
     if settings.method not in classifier.methods:
         raise ModelError(f"method {settings.method} needs a defense bundle")
+    if settings.steps and not classifier.can_adapt(None, settings.method):
+        raise ModelError(
+            f"method {settings.method} adapts the words of one template, but hypothesis_template "
+            f"has {len(settings.templates)}"
+        )
     return classifier
 
 

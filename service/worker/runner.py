@@ -141,13 +141,17 @@ class Runner:
 
     def _refuse(self, task: Task, settle: Settle) -> bool:
         """Settle a task with several templates if its defense would adapt their words."""
-        moves = self.classifier.moves_text
-        if not (isinstance(task.template, tuple) and task.steps and moves(task.method)):
+        if not task.steps or self.classifier.can_adapt(task.template, task.method):
             return False
+        moves = self.classifier.moves_text
         others = ", ".join(name for name in self.classifier.methods if not moves(name))
+        if task.template is None:
+            advice = "this server's default has several. Name one `hypothesis_template`, or choose"
+        else:
+            advice = "the request has several. Name one, or choose"
         message = (
-            f"The defense {task.method} adapts the words of one template. For several templates, "
-            f"choose one of {others}."
+            f"The defense {task.method} adapts the words of one template, but {advice} one of the "
+            f"defenses {others}."
         )
         settle(task.id, Failure("unprocessable", message))
         return True
@@ -274,13 +278,13 @@ class Runner:
         Returns:
             Seconds that the latter took when it was run again.
         """
-        checkpoint = self.classifier.checkpoint
+        classifier, checkpoint = self.classifier, self.classifier.checkpoint
         side = checkpoint.clip.image_size
         task = Task(
             id="warm-up",
             image=np.zeros((side, side, 3), np.uint8),
             labels=tuple(f"label {number}" for number in range(WARM_LABELS)),
-            template=None,
+            template=None if classifier.can_adapt(None, "tapt") else settings.templates[0],
             method="tapt",
             steps=max(1, settings.steps),
             views=settings.views,
@@ -291,6 +295,7 @@ class Runner:
         spec = DEFENSES[settings.method]
         typical = replace(
             task,
+            template=None,
             method=settings.method,
             steps=settings.steps if spec.adapts else 0,
             views=1 if spec.views == "one" else settings.views,

@@ -1,14 +1,19 @@
 """The whole service as a user starts it: the command, the embedded model, real photographs."""
 
+import json
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
+from skimage import data
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from tests.real_server import COFFEE, COMMAND, LABELS, RealServer
 
@@ -38,6 +43,33 @@ def test_the_same_seed_gives_the_same_answer_alone_and_in_company(server: RealSe
     assert [one["label"] for one in together] == [one["label"] for one in alone]
     for one, other in zip(together, alone, strict=True):
         assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+
+
+def test_several_default_templates_are_averaged_as_by_hand() -> None:
+    # Alone, either gives the espresso less than 0.8; a template near others would not show.
+    templates = ["an empty {} and a spoon", "{} seen from afar in the snow at night"]
+    directory = files("models") / "embedded"
+    model = CLIPModel.from_pretrained(str(directory)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    processor = CLIPImageProcessor.from_pretrained(str(directory))
+    picture = processor(data.coffee(), return_tensors="pt")
+    with torch.no_grad():
+        means = []
+        for label in LABELS:
+            texts = [template.replace("{}", label) for template in templates]
+            rows = tokenizer(texts, return_tensors="pt", padding=True)
+            outputs = model(**rows, **picture)  # its embeddings have unit length
+            means.append(torch.nn.functional.normalize(outputs.text_embeds.mean(dim=0), dim=-1))
+        logits = model.logit_scale.exp() * torch.stack(means) @ outputs.image_embeds[0]
+        scores = logits.softmax(dim=-1).tolist()
+    flags = ("--hypothesis-template", json.dumps(templates), "--dtype", "float32")
+    with RealServer(*flags) as server:
+        labels = server.classify(method="plain").json()["labels"]
+        answer = {one["label"]: one["score"] for one in labels}
+        assert answer == pytest.approx(dict(zip(LABELS, scores, strict=True)), abs=1e-2)
+        refused = server.classify(method="tpt")
+        assert refused.status_code == 422
+        assert "adapts the words of one template" in refused.text
 
 
 def test_steps_and_views_are_spent_as_asked_and_clamped(server: RealServer) -> None:

@@ -57,6 +57,48 @@ def test_settings_that_make_no_sense_are_refused(given: dict[str, object]) -> No
         Settings(**given)
 
 
+@pytest.mark.parametrize("template", ["a photo of a {}.", "[{}]", "[ {} ]", "a photo, {}"])
+def test_one_template_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    monkeypatch.setenv("TAPT_HYPOTHESIS_TEMPLATE", template)
+    assert Settings().hypothesis_template == template
+    assert Settings().templates == (template,)
+
+
+@pytest.mark.parametrize("text", ['["a {}.", "the {}"]', '\n [\n "a {}.",\n "the {}"\n]\n'])
+def test_a_json_array_is_several_templates(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("TAPT_HYPOTHESIS_TEMPLATE", text)
+    settings = Settings()
+    assert settings.hypothesis_template == settings.templates == ("a {}.", "the {}")
+    assert Settings(hypothesis_template=["a {}.", "the {}"]) == settings
+    assert Settings(hypothesis_template='["a {}."]').hypothesis_template == "a {}."
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"hypothesis_template": '["a {}", "b"]'}, "exactly one {}"),
+        ({"hypothesis_template": '["a {}", "b {} }"]'}, "no other brace"),
+        ({"hypothesis_template": '["a {}", "b \\u202e {}"]'}, "control character"),
+        ({"hypothesis_template": "b \x00 {}"}, "control character"),
+        ({"hypothesis_template": '["a {}", 5]'}, "a template is a string"),
+        ({"hypothesis_template": '["a {}", "b {}"'}, "is not valid JSON"),
+        ({"hypothesis_template": []}, "at least one template"),
+        ({"hypothesis_template": 5}, "a template is a string"),
+        ({"hypothesis_template": ["a {}"] * 501}, r"501 templates .* max_labels \(1000\)"),
+        ({"hypothesis_template": ["a {}"] * 3, "max_labels": 5}, r"3 templates .* \(5\)"),
+        ({"hypothesis_template": ["a {}", "b" * 255 + "{}"]}, r"max_label_chars \(256\)"),
+    ],
+)
+def test_several_templates_have_the_checks_and_limits_of_a_request(
+    given: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ValidationError, match=sentence) as caught:
+        Settings(**given)
+    (problem,) = caught.value.errors()
+    assert problem["loc"] in ((), ("hypothesis_template",))  # what the command names
+    Settings(hypothesis_template=["a {}"] * 500)
+
+
 def test_unknown_variables_are_found() -> None:
     environ = {"TAPT_PORT": "1", "TAPT_PROT": "1", "tapt_x": "", "HOME": "/", "TAPTI": ""}
     assert unknown_variables(environ) == ["TAPT_PROT", "tapt_x"]

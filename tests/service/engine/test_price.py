@@ -110,3 +110,27 @@ def test_each_template_counts_its_own_texts() -> None:
     texts = [count_tokens(task, MODEL, "{}") - image for task in (one, other, two)]
     assert texts[0] < texts[1]
     assert texts[2] == texts[0] + texts[1]
+
+
+def test_the_default_templates_count_where_the_request_names_none() -> None:
+    several = ("a photo of a {}.", "a drawing of the {}")
+    knobs = {"hypothesis_template": several}
+    assert cost(knobs=knobs) == 1
+    assert cost(knobs=knobs, template="a photo of a {}.") < 1
+    assert cost(template=several) > 1
+    text = count_tokens(TYPICAL, MODEL, several) - TYPICAL.views * MODEL.image_tokens
+    assert text == sum(
+        count_tokens(TYPICAL, MODEL, each) - TYPICAL.views * MODEL.image_tokens for each in several
+    )
+
+
+def test_a_step_adapts_one_template() -> None:
+    """Where the text adapts and the bundle's own text is read, the others are encoded once."""
+    adapts, several = {"adapts": "all"}, ("a {}.", "a {}.")
+    named: dict[str, Any] = {"template": "a {}.", "method": "plain", "views": 1, "steps": 0}
+    steps = []
+    for template in ("a {}.", several):
+        knobs = {**adapts, "hypothesis_template": template}
+        work = cost(knobs=knobs, steps=8) - cost(knobs=knobs, steps=4)
+        steps.append(work / cost(knobs=knobs, **named))  # in units that both settings share
+    assert steps[0] == pytest.approx(steps[1])

@@ -415,3 +415,22 @@ def test_several_templates_are_checked_and_limited_like_labels(
         assert named in sentence(answer, 422)
     three = native(photo, hypothesis_template=["a {}"] * 3)
     assert server.http.post("/v1/classify", json=three).status_code == 200
+
+
+def test_the_default_templates_count_against_the_limit_of_labels(
+    start: START, photo: bytes
+) -> None:
+    server = start(hypothesis_template=TEMPLATES, max_labels=5)
+    assert server.http.get("/info").json()["defaults"]["hypothesis_template"] == TEMPLATES
+    for path, body in (("/v1/classify", native), ("/", hugging_face)):
+        three = {"candidate_labels": ["cat", "dog", "cow"]}
+        answer = server.http.post(path, json=body(photo, **three))
+        assert (
+            "3 labels in 2 templates of the server's default are 6 texts; the limit is 5"
+        ) in sentence(answer, 422)
+        one = server.http.post(path, json=body(photo, **three, hypothesis_template="a {}"))
+        assert one.status_code == 200, one.text
+        assert server.http.post(path, json=body(photo)).status_code == 200
+        assert server.worker.batches[-1][0].template is None  # the worker has the default
+    one = start().http.get("/info").json()["defaults"]["hypothesis_template"]
+    assert one == "a photo of a {}."

@@ -1,7 +1,7 @@
 """Inside the worker, on a tiny CLIP: every request settles once, and alone where it fails."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from models.blocks import run_block
 from models.clip import PromptedCLIP
 from models.defenses import tapt
 from models.defenses.defense import DefenseInput
+from models.labels import tokenize
+from models.views import make_views
 from service.errors import ModelError
 from service.messages import Answer, Failure, Task
 from service.settings import Settings
@@ -370,14 +372,105 @@ def test_several_templates_where_the_words_adapt_are_refused_alone(runner: Runne
     assert isinstance(refused, Failure)
     assert refused.error_type == "unprocessable"
     assert refused.message == (
-        "The defense rtpt adapts the words of one template. For several templates, choose one of "
-        "plain, ensemble, apt, apt-ensemble, tapt, ttc, mac, gate, thrift."
+        "The defense rtpt adapts the words of one template, but the request has several. Name one, "
+        "or choose one of the defenses plain, ensemble, apt, apt-ensemble, tapt, ttc, mac, gate, "
+        "thrift."
     )
     assert isinstance(settled["work-0"], Answer)
     assert isinstance(settled["work-2"], Answer)
     assert not counts.get("error_splits")
     settled, _ = run(runner, [make_work(0, method="tapt", template=several, steps=1)])
     assert isinstance(settled["work-0"], Answer)
+
+
+SEVERAL = ("a photo of a {}.", "{} seen from afar", "a drawing of the {}")
+
+
+def score_by_hand(runner: Runner, work: Task, templates: Sequence[str]) -> list[float]:
+    """Undefended CLIP, with the mean of a label's normalized features in each template."""
+    checkpoint = runner.classifier.checkpoint
+    clip, end = checkpoint.clip, checkpoint.clip.model.config.text_config.eos_token_id
+    means = []
+    for label in work.labels:
+        texts = [template.replace("{}", label) for template in templates]
+        rows = tokenize(checkpoint.tokenizer, end, texts, clip.context_length, 0)
+        each = clip.encode_labels(rows, None)
+        mean = (each / each.norm(dim=-1, keepdim=True)).mean(dim=0)
+        means.append(mean / mean.norm())
+    pixels = make_views(work.image, 1, 0, checkpoint.preprocessing, torch.device("cpu"))
+    with torch.no_grad():
+        image = clip.encode_images(pixels[None]).features[0, 0]
+        scores: list[float] = (clip.logit_scale * torch.stack(means) @ image).softmax(-1).tolist()
+    return scores
+
+
+def test_several_default_templates_are_averaged_where_no_learned_prompts_are_read(
+    directory: Path,
+) -> None:
+    knobs: dict[str, Any] = {"model": str(directory), "device": "cpu"}
+    several = Runner(Settings(**knobs, hypothesis_template=SEVERAL), 0)
+    single = Runner(Settings(**knobs), 0)
+    plain, defended = make_work(1, method="plain", steps=0, views=1), make_work(1, id="tapt")
+    answers, _ = run(several, [plain])
+    by_hand = pytest.approx(score_by_hand(several, plain, SEVERAL), abs=1e-5)
+    assert answers[plain.id].scores == by_hand  # type: ignore[union-attr]
+    assert score_by_hand(several, plain, SEVERAL[:1]) != by_hand
+    (ours,), (theirs,) = (run(one, [defended])[0].values() for one in (several, single))
+    assert isinstance(ours, Answer)
+    assert isinstance(theirs, Answer)
+    assert ours.scores == theirs.scores  # the bundle's text
+    assert ours.undefended_scores == by_hand
+    named, _ = run(several, [replace(plain, template="a {}")])
+    expected = pytest.approx(score_by_hand(several, plain, ["a {}"]), abs=1e-5)
+    assert named[plain.id].scores == expected  # type: ignore[union-attr]
+
+
+def test_a_defense_that_adapts_the_words_of_several_default_templates_is_refused(
+    directory: Path,
+) -> None:
+    runner = Runner(
+        Settings(model=str(directory), device="cpu", hypothesis_template=SEVERAL, method="ttc"), 0
+    )
+    works = [
+        make_work(0, method="tpt"),
+        make_work(1, method="tpt", template="a photo of a {}."),
+        make_work(2, method="tpt", steps=0),
+    ]
+    settled, _ = run(runner, works)
+    assert settled["work-0"] == Failure(
+        "unprocessable",
+        "The defense tpt adapts the words of one template, but this server's default has several. "
+        "Name one `hypothesis_template`, or choose one of the defenses plain, ensemble, apt, "
+        "apt-ensemble, tapt, ttc, gate, thrift.",
+    )
+    assert isinstance(settled["work-1"], Answer)
+    assert isinstance(settled["work-2"], Answer)
+
+
+@pytest.mark.parametrize(
+    ("method", "bundle", "adapts", "served"),
+    [
+        ("rtpt", True, "vision", False),
+        ("tapt", False, "vision", False),
+        ("tapt", True, "all", True),  # the bundle has a text of its own
+        ("ensemble", False, "vision", True),
+    ],
+)
+def test_a_default_method_that_cannot_take_the_default_templates_is_refused_at_the_start(
+    directory: Path, tmp_path: Path, method: str, bundle: bool, adapts: Any, served: bool
+) -> None:
+    model = directory if bundle else tiny.save_checkpoint(tmp_path)
+    knobs: dict[str, Any] = {"model": str(model), "device": "cpu", "method": method}
+    settings = Settings(**knobs, adapts=adapts, hypothesis_template=SEVERAL)
+    if served:
+        Runner(settings, 0)
+        return
+    with pytest.raises(ModelError) as caught:
+        Runner(settings, 0)
+    assert str(caught.value) == (
+        f"method {method} adapts the words of one template, but hypothesis_template has 3"
+    )
+    Runner(settings.model_copy(update={"steps": 0}), 0)
 
 
 def test_the_first_view_of_a_large_image_is_the_decoders(runner: Runner) -> None:
