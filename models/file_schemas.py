@@ -149,6 +149,33 @@ class _Size(FileSchema):
         return self.model_dump(exclude_none=True)
 
 
+def _check_written_size(value: object) -> object:
+    match value:
+        case bool():
+            pass
+        case None | int() | [int(), int()]:
+            return value
+        case dict() if any(side is not None for side in value.values()):
+            return value
+    raise ValueError(
+        'should be pixels, [height, width], or an object such as {"shortest_edge": 224}'
+    )
+
+
+_WrittenSize = Annotated[Any, AfterValidator(_check_written_size)]
+
+
+class ImageProcessorFile(FileSchema):
+    """What must hold of `preprocessor_config.json` so that transformers, which interprets it, does
+    not fail with an error that names nothing."""
+
+    image_processor_type: str | None = None
+    feature_extractor_type: str | None = None
+    size: _WrittenSize = None
+    crop_size: _WrittenSize = None
+    pad_size: _WrittenSize = None
+
+
 def _each_channel(value: object) -> object:
     """One value for all channels, as three."""
     return (value,) * 3 if isinstance(value, int | float) else value

@@ -17,7 +17,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from models.errors import LoadError
-from models.file_schemas import ImageProcessorConfig, check, read_json
+from models.file_schemas import ImageProcessorConfig, ImageProcessorFile, check, read_json
 from models.images.preprocess import BICUBIC, Preprocessing
 from models.views import KNOWN_FILTERS, make_views
 
@@ -73,10 +73,18 @@ def _names_processor(directory: Path) -> bool:
     """Whether one of the two files that may hold the settings does. Raises ValueError."""
     own, shared = directory / "preprocessor_config.json", directory / "processor_config.json"
     if own.is_file():
-        read_json(own)  # transformers would read a file of any size
+        check(ImageProcessorFile, read_json(own), own.name)
         if not shared.is_file():
             return True
-    return shared.is_file() and ("image_processor" in read_json(shared) or own.is_file())
+    if not shared.is_file():
+        return False
+    values = read_json(shared)
+    if "image_processor" not in values:
+        return own.is_file()
+    if not isinstance(values["image_processor"], dict):
+        raise ValueError(f"{shared.name}: image_processor: Input should be an object")
+    check(ImageProcessorFile, values["image_processor"], shared.name)
+    return True
 
 
 def _settings(processor: BaseImageProcessor) -> ImageProcessorConfig:

@@ -1,6 +1,7 @@
 """Preprocessing as transformers does it: the same pixels, the same scores, or a refusal."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from models.errors import LoadError
 from models.export import write_checkpoint
 from models.images.decode import MAX_SHORT_SIDE, decode
 from models.images.preprocess import Preprocessing
+from models.preprocessing import read_preprocessing
 from models.views import make_views
 from tests import tiny
 
@@ -253,6 +255,48 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(
     with pytest.raises(LoadError, match=reason) as caught:
         load_checkpoint(str(directory), tiny.CPU)
     assert "\n" not in str(caught.value)
+
+
+ODD: list[Any] = [
+    *(None, True, -1, 0, 1.5, "x", float("nan"), 1e30, 10**9),
+    *([], [64], [64, 64], [64, 64, 64], [None, None], ["a", "b"]),
+    *({}, {"x": 1}, {"height": 64}, {"shortest_edge": -3}, {"shortest_edge": None}),
+]
+NAMED = (  # what a sentence names where it does not name the field
+    "`size` and `resample`|`image_mean` and `image_std`|keys|keep their shape|filter|class|"
+    "Unrecognized image processor|gray levels|shape"
+)
+
+
+def refusal(directory: Path) -> str:
+    """Why a directory's preprocessing is refused; empty if it is not."""
+    try:
+        read_preprocessing(directory, "name", 64)
+    except LoadError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_odd_values_of_every_field_load_or_are_named(directory: Path, file: str) -> None:
+    own = directory / "preprocessor_config.json"
+    usual = json.loads(own.read_text())
+    own.unlink()
+    for field in (*usual, "pad_size", "feature_extractor_type"):
+        for value in ODD:
+            values = usual | {field: value}
+            nested = values if file == own.name else {"image_processor": values}
+            (directory / file).write_text(json.dumps(nested))
+            said = refusal(directory)
+            assert not said or re.search(rf"{field}|{NAMED}", said), (field, value, said)
+            assert "object has no" not in said
+
+
+@pytest.mark.parametrize("value", [None, [], "CLIPImageProcessor"])
+def test_a_nested_processor_that_is_no_object_is_named(directory: Path, value: Any) -> None:
+    (directory / "processor_config.json").write_text(json.dumps({"image_processor": value}))
+    with pytest.raises(LoadError, match=r"processor_config.json: image_processor"):
+        read_preprocessing(directory, "name", 64)
 
 
 def test_an_option_that_nobody_knows_is_found_by_comparing(

@@ -441,7 +441,7 @@ def test_a_defense_that_adapts_the_words_of_several_default_templates_is_refused
         "unprocessable",
         "The defense tpt adapts the words of one template, but this server's default has several. "
         "Name one `hypothesis_template`, or choose one of the defenses plain, ensemble, apt, "
-        "apt-ensemble, tapt, ttc, gate, thrift.",
+        "apt-ensemble, tapt, ttc, mac, gate, thrift.",
     )
     assert isinstance(settled["work-1"], Answer)
     assert isinstance(settled["work-2"], Answer)
