@@ -153,7 +153,7 @@ def _check_written_size(value: object) -> object:
     match value:
         case bool():
             pass
-        case None | int() | [int(), int()]:
+        case None | int() | [int(), int()] | [int(), int(), int()]:
             return value
         case dict() if any(side is not None for side in value.values()):
             return value

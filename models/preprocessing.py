@@ -5,6 +5,8 @@ then expressed as a `Preprocessing`, which makes views on the device, and compar
 processor on two test images, so that an option nobody thought of is refused rather than ignored.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +46,33 @@ def read_preprocessing(directory: Path, name: str, side: int) -> Preprocessing:
         LoadError: the settings are malformed, or ask for what `Preprocessing` cannot do.
     """
     try:
-        if not _names_processor(directory):
+        file = _find_file(directory)
+        if file is None:
             return Preprocessing(side, side, None, BICUBIC, OPENAI_MEAN, OPENAI_STD)
-        processor = _load_processor(directory)
+        with _naming(file):
+            processor = _load_processor(directory)
         settings = _settings(processor)
-        prepared = [processor(images=[image], return_tensors="pt") for image in IMAGES]
+        with _naming(file):
+            prepared = [processor(images=[image], return_tensors="pt") for image in IMAGES]
         preprocessing = _express(settings, side)
         for image, theirs in zip(IMAGES, prepared, strict=True):
             _compare(image, theirs["pixel_values"][0], preprocessing)
         return preprocessing
-    except Exception as error:  # transformers fails with whatever a value makes it trip over
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
-        raise LoadError(f"{name}: image preprocessing: {reason}") from error
+    except Exception as error:
+        raise LoadError(f"{name}: image preprocessing: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Raise whatever a value in the file makes transformers trip over as ValueError."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"transformers cannot use {file}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
 
 
 def _load_processor(directory: Path) -> BaseImageProcessor:
@@ -69,22 +86,18 @@ def _load_processor(directory: Path) -> BaseImageProcessor:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _names_processor(directory: Path) -> bool:
-    """Whether one of the two files that may hold the settings does. Raises ValueError."""
+def _find_file(directory: Path) -> str | None:
+    """Which of the two files that may hold the settings does. Raises ValueError."""
     own, shared = directory / "preprocessor_config.json", directory / "processor_config.json"
     if own.is_file():
         check(ImageProcessorFile, read_json(own), own.name)
-        if not shared.is_file():
-            return True
-    if not shared.is_file():
-        return False
-    values = read_json(shared)
+    values = read_json(shared) if shared.is_file() else {}
     if "image_processor" not in values:
-        return own.is_file()
+        return own.name if own.is_file() else None
     if not isinstance(values["image_processor"], dict):
         raise ValueError(f"{shared.name}: image_processor: Input should be an object")
     check(ImageProcessorFile, values["image_processor"], shared.name)
-    return True
+    return shared.name
 
 
 def _settings(processor: BaseImageProcessor) -> ImageProcessorConfig:
