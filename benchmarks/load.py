@@ -1,7 +1,7 @@
 """Overload and endurance of the running service, and whether what is promised of them holds.
 
 python -m benchmarks.load --seconds 60          # 0.5x, 1x, 2x, 10x of the measured capacity
-python -m benchmarks.load --soak 30             # minutes at 0.8x: the slope of the memory
+python -m benchmarks.load --soak 30             # minutes at 0.8x: how memory grows
 python -m benchmarks.load ... -- --workers 2    # knobs of the server after the dashes
 
 Open loop, on a server of its own. It checks what docs/reliability.md promises: every request gets
@@ -9,6 +9,9 @@ one answer; the p99 of accepted requests stays below queue / throughput + one ba
 Retry-After; 95% of the clients that wait for it, until the load is over, are accepted; during a
 soak no process dies and memory does not grow. The exit status is 1 if a promise is broken or could
 not be checked.
+
+A soak stops its load several times and reads the memory then. Under load, memory follows the number
+of requests that wait.
 """
 
 import argparse
@@ -27,7 +30,8 @@ from benchmarks.harness.server import Server
 
 LOADS = (0.5, 1.0, 2.0, 10.0)
 SOAK_LOAD = 0.8
-WARM_UP = 0.2  # share of a soak whose memory is not counted
+STRETCHES = 7  # of load in a soak; the memory after the first, the warm-up, is not counted
+REST = 70.0  # seconds without load after each; within a minute, free memory is returned
 FLAT = 10.0  # MiB an hour that count as no growth; a short soak sees the warm-up, and fails
 RETRIED = 0.95  # share of first retries that must be accepted
 
@@ -90,15 +94,14 @@ async def load(
 async def soak(
     service: Server, request: bytes, rate: float, seconds: float
 ) -> tuple[Phase, list[tuple[float, float, float]]]:
-    """A load below capacity, and (hours, MiB of the API, MiB of the workers) meanwhile."""
-    began, samples = time.monotonic(), []
-    driving = asyncio.create_task(drive(service.url, steady(rate * SOAK_LOAD, seconds), [request]))
-    while not driving.done():
-        now = time.monotonic() - began
-        if now > WARM_UP * seconds:
-            samples.append((now / 3600, *service.memory()))
-        await asyncio.wait([driving], timeout=max(0.2, seconds / 300))
-    return Phase(SOAK_LOAD, await driving, []), samples
+    """A load below capacity, and (hours, MiB of the API, MiB of the workers) at each rest."""
+    began, records, samples = time.monotonic(), [], []
+    arrivals = steady(rate * SOAK_LOAD, seconds / STRETCHES)
+    for _ in range(STRETCHES):
+        records += await drive(service.url, arrivals, [request])
+        await asyncio.sleep(REST)
+        samples.append(((time.monotonic() - began) / 3600, *service.memory()))
+    return Phase(SOAK_LOAD, records, []), samples[1:]
 
 
 def report_soak(phase: Phase, minutes: float, same: bool) -> tuple[list[str], list[str]]:
@@ -113,8 +116,8 @@ def report_soak(phase: Phase, minutes: float, same: bool) -> tuple[list[str], li
     }
     line = (
         f"- {len(phase.records)} requests at {phase.factor:g}x for {minutes:g} minutes: "
-        f"{phase.count(200)} answered 200, {phase.count(429)} 429, {others} other; the slopes "
-        f"leave out the first {WARM_UP:.0%}"
+        f"{phase.count(200)} answered 200, {phase.count(429)} 429, {others} other; memory is read "
+        f"at {STRETCHES - 1} rests of {REST:g} s, the first one left out"
     )
     return [line], [what for what, holds in found.items() if holds]
 

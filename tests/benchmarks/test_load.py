@@ -4,12 +4,13 @@ the benchmarks of load, endurance and faults make of its records."""
 import asyncio
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from benchmarks.faults import Effect, Trial, slow_uploads
 from benchmarks.harness.load import Record, drive, drive_closed, poisson, steady
 from benchmarks.harness.requests import post
-from benchmarks.load import Phase, report_load, report_soak
+from benchmarks.load import Phase, report_load, report_slope, report_soak
 from tests.conftest import Server
 
 
@@ -121,6 +122,17 @@ def test_a_soak_counts_every_status_and_is_broken_by_other_ones_and_by_lost_proc
     assert report_soak(phase([200], None), 30, same=False)[1] == [
         "the API process or a worker was lost"
     ]
+
+
+def test_memory_grows_if_its_slope_stands_out_of_the_noise() -> None:
+    hours, noise = np.linspace(0.1, 0.6, 6), np.array([1.0, -2.0, 1.0, 1.0, -2.0, 1.0])
+    line, broken = report_slope("worker", hours, 300 + hours + noise)
+    assert line.startswith("- worker: +1.0 ± ")
+    assert not broken
+    assert report_slope("worker", hours, 300 + 60 * hours + noise)[1] == [
+        "the memory of the worker grows"
+    ]
+    assert not report_slope("worker", hours, 300 + 60 * hours + 30 * noise)[1]
 
 
 def trial(
