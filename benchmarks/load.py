@@ -32,7 +32,7 @@ LOADS = (0.5, 1.0, 2.0, 10.0)
 SOAK_LOAD = 0.8
 STRETCHES = 7  # of load in a soak; the memory after the first, the warm-up, is not counted
 REST = 70.0  # seconds without load after each; within a minute, free memory is returned
-FLAT = 10.0  # MiB an hour that count as no growth; a short soak sees the warm-up, and fails
+FLAT = 10.0  # MiB an hour that count as no growth
 RETRIED = 0.95  # share of first retries that must be accepted
 
 
@@ -117,7 +117,7 @@ def report_soak(phase: Phase, minutes: float, same: bool) -> tuple[list[str], li
     line = (
         f"- {len(phase.records)} requests at {phase.factor:g}x for {minutes:g} minutes: "
         f"{phase.count(200)} answered 200, {phase.count(429)} 429, {others} other; memory is read "
-        f"at {STRETCHES - 1} rests of {REST:g} s, the first one left out"
+        f"in {STRETCHES - 1} rests of {REST:g} s, after a warm-up"
     )
     return [line], [what for what, holds in found.items() if holds]
 

@@ -2,7 +2,7 @@
 
 By default glibc returns an image's buffers to the system after each request and maps them again,
 page fault by page fault, for the next one. On a virtual machine that takes longer than decoding.
-What it keeps beyond that is fragmented, and the heaps of a busy process grow for hours.
+What is kept so, the free pages between blocks in use, must still go back after a busy time.
 """
 
 import contextlib

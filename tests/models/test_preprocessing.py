@@ -95,6 +95,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "not square": ({"do_center_crop": False, "size": {"height": 64, "width": 32}}, "64x32"),
     "size null": ({"size": None}, "`size`"),
     "the longest edge alone": ({"size": {"longest_edge": 64}}, "Size must contain"),
+    "a list of one": ({"size": [64]}, "preprocessor_config.json: size: should be pixels"),
+    "no size": ({"crop_size": {"height": None}}, "preprocessor_config.json: crop_size: should"),
     "an area": ({"size": {"min_pixels": 9, "max_pixels": 99}}, "min_pixels"),
     "a class that there is not": ({"image_processor_type": "Evil"}, "Unrecognized"),
     "mean null": ({"image_mean": None}, "`image_mean`"),
