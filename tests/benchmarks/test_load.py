@@ -184,7 +184,9 @@ def test_every_slow_upload_is_to_be_cut_off() -> None:
 def test_slow_uploads_are_seen_to_be_cut_off(
     start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.faults.UPLOAD_SECONDS", 0.3)
+    # On a busy machine less would end uploads that have hardly begun, and more would meet the next
+    # piece, which is sent after a second.
+    monkeypatch.setattr("benchmarks.faults.UPLOAD_SECONDS", 0.7)
     request = post("/v1/classify", b"x" * 5000)
 
     async def scenario(server: Server) -> Effect:
@@ -192,9 +194,9 @@ def test_slow_uploads_are_seen_to_be_cut_off(
             pass
         return effect
 
-    effect = asyncio.run(scenario(start(upload_timeout_ms=300)))
+    effect = asyncio.run(scenario(start(upload_timeout_ms=700)))
     assert len(effect.cut) == effect.slow == 100
-    assert min(effect.cut) >= 0.3
+    assert min(effect.cut) >= 0.7
 
     monkeypatch.setattr("benchmarks.faults.LATE", 0.2)
     assert asyncio.run(scenario(start())).cut == []
