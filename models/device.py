@@ -39,7 +39,7 @@ def upload(values: Any, device: torch.device) -> Tensor:
     """
     if device.type != "cuda":
         return torch.tensor(values, device=device)
-    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
+    return torch.tensor(values).pin_memory().to(device, non_blocking=True)
 
 
 def catch_up(device: torch.device) -> None:
