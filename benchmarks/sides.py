@@ -167,7 +167,7 @@ class Ours:
         clip = self.classifier.checkpoint.clip
         import models.classifier
 
-        stages.watch(models.classifier, "make_views", lambda *_: "making views")
+        stages.watch(models.classifier, "make_batch_views", lambda *_: "making views")
         stages.watch(tapt, "gradients", lambda *_: "image: backward of the kept views")
         stages.watch(clip, "text_gradient", lambda *_: "text: forward and backward in chunks")
         stages.watch(clip, "encode_labels", lambda *_, **__: "text: readout")

@@ -27,7 +27,7 @@ from models.label_encoder import EncodedLabels, LabelEncoder, Template, join_enc
 from models.prompts import DefensePrompts
 from models.readout import gather_views, mean_prediction, suspicion
 from models.tapt import Leaving, Objective, leaves_after, view_entropy
-from models.views import make_views
+from models.views import make_batch_views
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
@@ -282,11 +282,13 @@ class DefendedClassifier:
         preprocessing, device = self.checkpoint.preprocessing, self.checkpoint.clip.device
         count = 1 if batch.spec.views == "one" else views
         return DefenseInput(
-            views=torch.stack(
-                [
-                    make_views(query.image, count, query.seed, preprocessing, device, query.view)
-                    for query in batch.queries
-                ]
+            views=make_batch_views(
+                [query.image for query in batch.queries],
+                count,
+                [query.seed for query in batch.queries],
+                preprocessing,
+                device,
+                [query.view for query in batch.queries],
             ),
             plain=batch.plain,
             prompted=batch.prompted,

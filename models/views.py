@@ -1,4 +1,4 @@
-"""Random views of an image, made on the device from one upload of its uint8 pixels.
+"""Random views of images, made on the device from one upload of their uint8 pixels.
 
 View 0 is the image after the checkpoint's own preprocessing; the others are random resized crops
 with flips. A view is two matrix products, one per side, with Pillow's antialiased resampling
@@ -6,7 +6,7 @@ weights: no loop over views, and the same pixels as Pillow up to rounding.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,9 @@ from models.images.preprocess import (
 )
 
 RATIO = (3 / 4, 4 / 3)  # aspect ratio of the crops, as published
+# Resampling weights of the images of one size whose views are made together, at least one image.
+# A GPU would wait for many small kernels; a CPU is faster with an image at a time.
+WEIGHTS_AT_ONCE = {"cpu": 0, "cuda": 2**25}
 ATTEMPTS = 10  # tries for a crop that fits before falling back to the center
 
 
@@ -38,34 +41,84 @@ def make_views(
     device: torch.device,
     first: NDArray[np.uint8] | None = None,
 ) -> Tensor:
-    """Views [views, 3, S, S] of one image, multiples of 1/255 in [0, 1].
+    """Views [views, 3, S, S] of one image; arguments as in `make_batch_views`."""
+    return make_batch_views([image], views, [seed], preprocessing, device, [first])[0]
+
+
+def make_batch_views(
+    images: Sequence[NDArray[np.uint8] | Tensor],
+    views: int,
+    seeds: Sequence[int],
+    preprocessing: Preprocessing,
+    device: torch.device,
+    firsts: Sequence[NDArray[np.uint8] | None],
+) -> Tensor:
+    """Views [B, views, 3, S, S] of B images, multiples of 1/255 in [0, 1].
 
     Args:
-        image: uint8 RGB [height, width, 3] of any size; or whole values [3, height, width] in
-            [0, 255] as a tensor, to which the views pass a gradient: straight through rounding.
-        seed: draws the crops on the host, so that device and batch do not change them.
-        first: view 0, uint8 RGB [S, S, 3], if `image` was scaled down before: see `DecodedImage`.
+        images: uint8 RGB [height, width, 3] of any size; or whole values [3, height, width] in
+            [0, 255] as tensors, to which the views pass a gradient: straight through rounding.
+        seeds: draw the crops on the host, so that device and batch do not change them.
+        firsts: view 0, uint8 RGB [S, S, 3], of each image that was scaled down before: see
+            `DecodedImage`.
     """
-    pixels = image
-    if not isinstance(pixels, Tensor):
-        pixels = upload(pixels, device).permute(2, 0, 1).float()
-    if first is not None:
-        whole = upload(first, device).permute(2, 0, 1).unsqueeze(0) / 255
+    groups: dict[tuple[torch.Size, bool], list[int]] = {}
+    for row, (image, first) in enumerate(zip(images, firsts, strict=True)):
+        sides = image.shape[1:] if isinstance(image, Tensor) else torch.Size(image.shape[:2])
+        groups.setdefault((sides, first is None), []).append(row)
+    made, order = list[Tensor](), list[int]()
+    for (sides, _), rows in groups.items():
+        weights = views * preprocessing.crop * sum(sides)
+        size = max(1, WEIGHTS_AT_ONCE[device.type] // weights)
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            chosen, drawn = [images[row] for row in some], [seeds[row] for row in some]
+            whole = [first for row in some if (first := firsts[row]) is not None]
+            made.append(_make_equal(chosen, views, drawn, preprocessing, device, whole))
+            order += some
+    joined = torch.cat(made)
+    if order == sorted(order):
+        return joined
+    return joined[upload(np.argsort(order), device)]
+
+
+def _make_equal(
+    images: Sequence[NDArray[np.uint8] | Tensor],
+    views: int,
+    seeds: Sequence[int],
+    preprocessing: Preprocessing,
+    device: torch.device,
+    firsts: Sequence[NDArray[np.uint8]],
+) -> Tensor:
+    """As `make_batch_views`, for images of one size; `firsts` has all first views or none."""
+    arrays = [image for image in images if not isinstance(image, Tensor)]
+    tensors = [image for image in images if isinstance(image, Tensor)]
+    pixels = torch.stack(tensors) if tensors else _upload_pixels(arrays, device)
+    if firsts:
+        whole = _upload_pixels(firsts, device) / 255
     else:
-        weights = (each.unsqueeze(0) for each in _whole(pixels, preprocessing))
-        whole = _resample(pixels, *weights)
+        rows, columns = _whole(pixels, preprocessing)
+        shape = len(pixels), 1, -1, -1
+        whole = _resample(pixels, rows.expand(*shape), columns.expand(*shape))[:, 0]
     if views == 1:
-        return whole
-    height, width = pixels.shape[1:]
-    boxes, flips = draw_crops(views - 1, seed, height, width, preprocessing.area)
+        return whole.unsqueeze(1)
+    (height, width), size = pixels.shape[2:], preprocessing.crop
+    drawn = [draw_crops(views - 1, seed, height, width, preprocessing.area) for seed in seeds]
+    boxes, flips = (np.concatenate(part) for part in zip(*drawn, strict=True))
     top, left, high, wide = upload(boxes.astype(np.float32), device).T
-    places = torch.arange(preprocessing.crop, device=device)
-    size = preprocessing.crop
+    places = torch.arange(size, device=device)
     rows = _weights(top, high, places, size, height, BILINEAR)
     columns = _weights(left, wide, places, size, width, BILINEAR)
     flipped = upload(flips, device).view(-1, 1, 1)
     columns = torch.where(flipped, columns.flip(1), columns)
-    return torch.cat([whole, _resample(pixels, rows, columns)])
+    shares = len(pixels), views - 1
+    crops = _resample(pixels, rows.unflatten(0, shares), columns.unflatten(0, shares))
+    return torch.cat([whole.unsqueeze(1), crops], dim=1)
+
+
+def _upload_pixels(images: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
+    """Images [height, width, 3] as one tensor [B, 3, height, width] in [0, 255]."""
+    return upload(np.stack(images), device).permute(0, 3, 1, 2).float()
 
 
 def draw_crops(
@@ -92,9 +145,10 @@ def draw_crops(
 
 
 def _whole(pixels: Tensor, preprocessing: Preprocessing) -> list[Tensor]:
-    """Weights [S, height] and [S, width] of the resize followed by the center crop."""
+    """Weights [S, height] and [S, width] of the resize followed by the center crop, for images
+    [B, 3, height, width]."""
     weights = []
-    sides = pixels.shape[1:]
+    sides = pixels.shape[2:]
     for side, resized in zip(sides, preprocessing.resized(*sides), strict=True):
         margin = (resized - preprocessing.crop) // 2
         wanted = torch.arange(preprocessing.crop, device=pixels.device) + margin
@@ -150,16 +204,17 @@ def _abrupt(places: NDArray[np.int64], size: int, side: int, resample: int) -> N
 
 
 def _resample(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Resample [3, height, width] in [0, 255] by weights [n, S, height] and [n, S, width].
+    """Views [B, n, 3, S, S] in [0, 1] of images [B, 3, height, width] in [0, 255], by weights
+    [B, n, S, height] and [B, n, S, width].
 
     Each pass rounds to whole values as Pillow does, so that a view is what a file would hold.
     """
-    count, size, _ = rows.shape
-    channels, height, width = pixels.shape
-    wide = round_levels(pixels.reshape(-1, width) @ columns.flatten(0, 1).T)
-    wide = wide.view(channels, height, count, size).permute(2, 1, 0, 3).flatten(2)
-    views = round_levels(rows @ wide).view(count, size, channels, size)
-    return views.transpose(1, 2) / 255
+    batch, count, size, _ = rows.shape
+    channels, height, width = pixels.shape[1:]
+    wide = pixels.reshape(batch, -1, width) @ columns.flatten(1, 2).transpose(1, 2)
+    wide = round_levels(wide).view(batch, channels, height, count, size)
+    views = round_levels(rows @ wide.permute(0, 3, 2, 1, 4).flatten(3))
+    return views.view(batch, count, size, channels, size).transpose(2, 3) / 255
 
 
 def round_levels(values: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from benchmarks.learned_step.learning import Answer
@@ -11,7 +10,7 @@ from models.classifier import DefendedClassifier
 from models.clip import PromptedCLIP
 from models.images.preprocess import Preprocessing
 from models.statistics import TokenStatistics
-from models.views import make_views, round_levels
+from models.views import make_batch_views, round_levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +30,9 @@ class Frozen:
 
     def cut(self, pixels: Tensor, views: int, seeds: Sequence[int]) -> Tensor:
         """Views [N, views, 3, S, S] of pictures [N, 3, S, S] in [0, 1], with a gradient."""
-        pictures = zip(round_levels(pixels * 255), seeds, strict=True)
-        made = (make_views(p, views, s, self.preprocessing, pixels.device) for p, s in pictures)
-        return torch.stack(list(made))
+        pictures = list(round_levels(pixels * 255))
+        firsts = [None] * len(pictures)
+        return make_batch_views(pictures, views, seeds, self.preprocessing, pixels.device, firsts)
 
     def logits(self, views: Tensor, visual: Tensor) -> Tensor:
         """[N, V, C] with prompts [N, depth, tokens, width]."""

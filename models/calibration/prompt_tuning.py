@@ -22,7 +22,7 @@ from models.images.preprocess import Preprocessing
 from models.labels import LabelBatch
 from models.prompts import DefensePrompts
 from models.tapt import prompt_gradients
-from models.views import make_views, round_levels
+from models.views import make_batch_views, round_levels
 
 SPREAD = 0.02  # standard deviation of fresh prompts, as CLIP's own embeddings have
 
@@ -276,11 +276,9 @@ def _spread(
     picture itself, the others are drawn by a seed for each picture."""
     if views == 1:
         return batch.unsqueeze(1)
-    cut = [
-        make_views(picture, views, seed, preprocessing, batch.device)
-        for picture, seed in zip(round_levels(batch * 255), seeds, strict=True)
-    ]
-    return torch.stack(cut)
+    pictures = list(round_levels(batch * 255))
+    firsts = [None] * len(pictures)
+    return make_batch_views(pictures, views, seeds, preprocessing, batch.device, firsts)
 
 
 def _mean_loss(logits: Tensor, goals: Tensor, reduction: str) -> Tensor:

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from models.images.preprocess import Preprocessing
+from models.preprocessing import OPENAI_MEAN, OPENAI_STD
+from models.views import make_batch_views
 from service.messages import Answer, Task
 from service.settings import Settings
 from service.worker.runner import Runner
@@ -38,6 +41,17 @@ def answer(runner: Runner, count: int) -> list[Answer]:
     answers = [settled[work.id] for work in batch]
     assert all(isinstance(one, Answer) for one in answers)
     return answers  # type: ignore[return-value]
+
+
+def test_views_made_together_on_the_gpu_are_those_made_one_by_one_on_the_cpu() -> None:
+    images = [tiny.draw_image(number, 60 + 20 * (number % 2), 80) for number in range(6)]
+    preprocessing = Preprocessing(32, 32, None, 3, OPENAI_MEAN, OPENAI_STD)
+    near, far = (
+        make_batch_views(images, 16, range(6), preprocessing, torch.device(device), [None] * 6)
+        for device in ("cpu", "cuda")
+    )
+    assert ((near - far.cpu()).abs() > 1e-6).double().mean() < 1e-3
+    assert (near - far.cpu()).abs().max() < 1.5 / 255
 
 
 def test_float32_on_the_gpu_answers_as_on_the_cpu() -> None:

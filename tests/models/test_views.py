@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from models.images.preprocess import Preprocessing
-from models.views import draw_crops, make_views
+from models.views import WEIGHTS_AT_ONCE, draw_crops, make_batch_views, make_views
 from tests import tiny
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -49,6 +49,23 @@ def test_the_other_views_are_pillows_crops(monkeypatch: pytest.MonkeyPatch) -> N
         expected = np.asarray(crop.resize((32, 32), 2)).astype(int)
         expected = expected[:, ::-1] if flip else expected
         assert np.abs(to_bytes(view) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("at_once", [0, 2**25], ids=["one by one", "together"])
+def test_views_of_a_batch_are_those_of_each_image(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WEIGHTS_AT_ONCE, "cpu", at_once)
+    sides = [(48, 64), (40, 40), (48, 64), (96, 80), (40, 40)]
+    images = [tiny.draw_image(number, *side) for number, side in enumerate(sides)]
+    firsts = [None, images[1][:32, :32], None, None, None]
+    alone = [
+        make_views(image, 6, seed, preprocess(32), tiny.CPU, first)
+        for seed, (image, first) in enumerate(zip(images, firsts, strict=True))
+    ]
+    batch = make_batch_views(images, 6, range(5), preprocess(32), tiny.CPU, firsts)
+    # Where a value lies between two levels, the order of a sum may choose.
+    assert ((batch - torch.stack(alone)).abs() > 1e-6).double().mean() < 1e-4
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 4000), (4000, 1), (7, 3)])
