@@ -19,9 +19,10 @@ from models.blocks import KeysValues, run_block
 from models.device import upload
 from models.labels import MASKED, LabelBatch
 
-# Tokens in one chunk of views without a gradient, or of label rows. Bounds the memory; on a CPU, a
-# chunk's activations also fit its caches.
-CHUNK_TOKENS = {"cpu": 1024, "cuda": 16384}
+# Tokens in one chunk of views without a gradient, or of label rows. Bounds the memory. On a CPU, a
+# chunk's activations also fit its caches; a GPU would wait for the kernels of small chunks.
+CPU_CHUNK_TOKENS = 1024
+GPU_CHUNK_TOKENS_PER_GIB = 1024  # of the device's memory
 
 
 class Interrupted(Exception):
@@ -52,7 +53,7 @@ class PromptedCLIP:
         self.model = model.eval().requires_grad_(False)
         self.device = model.device
         self.dtype = model.visual_projection.weight.dtype  # the scale may be wider
-        self.chunk_tokens = CHUNK_TOKENS.get(self.device.type, CHUNK_TOKENS["cuda"])
+        self.chunk_tokens = CPU_CHUNK_TOKENS
         config = model.config
         self.image_size: int = config.vision_config.image_size
         self.vision_width: int = config.vision_config.hidden_size
@@ -64,6 +65,8 @@ class PromptedCLIP:
         self._mean = torch.tensor(mean, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(std, device=self.device).view(3, 1, 1)
         if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+            self.chunk_tokens = GPU_CHUNK_TOKENS_PER_GIB * max(1, memory // 2**30)
             # cuDNN's attention makes and keeps a plan for every new shape, and batches and label
             # sets keep changing shape. The other kernels need no plans.
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -158,7 +161,7 @@ class PromptedCLIP:
         first = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
         for index, block in enumerate(vision.encoder.layers):
             if prompts is not None and 0 < index < prompts.shape[1]:
-                hidden = torch.cat([hidden[:, : -prompts.shape[2]], prompts[:, index]], dim=1)
+                hidden[:, -prompts.shape[2] :] = prompts[:, index]
             if index < collect:
                 inputs.append(hidden)
             # Only the first token of the last block is read.
