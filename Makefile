@@ -189,7 +189,7 @@ benchmark: setup
 
 benchmark-gpu: setup
 	$(MEASURE)adaptation --size vit-b-16 --device cuda --dtype bf16 --labels 10 1000 \
-	    --batch 1 8 32 64 --repeats 5 --section gpu --json $(FIGURES_IN)/gpu.json
+	    --batch 1 8 64 --repeats 3 --section gpu --json $(FIGURES_IN)/gpu.json
 
 # What lower precision and compilation gain on a CPU, into docs/performance.md; takes a C++ compiler:
 # make low-precision DATA=DIR

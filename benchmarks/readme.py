@@ -88,8 +88,7 @@ def accuracy_table(figures: dict[str, Any]) -> str:
         f"{'; '.join(KNOWN[t] for t in dict.fromkeys(t for t, _ in columns) if t in KNOWN)}. "
         f"{_count(defense['views'], 'view')}, {_count(defense['steps'], 'step')} on the "
         f"`{defense['adapts']}` prompts. Time is measured in batches of {figures['batch']}. "
-        f"Machine: {machine['cpu']}, {_count(machine['threads'], 'thread')} on "
-        f"{machine['cores']} cores, torch {machine['torch']}."
+        f"Machine: {_hardware(machine)}, torch {machine['torch']}."
     )
     made = f"Made by `{figures['command']}` and `python -m benchmarks.readme --table OUT`."
     return f"{table}\n\n{caption}\n\n{made}"
@@ -241,6 +240,12 @@ def _points(far: dict[str, Any] | None) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _hardware(machine: dict[str, Any]) -> str:
+    if machine["accelerator"]:
+        return f"{machine['accelerator']} with {machine['cores']} cores of {machine['cpu']}"
+    return f"{machine['cpu']}, {_count(machine['threads'], 'thread')} on {machine['cores']} cores"
 
 
 def _answered(asked: int) -> str:
