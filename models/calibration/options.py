@@ -51,6 +51,11 @@ TUNING: dict[str, tuple[Kind, str]] = {
     "design": (str, "v: visual prompts; vli: visual and text; vlj: text, and visual made of it"),
     "depth": (whole(1, 48), "layers with prompts; the default is cut to the model's layers"),
     "tokens": (whole(1, 64), "prompts in a layer; for vli, visual ones"),
+    "learns": (
+        str,
+        "prompts to learn; vision: with vli, the text prompts stay the template's words, which "
+        "keeps what the model knows of classes that are not learned",
+    ),
     "steps": (whole(1), "steps of AdamW"),
     "batch": (whole(2), "images in a step"),
     "rate": (share("a learning rate in (0, 1)", zero=False), "learning rate of AdamW"),
@@ -64,6 +69,8 @@ TUNING: dict[str, tuple[Kind, str]] = {
     "seed": (whole(0), "draws the images, the views and the first prompts"),
 }
 """The type and help of each field of `Tuning`."""
+
+CHOICES = {"design": sorted(DESIGNS.keys() - {"text"}), "learns": ["all", "vision"]}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -99,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     tuning = parser.add_argument_group("learning")
     for name, value in asdict(Tuning()).items():
         kind, text = TUNING[name]
-        choices = sorted(DESIGNS.keys() - {"text"}) if name == "design" else None
+        choices = CHOICES.get(name)
         flag = f"--{name.replace('_', '-')}"
         tuning.add_argument(flag, type=kind, default=value, choices=choices, help=text)
     return parser

@@ -21,7 +21,7 @@ from models.clip import PromptedCLIP
 from models.images.preprocess import Preprocessing
 from models.labels import LabelBatch
 from models.prompts import DefensePrompts
-from models.tapt import prompt_gradients
+from models.tapt import MOVING, Adapts, prompt_gradients
 from models.views import make_batch_views, round_levels
 
 SPREAD = 0.02  # standard deviation of fresh prompts, as CLIP's own embeddings have
@@ -38,12 +38,14 @@ class Tuning:
     prompts a layer, for VLI the visual ones alone; `views` 1 takes the loss through the single
     view, as published, and more through the mean prediction over that many, which is what serving
     reads. `attack_views` does the same for the attack in the inner loop: each of its steps follows
-    the mean prediction over that many freshly drawn views.
+    the mean prediction over that many freshly drawn views. `learns` names the prompts that move;
+    text prompts that do not stay the template's words.
     """
 
     design: str = "vli"
     depth: int = 9
     tokens: int = 2
+    learns: Adapts = "all"
     steps: int = 400
     batch: int = 64
     rate: float = 2e-3
@@ -240,7 +242,7 @@ def tune(
                 _cut_anew(draws.attack_seeds, tuning.attack_views, preprocessing),
             )
         views = _spread(batch, tuning.views, preprocessing, draws.seeds.tolist())
-        loss, found = _gradients(clip, views, goals, labels, text, prompts)
+        loss, found = _gradients(clip, views, goals, labels, text, prompts, MOVING[tuning.learns])
         # Means over shares of a batch, which may differ by one in size.
         part = len(batch) / tuning.batch
         found = {name: gradient * part for name, gradient in found.items()}
@@ -294,8 +296,10 @@ def _gradients(
     labels: LabelBatch,
     text: Tensor,
     prompts: DefensePrompts,
+    moving: frozenset[str],
 ) -> tuple[float, dict[str, Tensor]]:
-    """The cross-entropy of the mean prediction over views, and its gradients by prompt name."""
+    """The cross-entropy of the mean prediction over views, and its gradients by name of the
+    prompts that are `moving`."""
     values: list[float] = []
 
     def loss(leaves: DefensePrompts, features: Tensor) -> Tensor:
@@ -303,7 +307,7 @@ def _gradients(
         values.append(value.item())
         return value
 
-    found = prompt_gradients(clip, labels, text, prompts, loss)
+    found = prompt_gradients(clip, labels, text, prompts, loss, moving)
     return values[0], found
 
 

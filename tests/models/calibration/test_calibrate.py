@@ -356,6 +356,21 @@ def test_prompts_are_learned_against_an_attack_through_views(
     assert found["3"].prompts_sha256 != found["1"].prompts_sha256
 
 
+def test_text_prompts_that_are_not_learned_stay_the_words(
+    directory: Path, checkpoint: Checkpoint, folder: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for learns in ("all", "vision"):
+        out = tmp_path / learns
+        assert run(directory, folder, out, "--steps", "3", "--learns", learns) == 0
+        found[learns] = load_bundle(out, checkpoint.clip, checkpoint.sha256).prompts.tensors
+    _, words = calibrate._begin_text(checkpoint, "vli")
+    first = calibrate.begin(checkpoint.clip, Tuning(depth=2, tokens=4), words).prompts.tensors
+    assert torch.equal(found["vision"]["text"], first["text"])
+    assert not torch.equal(found["vision"]["vision"], first["vision"])
+    assert not torch.equal(found["all"]["text"], first["text"])
+
+
 def test_a_tokenizer_can_be_named(
     directory: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
