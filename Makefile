@@ -7,7 +7,7 @@ DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
 FIGURES ?= tests/figures
 
-.PHONY: serve test setup check format parity embedded bundle harden picture robustness static search image image-local smoke release lock audit sbom clean benchmark benchmark-gpu low-precision lone capacity peers heavy load faults soak fuzz mutants
+.PHONY: serve test setup check format parity embedded embedded-bundle harden bundle picture robustness static search image image-local smoke release lock audit sbom clean benchmark benchmark-gpu low-precision lone capacity peers heavy load faults soak fuzz mutants
 
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
@@ -43,23 +43,24 @@ format: setup
 parity: setup
 	$(BIN)/python -m benchmarks.parity --figures $(FIGURES)
 
+# The models of the package, in the order in which they are made.
+
 # Train the embedded model: make embedded DATA=DIR [WORDNET=DIR]
 WORDNET ?= /usr/share/wordnet
 embedded: setup
 	GOMP_SPINCOUNT=1000 $(BIN)/python -m research.embedded.train --data $(DATA) \
 	    --wordnet $(WORDNET)
 
-# Learn the embedded model's defense bundle, through the views that serving reads: make bundle
-# DATA=DIR
-LEARN = GOMP_SPINCOUNT=1000 $(BIN)/tapt-serve calibrate --model embedded \
-    --data $(DATA)/tiny_imagenet_train_0of4.parquet --design vli --depth 6 --tokens 16 \
-    --epsilon 2/255
-bundle: setup
-	$(LEARN) --shots 100 --steps 250 --rate 1e-2 --views 8 --batch 32 --out models/embedded/bundle \
-	    --force
+# Learn its defense bundle, through the views that serving reads: make embedded-bundle DATA=DIR
+LEARN = GOMP_SPINCOUNT=1000 $(BIN)/tapt-serve calibrate \
+    --data $(DATA)/tiny_imagenet_train_0of4.parquet --design vli --depth 6 --epsilon 2/255
+LEARN_EMBEDDED = $(LEARN) --model embedded --tokens 16
+THROUGH_VIEWS = --shots 100 --steps 250 --rate 1e-2 --views 8 --batch 32
+embedded-bundle: setup
+	$(LEARN_EMBEDDED) $(THROUGH_VIEWS) --out models/embedded/bundle --force
 
-# Harden the embedded model on all four training shards, for hours; the same command continues a run
-# that was stopped: make harden DATA=DIR [STEPS=5000 HARDENED=DIR]
+# Harden it on all four training shards, for hours; the same command continues a run that was
+# stopped: make harden DATA=DIR [STEPS=5000 HARDENED=DIR]
 STEPS ?= 5000
 HARDENED ?= runs/hardened
 harden: setup
@@ -68,13 +69,22 @@ harden: setup
 	    --validate $(DATA)/tiny_imagenet_val.parquet --steps $(STEPS) --rate 5e-4 --warm-up 100 \
 	    --attack-steps 1 --step-size 1.25
 
+# Learn the bundle of the hardened model, which is served by default, against attacks on the mean
+# over views: make bundle DATA=DIR [MODEL=DIR BUNDLE=DIR]
+MODEL ?= embedded-hardened
+BUNDLE ?= models/embedded_hardened/bundle
+bundle: setup
+	$(LEARN) $(THROUGH_VIEWS) --model $(MODEL) --tokens 16 --attack-steps 3 --attack-views 4 \
+	    --out $(BUNDLE) --force
+
 # The README's picture, taken of the page by its own test (Debian's chromium).
 picture: setup
 	$(BIN)/python -m pytest tests/service/playground/test_playground.py -k its_defense_are_seen
 	cp build/screenshots/playground.png docs/figures/playground.png
 
-# Defenses under attack: make robustness DATA=DIR [LIMIT=100 THREATS=clean,adaptive ...]. A run
-# that was cut short goes on when it is started again; see docs/robustness.md.
+# The default model's defenses under attack: make robustness DATA=DIR [LIMIT=100
+# THREATS=clean,adaptive ...]. A run that was cut short goes on when it is started again; see
+# docs/robustness.md.
 LIMIT ?= 500
 DEFENSES ?= plain,ensemble,apt,apt-ensemble,tapt
 THREATS ?= clean,transfer,static,adaptive
@@ -87,16 +97,16 @@ robustness: setup
 	    --defenses $(DEFENSES) --threats $(THREATS) --attacks $(ATTACKS) --eps $(EPS) \
 	    $(EVALUATE) --json $(TABLE)
 
-# Whether prompts learned as published, on single views, defend without views or adaptation, and
-# that random ones do not, into docs/robustness.md: make static DATA=DIR
-STATIC = $(BIN)/tapt-serve evaluate --data $(DATA)/tiny_imagenet_val.parquet --defenses plain,apt \
-    --threats clean,transfer,static --limit 1000 --views 1 --batch 20
+# Whether prompts that the embedded model learned as published, on single views, defend without views
+# or adaptation, and that random ones do not, into docs/robustness.md: make static DATA=DIR
+STATIC = $(BIN)/tapt-serve evaluate --model embedded --data $(DATA)/tiny_imagenet_val.parquet \
+    --defenses plain,apt --threats clean,transfer,static --limit 1000 --views 1 --batch 20
 PGD = --attacks pgd --eps 1/255,2/255
 APGD = --attacks pgd,apgd --eps 2/255
 WRITE = $(BIN)/python -m benchmarks.readme
 static: setup
-	$(LEARN) --shots 100 --steps 300 --rate 2e-2 --clean-share 0.25 --out runs/static/published
-	$(LEARN) --shots 1 --steps 0 --images 200 --out runs/static/random
+	$(LEARN_EMBEDDED) --shots 100 --steps 300 --rate 2e-2 --clean-share 0.25 --out runs/static/published
+	$(LEARN_EMBEDDED) --shots 1 --steps 0 --images 200 --out runs/static/random
 	$(STATIC) $(PGD) --bundle runs/static/published --json runs/static/learned.json
 	$(STATIC) $(PGD) --bundle runs/static/random --json runs/static/random.json
 	cp runs/static/learned.jsonl runs/static/learned-apgd.jsonl  # what PGD did is not done again
@@ -108,9 +118,10 @@ static: setup
 	$(WRITE) --table runs/static/learned-apgd.json --into static-apgd
 	$(WRITE) --table runs/static/random-apgd.json --into static-random-apgd
 
-# The search for a default, into docs/robustness.md, after `make static`: make search DATA=DIR
+# The search for a default on the embedded model, into docs/robustness.md, after `make static`:
+# make search DATA=DIR
 search: setup
-	$(LEARN) --shots 100 --steps 300 --rate 1e-2 --views 8 --batch 32 --clean-share 0.2 \
+	$(LEARN_EMBEDDED) --shots 100 --steps 300 --rate 1e-2 --views 8 --batch 32 --clean-share 0.2 \
 	    --out runs/bundles/attacked
 	$(BIN)/python -m research.search --data $(DATA)/tiny_imagenet_train_3of4.parquet \
 	    --bundle single=runs/static/published --bundle attacked=runs/bundles/attacked

@@ -18,6 +18,7 @@ from models.classifier import DefendedClassifier, ImageQuery, Prediction
 from models.data import open_dataset
 from models.evaluation.scores import wilson
 from models.loading import load_classifier
+from models.shipped import DEFAULT_MODEL, SHIPPED
 
 DTYPES = ("bfloat16", "float16")
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("benchmarks.agreement", __doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="parquet or folders")
-    add("--model", default="embedded", help="embedded, a directory, or a hub id")
+    add("--model", default=DEFAULT_MODEL, help=f"{', '.join(SHIPPED)}, a directory, or a hub id")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--dtypes", nargs="+", default=DTYPES, choices=DTYPES, help="precisions")
     add("--methods", nargs="+", default=["plain", "ensemble", "tapt"], help="defenses")

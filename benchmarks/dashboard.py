@@ -2,7 +2,7 @@
 
 python -m benchmarks.dashboard --out docs/figures/dashboard.svg
 
-Photographs arrive as a Poisson process at a service with the embedded model. For a while attacked
+Photographs arrive as a Poisson process at a service with the default model. For a while attacked
 pictures come as well (PGD, transfer, 8/255), then the load triples, and at last the worker is
 killed. Matplotlib draws the figure, not Grafana.
 """
@@ -31,11 +31,12 @@ from benchmarks.harness.report import make_parser
 from benchmarks.harness.requests import classification, encode, post_json
 from benchmarks.harness.server import Server
 from k8s.monitoring.panels import ROWS, Panel, fill
+from service.settings import Settings
 
 LABELS = ["espresso", "cat", "astronaut", "rocket", "dog", "school bus", "lemon", "volleyball"]
 METHODS = ["tapt", "tapt", "tapt", "ensemble", "plain"]
 EPSILON = 8 / 255
-SIDE = 64  # of an attacked picture: the embedded model's
+SIDE = 64  # of an attacked picture: that of the package's models
 ATTACKED, CROWDED, KILLED = 0.2, 0.4, 0.65  # when, as shares of the run
 WINDOW = "20s"
 COLUMNS = 4
@@ -65,9 +66,8 @@ def attack(pictures: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
     from models.checkpoint import load_checkpoint
     from models.classifier import DefendedClassifier
 
-    model = transfer(
-        DefendedClassifier(load_checkpoint("embedded", torch.device("cpu")), None), tuple(LABELS)
-    )
+    checkpoint = load_checkpoint(Settings().model, torch.device("cpu"))
+    model = transfer(DefendedClassifier(checkpoint, None), tuple(LABELS))
     small = [np.asarray(Image.fromarray(picture).resize((SIDE, SIDE))) for picture in pictures]
     pixels = torch.tensor(np.stack(small)).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
@@ -217,8 +217,9 @@ def main() -> None:
             "The dashboard's queries on real Prometheus data, drawn by benchmarks/dashboard.py, "
             f"not by Grafana. {len(records)} requests over {options.seconds:g} s; attacked "
             f"pictures (PGD, transfer, {EPSILON * 255:g}/255)\nfrom {attacked:g} s, overload from "
-            f"{crowded:g} s, the worker killed at {killed:g} s. Embedded model, one machine of "
-            f"{os.cpu_count()} CPU cores for all, load average {load:.1f} before the run."
+            f"{crowded:g} s, the worker killed at {killed:g} s. Model {Settings().model}, one "
+            f"machine of {os.cpu_count()} CPU cores for all, load average {load:.1f} before the "
+            "run."
         )
         draw(prometheus, start, end, caption, options.out)
     print(dict(sorted(Counter(record.status for record in records).items(), key=str)))

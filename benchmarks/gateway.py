@@ -23,6 +23,7 @@ from benchmarks.harness.report import make_parser, write_section
 from benchmarks.harness.requests import classification, encode
 from benchmarks.harness.server import Server
 from models.evaluation.table import tabulate
+from service.settings import Settings
 
 LABELS = ["fog", "sunset", "keyboard", "cat", "dog", "bus", "lemon", "volleyball"]
 PICTURE = np.asarray(Image.radial_gradient("L").convert("RGB"))
@@ -65,11 +66,11 @@ def main() -> None:
     heads = ("replicas", "requests/s", "p50 ms", "p95 ms", "errors")
     text = (
         f"{tabulate(heads, rows)}\n\n"
-        f"Embedded model, `{options.method}`, {len(LABELS)} labels, {options.clients} clients, "
-        f"{options.seconds:g} s each; clients, gateway and replicas share {os.cpu_count()} cores; "
-        f"load average before the run {busy:.1f}. Made by `python -m benchmarks.gateway --replicas "
-        f"{options.replicas} --seconds {options.seconds:g} --clients {options.clients} "
-        f"--method {options.method}`."
+        f"Model {Settings().model}, `{options.method}`, {len(LABELS)} labels, "
+        f"{options.clients} clients, {options.seconds:g} s each; clients, gateway and replicas "
+        f"share {os.cpu_count()} cores; load average before the run {busy:.1f}. Made by "
+        f"`python -m benchmarks.gateway --replicas {options.replicas} --seconds "
+        f"{options.seconds:g} --clients {options.clients} --method {options.method}`."
     )
     print(text)
     if options.write:

@@ -23,6 +23,7 @@ from benchmarks.harness.requests import LABELS, classification, draw_file
 from benchmarks.harness.server import Server
 from benchmarks.stamped import STAGES, read_stamps, serve_stamped
 from models.evaluation.table import tabulate
+from service.settings import Settings
 
 PICTURES = 32  # different ones
 WARM_UP = 5  # requests
@@ -90,8 +91,8 @@ def write(found: Mapping[str, Sequence[Spent]], command: str) -> str:
     return (
         f"{tabulate(('', *(f'`{method}`' for method in found)), rows)}\n\n"
         f"Milliseconds at p50, {count} requests each, one at a time: JPEG of 640 x 480, "
-        f"{len(LABELS)} labels, embedded model. All but decoding and computing at p99: {tail}. "
-        f"{machine()} Written by `{command}`."
+        f"{len(LABELS)} labels, model {Settings().model}. All but decoding and computing at "
+        f"p99: {tail}. {machine()} Written by `{command}`."
     )
 
 

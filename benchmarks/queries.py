@@ -34,6 +34,7 @@ from models.data import open_dataset
 from models.evaluation.scores import wilson
 from models.evaluation.table import tabulate
 from service.http.authentication import entry
+from service.settings import Settings
 
 PAGE = ROOT / "SECURITY.md"
 LABELS = 10  # a picture's own and others, drawn
@@ -157,11 +158,11 @@ def render(figures: dict[str, Any]) -> str:
     parts = [
         tabulate(heads, rows),
         f"Square over HTTP, {asked['epsilon']:g}/255, at most {asked['queries']} queries per "
-        f"image, {LABELS} labels, the embedded model, images of `{asked['data']}` that are right "
-        "at first. Broken: a wrong label came first at least once. Not attacked: the same file is "
-        "sent as often. Throttled: a "
-        f"key may send {asked['throttle']} similar images an hour, so that {asked['queries']} "
-        f"queries take {waits} hours. Made by `{figures['attacked_by']}`.",
+        f"image, {LABELS} labels, model {asked['model']}, images of `{asked['data']}` that are "
+        "right at first. Broken: a wrong label came first at least once. Not attacked: the same "
+        f"file is sent as often. Throttled: a key may send {asked['throttle']} similar images an "
+        f"hour, so that {asked['queries']} queries take {waits} hours. Made by "
+        f"`{figures['attacked_by']}`.",
     ]
     traffic = [
         (name, str(one["n"]), f"{100 * one['alike']:.0f}", f"{100 * one['refused']:.0f}")
@@ -206,7 +207,7 @@ def main() -> None:
         "all digits, throttled": throttled,
         "label only, throttled": ("--expose", "label", *throttled),
     }
-    command = command_line("benchmarks.queries")
+    command, model = command_line("benchmarks.queries"), Settings().model
     dataset = open_dataset(options.data)
     drawn = dataset.examples(3 * options.limit, seed=options.seed)
     examples = [(one.pixels, dataset.names[one.label]) for one in drawn]
@@ -226,10 +227,12 @@ def main() -> None:
         if (
             kept["options"]["queries"] != options.queries
             or kept["options"]["data"] != options.data.name
+            or kept["options"].get("model") != model
         ):
-            raise SystemExit("the attacks are of other pictures or another number of queries")
+            raise SystemExit("the attacks are of another model, data or number of queries")
     else:
         asked = vars(options) | {"data": options.data.name, "ordinary": ordinary.name}
+        asked["model"] = model
         results = {
             "attacks": [
                 run_attack(method, setting, options.epsilon, knobs)
@@ -238,7 +241,8 @@ def main() -> None:
                 if not number or setting in DIGITS
             ],
             "options": {
-                name: asked[name] for name in ("data", "ordinary", "queries", "epsilon", "throttle")
+                name: asked[name]
+                for name in ("model", "data", "ordinary", "queries", "epsilon", "throttle")
             },
             "attacked_by": command,
         }

@@ -161,10 +161,10 @@ def headline(figures: dict[str, Any]) -> str:
     }
     (epsilon,) = {row["epsilon"] for row in figures["rows"] if row["threat"] == "adaptive"}
     return (
-        "Measured with the embedded model: under an attacker who knows the defense and may change "
-        f"each pixel by {epsilon:g}/255, {right['tapt', 'adaptive']} of 100 images keep the right "
-        f"label, of {right['tapt', 'clean']} that are right without an attack. Undefended CLIP "
-        f"keeps {right['plain', 'adaptive']} of {right['plain', 'clean']}."
+        f"Measured with the {figures['checkpoint']} model: under an attacker who knows the "
+        f"defense and may change each pixel by {epsilon:g}/255, {right['tapt', 'adaptive']} of 100 "
+        f"images keep the right label, of {right['tapt', 'clean']} that are right without an "
+        f"attack. Undefended CLIP keeps {right['plain', 'adaptive']} of {right['plain', 'clean']}."
     )
 
 

@@ -24,7 +24,7 @@ from benchmarks import published
 from benchmarks.stages import Stages, forget_peak, peak_bytes, resident_bytes
 from models import tapt
 from models.bundle import DefenseBundle
-from models.checkpoint import EMBEDDED, Checkpoint, load_checkpoint
+from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DefendedClassifier, ImageQuery
 from models.clip import PromptedCLIP
 from models.data import open_dataset
@@ -32,6 +32,7 @@ from models.evaluation.provenance import describe_machine
 from models.images.preprocess import Preprocessing
 from models.preprocessing import OPENAI_MEAN, OPENAI_STD
 from models.prompts import DefensePrompts
+from models.shipped import EMBEDDED
 from models.statistics import TokenStatistics
 from models.tapt import Objective
 from models.views import make_views

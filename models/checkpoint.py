@@ -15,11 +15,8 @@ from models.formats import FORMATS
 from models.formats.checkpoint_format import CheckpointFormat, read_config
 from models.hub import find_directory
 from models.images.preprocess import Preprocessing
+from models.shipped import SHIPPED
 from models.tokenizer import load_tokenizer
-
-EMBEDDED = Path(__file__).parent / "embedded"
-SHIPPED = {"embedded": EMBEDDED, "embedded-hardened": EMBEDDED.with_name("embedded_hardened")}
-"""Checkpoints that are part of the package."""
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "bundle/bundle.safetensors")
 

@@ -12,13 +12,14 @@ from models.errors import LoadError
 from models.images.preprocess import AREA
 from models.label_encoder import Template
 from models.precision import choose_precision, compare_precisions
+from models.shipped import DEFAULT_MODEL
 from models.tapt import Adapts, Objective
 
 log = logging.getLogger(__name__)
 
 
 def load_classifier(
-    model: str = "embedded",
+    model: str = DEFAULT_MODEL,
     *,
     device: str = "cpu",
     device_index: int = 0,

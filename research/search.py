@@ -3,10 +3,10 @@
     python -m research.search --data DIR/tiny_imagenet_train_3of4.parquet \\
         --bundle single=DIR [--threats clean,transfer] [--only NAME ...] [--jobs 2]
 
-Every configuration is one `tapt-serve evaluate` on the same pictures; it goes on after a kill and
-adds to what is there. The bundle beside the model is called `own`, one learned through single
-views as published `single`, one learned as `own` on attacked pictures for the most part
-`attacked`; a configuration whose bundle is not given is named and left out. Writes
+Every configuration is one `tapt-serve evaluate` of the model `embedded` on the same pictures; it
+goes on after a kill and adds to what is there. The bundle beside the model is called `own`, one
+learned through single views as published `single`, one learned as `own` on attacked pictures for
+the most part `attacked`; a configuration whose bundle is not given is named and left out. Writes
 docs/figures/search.json and the part of docs/robustness.md between the marks `search`. What wins
 here is measured on validation pictures once, elsewhere.
 """
@@ -94,8 +94,9 @@ def measure(
     stem = configuration.name.replace(" ", "-").replace(",", "").replace(":", "")
     out = options.out / f"{stem}.json"
     flags = (
-        f"--data {options.data} --bundle {bundle} --defenses {configuration.defense} "
-        f"--threats {options.threats} --attacks pgd --eps 2/255 --limit {options.limit} "
+        f"--model embedded --bundle {bundle} --data {options.data} "
+        f"--defenses {configuration.defense} --threats {options.threats} "
+        f"--attacks pgd --eps 2/255 --limit {options.limit} "
         f"--attack-steps {options.attack_steps} --json {out} {configuration.flags}"
     )
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))

@@ -15,6 +15,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from models.defenses.catalog import Method, Readout
+from models.shipped import DEFAULT_MODEL
 from service.texts import check_template, read_templates
 
 PREFIX = "TAPT_"
@@ -63,8 +64,8 @@ class Settings(BaseSettings):
     """How long an idle connection is kept open (s). Longer than the proxy in front keeps its own,
     so that the proxy never sends a request on a connection that is being closed."""
 
-    model: str = "embedded"
-    """`embedded` or `embedded-hardened`, which are part of the package; a Hugging Face hub id; or a
+    model: str = DEFAULT_MODEL
+    """`embedded-hardened` or `embedded`, which are part of the package; a Hugging Face hub id; or a
     directory with a CLIP checkpoint, in the format of transformers or of OpenCLIP. See
     [checkpoints](checkpoints.md)."""
     model_revision: str = ""

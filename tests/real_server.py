@@ -1,4 +1,4 @@
-"""The whole service as a user starts it, with the embedded model, and a photograph to send it."""
+"""The whole service as a user starts it, with the default model, and a photograph to send it."""
 
 import sys
 from pathlib import Path

@@ -8,8 +8,9 @@ import torch
 
 from benchmarks.peers.peer import Model
 from benchmarks.sides import build_classifier
-from models.checkpoint import EMBEDDED, load_checkpoint
+from models.checkpoint import load_checkpoint
 from models.preprocessing import OPENAI_MEAN, OPENAI_STD
+from models.shipped import EMBEDDED
 
 SIZES = ("embedded", "vit-b-32")
 

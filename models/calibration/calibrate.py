@@ -1,6 +1,6 @@
 """Make a defense bundle for a checkpoint: prompts, the statistics taken with them, a threshold.
 
-    tapt-serve calibrate --data DIR --out BUNDLE [--model embedded] ...
+    tapt-serve calibrate --data DIR --out BUNDLE [--model embedded-hardened] ...
 
 Labelled pictures teach prompts. Unlabelled ones take fresh statistics for the prompts of a bundle
 that exists (`--prompts BUNDLE --labels cat,dog,...`). A run that was stopped goes on from

@@ -34,6 +34,7 @@ from models.device import pick_device
 from models.errors import LoadError
 from models.export import stored_dtype, write_checkpoint
 from models.labels import tokenize
+from models.shipped import SHIPPED
 from models.views import make_views
 
 CPU = torch.device("cpu")
@@ -143,14 +144,17 @@ def read_validation(checkpoint: Checkpoint, path: Path, limit: int) -> Validatio
     return Validation(torch.stack(views).to(device), labels, encode_names(checkpoint, data.names))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
     parser = argparse.ArgumentParser(
         prog="tapt-serve harden",
         description="Fine-tune a checkpoint's image tower against attacks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--model", default="embedded", help="embedded, a directory, or a hub id [env: TAPT_MODEL]"
+        "--model",
+        default="embedded",
+        help=f"{', '.join(SHIPPED)}, a directory, or a hub id [env: TAPT_MODEL]",
     )
     parser.add_argument(
         "--tokenizer",
@@ -187,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status: 1 where it failed or was stopped, 2 for a wrong option."""
-    parser = _parser()
+    parser = make_parser()
     options = parser.parse_args(argv)
     values = {option.name: getattr(options, option.name) for option in fields(Hardening)}
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from models.calibration.prompt_tuning import Tuning
 from models.prompts import DESIGNS
+from models.shipped import DEFAULT_MODEL, SHIPPED
 
 Kind = Callable[[str], str | float]
 
@@ -84,7 +85,11 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder or parquet file of labeled images")
     add("--out", type=Path, required=True, help="directory of the new bundle")
-    add("--model", default="embedded", help="embedded, a directory, or a hub id [env: TAPT_MODEL]")
+    add(
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"{', '.join(SHIPPED)}, a directory, or a hub id [env: TAPT_MODEL]",
+    )
     add(
         "--tokenizer",
         default="",

@@ -15,6 +15,7 @@ from models.evaluation.journal import CLEAN
 from models.evaluation.sample import Shard
 from models.evaluation.trial import Protocol
 from models.images.preprocess import AREA
+from models.shipped import DEFAULT_MODEL, SHIPPED
 from models.tapt import ADAPTS
 
 
@@ -143,7 +144,9 @@ def parser() -> argparse.ArgumentParser:
     pair: dict[str, Any] = {**lists, "metavar": "LEAST,MOST"}
     model = flags.add_argument_group("model and defense").add_argument
     model(
-        "--model", default="embedded", help="embedded, a directory, or a hub id [env: TAPT_MODEL]"
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"{', '.join(SHIPPED)}, a directory, or a hub id [env: TAPT_MODEL]",
     )
     model(
         "--tokenizer",

@@ -188,7 +188,7 @@ function finish({ answer, threat, epsilon, truncated }) {
   find("download").setAttribute("aria-disabled", "false");
   showCommand(asked, "attacked.png", last.image, page.info());
   const who = threat === "adaptive" ? "by an attacker who knows the defense" : "by an attacker who knows CLIP and not the defense";
-  const doubt = answer.defense.suspected ? "; the service calls the picture suspicious" : "";
+  const doubt = answer.defense.suspected ? "; the suspicion is above the threshold" : "";
   say(`Done ${who}${truncated ? ", cut short by the deadline" : ""}${doubt}.`);
 }
 

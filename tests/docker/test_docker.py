@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from models.shipped import DEFAULT_MODEL
 from service.settings import PREFIX, Settings, unknown_variables
 
 ROOT = Path(__file__).parents[2]
@@ -128,6 +129,7 @@ def test_compose_names_knobs_files_and_replicas_that_exist() -> None:
         ours = {name: "" for name in one["environment"] if name.startswith(PREFIX)}
         assert ours
         assert not unknown_variables(ours)
+        assert one["environment"]["TAPT_MODEL"] == f"${{TAPT_MODEL:-{DEFAULT_MODEL}}}"
         assert {"path": "knobs.env", "required": False} in one["env_file"]
         assert int(one["stop_grace_period"].rstrip("s")) > Settings().drain_timeout_s + 5
 

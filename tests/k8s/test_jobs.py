@@ -10,6 +10,7 @@ import yaml
 
 from models.evaluation.options import parse, read_protocol
 from models.evaluation.sample import Shard
+from models.shipped import DEFAULT_MODEL
 
 ROOT = Path(__file__).parents[2]
 RELEASES = ("1.36", "1.37")
@@ -69,6 +70,7 @@ def test_each_index_is_a_shard_of_as_many_as_there_are() -> None:
     assert [each.shard for each in options] == [Shard(index, count) for index in range(count)]
     assert len({each.json for each in options}) == count
     assert read_protocol(options[0]).answers > 1
+    assert options[0].model == DEFAULT_MODEL
 
 
 def test_the_shards_are_merged_from_the_volume_they_are_written_to() -> None:

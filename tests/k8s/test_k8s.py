@@ -18,6 +18,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from models.shipped import DEFAULT_MODEL, SHIPPED
 from service.server import SHUTDOWN_TIMEOUT
 from service.settings import Settings, unknown_variables
 from service.worker.process import EXIT_TIMEOUT
@@ -441,7 +442,8 @@ def test_a_model_to_fetch_is_named_by_commit_and_hash(
     resources: list[Resource], settings: Settings
 ) -> None:
     source = pick(resources, "ConfigMap", "tapt-serve-model")["data"]
-    if settings.model == "embedded":
+    if settings.model in SHIPPED:
+        assert settings.model == DEFAULT_MODEL
         assert not source["MODEL_REPOSITORY"]
     else:
         assert source["MODEL_REPOSITORY"]

@@ -10,8 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.checkpoint import SHIPPED, find_checkpoint, load_checkpoint
+from models.calibration import harden
+from models.calibration import options as calibration_options
+from models.checkpoint import find_checkpoint, load_checkpoint
 from models.errors import LoadError
+from models.evaluation import options as evaluation_options
+from models.loading import load_classifier
+from models.shipped import DEFAULT_MODEL, HARDENED, SHIPPED
 from service.settings import Settings
 from service.worker.runner import Runner
 from tests import tiny
@@ -113,7 +118,21 @@ def test_a_checkpoint_of_the_package_has_a_name_and_no_revision() -> None:
             find_checkpoint(name, revision="main")
 
 
+def test_the_default_model_is_served_with_its_bundle() -> None:
+    settings = Settings()
+    assert settings.model == DEFAULT_MODEL
+    classifier = load_classifier(design=settings.design)
+    assert classifier.checkpoint.name == DEFAULT_MODEL
+    assert classifier.bundle is not None
+
+
+def test_commands_take_the_default_model_and_harden_its_base() -> None:
+    for parser in (evaluation_options.parser(), calibration_options.make_parser()):
+        assert parser.get_default("model") == DEFAULT_MODEL
+    assert harden.make_parser().get_default("model") == "embedded"
+
+
 def test_the_hardened_checkpoint_tells_what_it_was_made_from() -> None:
-    made = json.loads((SHIPPED["embedded-hardened"] / "hardening.json").read_text())
+    made = json.loads((HARDENED / "hardening.json").read_text())
     assert made["checkpoint_sha256"] == find_checkpoint("embedded").sha256
     assert made["checkpoint_sha256"] != find_checkpoint("embedded-hardened").sha256

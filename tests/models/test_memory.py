@@ -72,7 +72,7 @@ def test_a_system_that_reports_no_free_pages_counts_half_of_all(
 
 
 def _measure(labels: int, requests: int, views: int) -> tuple[int, int]:
-    """Predicted and measured peak of a batch of the embedded model, in a fresh process."""
+    """Predicted and measured peak of a batch of the default model, in a fresh process."""
     runner = Runner(Settings(device="cpu"), 0)
     clip, bundle = runner.classifier.checkpoint.clip, runner.classifier.bundle
     assert bundle is not None

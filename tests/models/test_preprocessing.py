@@ -16,13 +16,14 @@ from transformers import AutoImageProcessor, CLIPModel, pipeline
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import get_image_size_for_max_height_width
 
-from models.checkpoint import EMBEDDED, load_checkpoint
+from models.checkpoint import load_checkpoint
 from models.classifier import DefendedClassifier, ImageQuery
 from models.errors import LoadError
 from models.export import write_checkpoint
 from models.images.decode import MAX_SHORT_SIDE, decode
 from models.images.preprocess import Preprocessing
 from models.preprocessing import read_preprocessing
+from models.shipped import EMBEDDED
 from models.views import make_views
 from tests import tiny
 

@@ -8,9 +8,8 @@ import pytest
 import models.hub
 from models.checkpoint import load_checkpoint
 from models.errors import LoadError
+from models.shipped import EMBEDDED
 from tests import tiny
-
-EMBEDDED = Path(models.hub.__file__).parent / "embedded"
 
 
 @pytest.fixture(scope="module")

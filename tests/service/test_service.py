@@ -1,4 +1,4 @@
-"""The whole service as a user starts it: the command, the embedded model, real photographs."""
+"""The whole service as a user starts it: the command, the default model, real photographs."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 from skimage import data
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
+from models.shipped import EMBEDDED
 from tests.real_server import COFFEE, COMMAND, LABELS, RealServer
 
 
@@ -48,10 +48,9 @@ def test_the_same_seed_gives_the_same_answer_alone_and_in_company(server: RealSe
 def test_several_default_templates_are_averaged_as_by_hand() -> None:
     # Alone, either gives the espresso less than 0.8; a template near others would not show.
     templates = ["an empty {} and a spoon", "{} seen from afar in the snow at night"]
-    directory = files("models") / "embedded"
-    model = CLIPModel.from_pretrained(str(directory)).eval()
-    tokenizer = AutoTokenizer.from_pretrained(str(directory))
-    processor = CLIPImageProcessor.from_pretrained(str(directory))
+    model = CLIPModel.from_pretrained(EMBEDDED).eval()
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    processor = CLIPImageProcessor.from_pretrained(EMBEDDED)
     picture = processor(data.coffee(), return_tensors="pt")
     with torch.no_grad():
         means = []
@@ -62,8 +61,8 @@ def test_several_default_templates_are_averaged_as_by_hand() -> None:
             means.append(torch.nn.functional.normalize(outputs.text_embeds.mean(dim=0), dim=-1))
         logits = model.logit_scale.exp() * torch.stack(means) @ outputs.image_embeds[0]
         scores = logits.softmax(dim=-1).tolist()
-    flags = ("--hypothesis-template", json.dumps(templates), "--dtype", "float32")
-    with RealServer(*flags) as server:
+    flags = ("--model", "embedded", "--hypothesis-template", json.dumps(templates))
+    with RealServer(*flags, "--dtype", "float32") as server:
         labels = server.classify(method="plain").json()["labels"]
         answer = {one["label"]: one["score"] for one in labels}
         assert answer == pytest.approx(dict(zip(LABELS, scores, strict=True)), abs=1e-2)

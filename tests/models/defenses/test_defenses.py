@@ -314,7 +314,7 @@ def test_the_adaptive_counterattack_restores_labels(
 ) -> None:
     """On the embedded model, under an attack on undefended CLIP. Two views without a counterattack
     restore fewer."""
-    classifier = load_classifier().without_resize()
+    classifier = load_classifier("embedded").without_resize()
     monkeypatch.setattr(mac, "PUBLISHED", mac.AdaptiveCounterattack())
     names = (
         *tiny.LABELS,

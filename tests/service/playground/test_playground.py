@@ -101,7 +101,7 @@ def open_page(browser: Browser) -> Iterator[OPEN]:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[RealServer]:
-    """The service as `make serve` starts it, with the embedded model."""
+    """The service as `make serve` starts it, with the default model."""
     with RealServer("--enable-attack-demo") as server:
         yield server
 
