@@ -55,9 +55,9 @@ embedded: setup
 LEARN = GOMP_SPINCOUNT=1000 $(BIN)/tapt-serve calibrate \
     --data $(DATA)/tiny_imagenet_train_0of4.parquet --design vli --depth 6 --epsilon 2/255
 LEARN_EMBEDDED = $(LEARN) --model embedded --tokens 16
-THROUGH_VIEWS = --shots 100 --steps 250 --rate 1e-2 --views 8 --batch 32
 embedded-bundle: setup
-	$(LEARN_EMBEDDED) $(THROUGH_VIEWS) --out models/embedded/bundle --force
+	$(LEARN_EMBEDDED) --shots 100 --steps 250 --rate 1e-2 --views 8 --batch 32 \
+	    --out models/embedded/bundle --force
 
 # Harden it on all four training shards, for hours; the same command continues a run that was
 # stopped: make harden DATA=DIR [STEPS=5000 HARDENED=DIR]
@@ -74,8 +74,8 @@ harden: setup
 MODEL ?= embedded-hardened
 BUNDLE ?= models/embedded_hardened/bundle
 bundle: setup
-	$(LEARN) $(THROUGH_VIEWS) --model $(MODEL) --tokens 16 --attack-steps 3 --attack-views 4 \
-	    --out $(BUNDLE) --force
+	$(LEARN) --model $(MODEL) --learns vision --tokens 2 --shots 100 --steps 150 --rate 1e-3 \
+	    --views 4 --batch 16 --attack-views 2 --attack-steps 2 --images 400 --out $(BUNDLE) --force
 
 # The README's picture, taken of the page by its own test (Debian's chromium).
 picture: setup
