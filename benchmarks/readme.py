@@ -55,6 +55,7 @@ def accuracy_table(figures: dict[str, Any]) -> str:
     columns = list(dict.fromkeys((row["threat"], row["epsilon"]) for row in rows))
     found = {(row["defense"], row["threat"], row["epsilon"]): row for row in rows}
     asked, lines = max(row.get("answers", 1) for row in rows), []
+    timed = figures.get("merged", 1) == 1  # shards may have shared a machine
     for defense in dict.fromkeys(row["defense"] for row in rows):
         own = [found[(defense, *column)] for column in columns]
         shown = [_percent(row["accuracy"], row["interval"]) for row in own]
@@ -64,11 +65,12 @@ def accuracy_table(figures: dict[str, Any]) -> str:
             shown = [
                 c for one, far in pairs for c in (one, _percent(far["value"], far["interval"]))
             ]
-        lines.append((f"`{defense}`", *shown, f"{own[0]['ms_a_picture']:.0f}"))
+        ms = [f"{own[0]['ms_a_picture']:.0f}"] if timed else []
+        lines.append((f"`{defense}`", *shown, *ms))
     heads = ["clean" if t == "clean" else f"{t} {e:g}/255" for t, e in columns]
     if asked > 1:
         heads = [name for head in heads for name in (head, f"{head}, all {asked}")]
-    table = tabulate(("defense", *heads, "ms per image"), lines)
+    table = tabulate(("defense", *heads, *(["ms per image"] if timed else [])), lines)
     settings, machine, data = figures["settings"], figures["machine"], figures["data"]
     attack, defense = settings["attack"], settings["defense"]
     spent = [_count(attack["steps"], "step"), _count(attack["restarts"], "random start")]
@@ -79,6 +81,7 @@ def accuracy_table(figures: dict[str, Any]) -> str:
     if any(row["threat"] == "adaptive" for row in rows):
         draws = _count(attack["draws"], "draw")
         spent.append(f"gradients averaged over {draws} of random views")
+    timing = f"Time is measured in batches of {figures['batch']}. " if timed else ""
     caption = (
         f"Top-1 accuracy in % with 95% intervals, on the same {data['n']} images of "
         f"`{data['name']}` and {data['classes']} labels in every row. Under attack, an image "
@@ -87,7 +90,8 @@ def accuracy_table(figures: dict[str, Any]) -> str:
         f"Attacks: {', '.join(figures['attacks'])} with {', '.join(spent)}. "
         f"{'; '.join(KNOWN[t] for t in dict.fromkeys(t for t, _ in columns) if t in KNOWN)}. "
         f"{_count(defense['views'], 'view')}, {_count(defense['steps'], 'step')} on the "
-        f"`{defense['adapts']}` prompts. Time is measured in batches of {figures['batch']}. "
+        f"`{defense['adapts']}` prompts. "
+        f"{timing}"
         f"Machine: {_hardware(machine)}, torch {machine['torch']}."
     )
     made = f"Made by `{figures['command']}` and `python -m benchmarks.readme --table OUT`."

@@ -63,6 +63,7 @@ def merge(sources: Sequence[Path], out: Path) -> None:
         "command": re.sub(r"--shard[ =]\S+", f"--shard I/{len(ordered)}", first["command"])
         + " for each I, then tapt-serve evaluate --merge DIR --json OUT",
         "shard": {"index": 0, "of": 1},
+        "merged": len(ordered),
         "warned": warnings,
         "pictures": pictures,
     }

@@ -178,6 +178,17 @@ def figures_of(defense: str, right: str, pictures: list[str]) -> dict[str, Any]:
     return {"pictures": pictures, "rows": [row], "settings": {"defense": {"views": 4}}}
 
 
+def test_a_table_of_shards_names_no_times() -> None:
+    """They may have shared a machine."""
+    figures = json.loads((readme.FIGURES / "adaptive.json").read_text())
+    whole, merged = readme.accuracy_table(figures), readme.accuracy_table(figures | {"merged": 4})
+    assert "ms per image" in whole
+    assert "Time is measured" in whole
+    assert "ms per image" not in merged
+    assert "Time is measured" not in merged
+    assert whole.count("`tapt`") == merged.count("`tapt`")
+
+
 def test_runs_are_compared_on_the_same_pictures_and_on_no_others() -> None:
     names = [str(number) for number in range(100)]
     base = figures_of("ensemble", "1" * 40 + "0" * 60, names)
