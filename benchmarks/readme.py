@@ -2,11 +2,12 @@
 
 python -m benchmarks.readme --image coffee.png       # starts the service and asks it with curl
 python -m benchmarks.readme --table OUT.json         # of `tapt-serve evaluate --json OUT.json`
+python -m benchmarks.readme --table OUT.json --beside OTHER.json    # and of another model
 python -m benchmarks.readme --table OUT.json --into NAME    # a block of docs/robustness.md
 python -m benchmarks.readme --table OUT.json --into NAME --beside OTHER.json    # and how far apart
 python -m benchmarks.readme --speed DIR              # of what `make benchmark` left in DIR
 
-The blocks `robustness` and `adaptive` keep every picture's outcome and the plot in docs/figures.
+The blocks of whole tables keep every picture's outcome and the plot in docs/figures.
 """
 
 import json
@@ -26,7 +27,8 @@ from models.evaluation.table import read_shares, tabulate
 README, ROBUSTNESS, FIGURES = ROOT / "README.md", DOCS / "robustness.md", DOCS / "figures"
 PERFORMANCE = DOCS / "performance.md"
 COMPARED = ("plain under its own attack", "ensemble")
-WHOLE = {"robustness", "adaptive"}  # blocks that show the plot and how well attacks are detected
+# Blocks that show the plot and how well attacks are detected.
+WHOLE = {"robustness", "adaptive", "strong", "strong-embedded"}
 KNOWN = {  # to the attacker
     "transfer": "`transfer` attacks undefended CLIP and knows nothing about the defense",
     "static": "`static` attacks CLIP with the learned prompts and knows nothing about views or "
@@ -55,15 +57,18 @@ def accuracy_table(figures: dict[str, Any]) -> str:
     columns = list(dict.fromkeys((row["threat"], row["epsilon"]) for row in rows))
     found = {(row["defense"], row["threat"], row["epsilon"]): row for row in rows}
     asked, lines = max(row.get("answers", 1) for row in rows), []
+    digits = 1 if figures["data"]["n"] >= 1000 else 0
     timed = figures.get("merged", 1) == 1  # shards may have shared a machine
     for defense in dict.fromkeys(row["defense"] for row in rows):
         own = [found[(defense, *column)] for column in columns]
-        shown = [_percent(row["accuracy"], row["interval"]) for row in own]
+        shown = [_percent(row["accuracy"], row["interval"], digits) for row in own]
         if asked > 1:
             every = [row["all_right"] for row in own]
             pairs = zip(shown, every, strict=True)
             shown = [
-                c for one, far in pairs for c in (one, _percent(far["value"], far["interval"]))
+                each
+                for one, far in pairs
+                for each in (one, _percent(far["value"], far["interval"], digits))
             ]
         ms = [f"{own[0]['ms_a_picture']:.0f}"] if timed else []
         lines.append((f"`{defense}`", *shown, *ms))
@@ -82,13 +87,16 @@ def accuracy_table(figures: dict[str, Any]) -> str:
         draws = _count(attack["draws"], "draw")
         spent.append(f"gradients averaged over {draws} of random views")
     timing = f"Time is measured in batches of {figures['batch']}. " if timed else ""
-    caption = (
-        f"Top-1 accuracy in % with 95% intervals, on the same {data['n']} images of "
-        f"`{data['name']}` and {data['classes']} labels in every row. Under attack, an image "
-        "counts if it is right both without the attack and with it. "
+    attacked = (
+        "Under attack, an image counts if it is right both without the attack and with it. "
         f"{_answered(asked)}"
         f"Attacks: {', '.join(figures['attacks'])} with {', '.join(spent)}. "
         f"{'; '.join(KNOWN[t] for t in dict.fromkeys(t for t, _ in columns) if t in KNOWN)}. "
+    )
+    caption = (
+        f"Top-1 accuracy in % with 95% intervals, on the same {data['n']} images of "
+        f"`{data['name']}` and {data['classes']} labels in every row. "
+        f"{attacked if any(threat != 'clean' for threat, _ in columns) else ''}"
         f"{_count(defense['views'], 'view')}, {_count(defense['steps'], 'step')} on the "
         f"`{defense['adapts']}` prompts. "
         f"{timing}"
@@ -157,18 +165,29 @@ def detection_table(figures: dict[str, Any]) -> str:
     return tabulate(heads, lines) if lines else ""
 
 
-def headline(figures: dict[str, Any]) -> str:
-    """The README's first sentence about robustness: the served defense and undefended CLIP under
-    the adaptive attack, in images of 100."""
-    right = {
-        (row["defense"], row["threat"]): f"{100 * row['accuracy']:.0f}" for row in figures["rows"]
-    }
+def headline(figures: dict[str, Any], others: dict[str, Any] | None) -> str:
+    """The README's first sentences about robustness: the served defense and undefended CLIP under
+    the adaptive attack, in images of 100; of two models, if there are two."""
+
+    def count(run: dict[str, Any], defense: str, threat: str) -> str:
+        right = {(row["defense"], row["threat"]): 100 * row["accuracy"] for row in run["rows"]}
+        return f"{right[defense, threat]:.0f}"
+
+    def pair(run: dict[str, Any], defense: str) -> str:
+        return f"{count(run, defense, 'adaptive')} of {count(run, defense, 'clean')}"
+
     (epsilon,) = {row["epsilon"] for row in figures["rows"] if row["threat"] == "adaptive"}
+    text = (
+        f"The attacker knows the defense and may change each pixel by {epsilon:g}/255. With "
+        f"`{figures['checkpoint']}`, {count(figures, 'tapt', 'adaptive')} of 100 images keep the "
+        f"right label, of {count(figures, 'tapt', 'clean')} that are right without an attack; "
+        f"without the defense, {pair(figures, 'plain')}."
+    )
+    if others is None:
+        return text
     return (
-        f"Measured with the {figures['checkpoint']} model: under an attacker who knows the "
-        f"defense and may change each pixel by {epsilon:g}/255, {right['tapt', 'adaptive']} of 100 "
-        f"images keep the right label, of {right['tapt', 'clean']} that are right without an "
-        f"attack. Undefended CLIP keeps {right['plain', 'adaptive']} of {right['plain', 'clean']}."
+        f"{text} With `{others['checkpoint']}` it is {pair(others, 'tapt')}, and without the "
+        f"defense {pair(others, 'plain')}."
     )
 
 
@@ -262,9 +281,9 @@ def _answered(asked: int) -> str:
     )
 
 
-def _percent(value: float, interval: Sequence[float]) -> str:
+def _percent(value: float, interval: Sequence[float], digits: int) -> str:
     low, high = interval
-    return f"{100 * value:.0f} ({100 * low:.0f} to {100 * high:.0f})"
+    return f"{100 * value:.{digits}f} ({100 * low:.{digits}f} to {100 * high:.{digits}f})"
 
 
 def _indent(answer: dict[str, Any]) -> str:
@@ -285,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser("benchmarks.readme", __doc__)
     parser.add_argument("--image", type=Path, help="a photograph of a cup of coffee")
     parser.add_argument("--table", type=Path, help="figures of `tapt-serve evaluate`")
-    parser.add_argument("--beside", type=Path, help="figures of the same pictures, to compare")
+    parser.add_argument("--beside", type=Path, help="figures of the same images, to compare")
     parser.add_argument("--speed", type=Path, help="folder of what `make benchmark` measured")
     parser.add_argument("--into", help="a block of docs/robustness.md instead of the README's")
     parser.add_argument(
@@ -313,7 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_section(options.into, "\n\n".join(filter(None, parts)), ROBUSTNESS)
         else:
             write_section("table", accuracy_table(figures), README)
-            write_section("headline", headline(figures), README)
+            others = json.loads(options.beside.read_text()) if options.beside else None
+            write_section("headline", headline(figures, others), README)
 
 
 if __name__ == "__main__":

@@ -178,6 +178,14 @@ def figures_of(defense: str, right: str, pictures: list[str]) -> dict[str, Any]:
     return {"pictures": pictures, "rows": [row], "settings": {"defense": {"views": 4}}}
 
 
+def test_the_headline_names_both_models() -> None:
+    runs = [json.loads((readme.FIGURES / f"{n}.json").read_text()) for n in ("strong", "adaptive")]
+    text = readme.headline(*runs)
+    assert runs[0]["checkpoint"] in text
+    assert runs[1]["checkpoint"] in text
+    assert readme.headline(runs[0], None) in text
+
+
 def test_a_table_of_shards_names_no_times() -> None:
     """They may have shared a machine."""
     figures = json.loads((readme.FIGURES / "adaptive.json").read_text())
@@ -207,7 +215,7 @@ def test_a_trial_does_not_replace_published_figures(
     monkeypatch.setattr(readme, "ROBUSTNESS" if into else "README", page)
     monkeypatch.setattr(readme, "accuracy_table", lambda figures: caption(figures["data"]))
     monkeypatch.setattr(readme, "differences_table", lambda figures: "")
-    monkeypatch.setattr(readme, "headline", lambda figures: "news")
+    monkeypatch.setattr(readme, "headline", lambda figures, others: "news")
     name = into or "table"
 
     def caption(data: dict[str, Any]) -> str:

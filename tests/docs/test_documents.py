@@ -146,7 +146,7 @@ def test_the_hugging_face_example_gets_an_answer(
     assert len(eval(call, names)) == 3
 
 
-@pytest.mark.parametrize("name", ["adaptive", "robustness"])
+@pytest.mark.parametrize("name", sorted(readme.WHOLE))
 def test_published_tables_are_what_the_command_writes(name: str) -> None:
     figures = json.loads((ROOT / f"docs/figures/{name}.json").read_text())
     page = (ROOT / "docs/robustness.md").read_text()
@@ -156,10 +156,16 @@ def test_published_tables_are_what_the_command_writes(name: str) -> None:
         readme.detection_table(figures),
     ):
         assert part in page
-    if name == "adaptive":
-        front = (ROOT / "README.md").read_text()
-        assert readme.accuracy_table(figures) in front
-        assert readme.headline(figures) in front
+
+
+def test_the_front_page_shows_both_models_under_the_strong_attack() -> None:
+    hardened, plain = (
+        json.loads((ROOT / f"docs/figures/{name}.json").read_text())
+        for name in ("strong", "strong-embedded")
+    )
+    front = (ROOT / "README.md").read_text()
+    assert readme.accuracy_table(hardened) in front
+    assert readme.headline(hardened, plain) in front
 
 
 # The checks.
