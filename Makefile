@@ -99,6 +99,7 @@ robustness: setup
 
 # Whether prompts that the embedded model learned as published, on single views, defend without views
 # or adaptation, and that random ones do not, into docs/robustness.md: make static DATA=DIR
+# A step of this rate is lost in rounding, so the second bundle keeps its first, random prompts.
 STATIC = $(BIN)/tapt-serve evaluate --model embedded --data $(DATA)/tiny_imagenet_val.parquet \
     --defenses plain,apt --threats clean,transfer,static --limit 1000 --views 1 --batch 20
 PGD = --attacks pgd --eps 1/255,2/255
@@ -106,7 +107,7 @@ APGD = --attacks pgd,apgd --eps 2/255
 WRITE = $(BIN)/python -m benchmarks.readme
 static: setup
 	$(LEARN_EMBEDDED) --shots 100 --steps 300 --rate 2e-2 --clean-share 0.25 --out runs/static/published
-	$(LEARN_EMBEDDED) --shots 1 --steps 0 --images 200 --out runs/static/random
+	$(LEARN_EMBEDDED) --shots 1 --steps 1 --rate 1e-12 --images 200 --out runs/static/random
 	$(STATIC) $(PGD) --bundle runs/static/published --json runs/static/learned.json
 	$(STATIC) $(PGD) --bundle runs/static/random --json runs/static/random.json
 	cp runs/static/learned.jsonl runs/static/learned-apgd.jsonl  # what PGD did is not done again
