@@ -7,7 +7,7 @@ python -m benchmarks.readme --table OUT.json --into NAME    # a block of docs/ro
 python -m benchmarks.readme --table OUT.json --into NAME --beside OTHER.json    # and how far apart
 python -m benchmarks.readme --speed DIR              # of what `make benchmark` left in DIR
 
-The blocks of whole tables keep every picture's outcome and the plot in docs/figures.
+For the blocks in `WHOLE`, docs/figures gets the outcome of every image and the plot.
 """
 
 import json

@@ -6,8 +6,8 @@ The published V and VLI remember what to reset to before the learned prompts are
 picture starts from random deep prompts. The static attack is made on the learned ones, so on
 another model than the one that answers. Here the same pictures are answered both ways, by TAPT as
 published (one step, the single view), under the attack on the learned prompts and under the attack
-on the prompts that answer. The bundle is one learned as published; `make static` makes it. Writes
-the part of docs/robustness.md between the marks `reset`.
+on the prompts that answer. The bundle is one that the model `embedded` learned as published; `make
+static` makes it. Writes the part of docs/robustness.md between the marks `reset`.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True, help="learned on single views")
     options = parser.parse_args()
     flags = ["--data", str(options.data), "--json", "-", "--bundle", str(options.bundle)]
-    flags += ["--adapts", "all"]
+    flags += ["--model", "embedded", "--adapts", "all"]
     learned = command.load(evaluation_flags().parse_args(flags)).without_resize()
     assert learned.bundle is not None
     forgot = DefendedClassifier(

@@ -1,10 +1,12 @@
 """The benchmarks measure what they say: both sides give one answer, and cutting changes none."""
 
+import argparse
 import asyncio
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -173,6 +175,18 @@ def test_the_reset_mistake_forgets_all_but_the_first_layer() -> None:
     assert float(forgot[:, 1:].abs().max()) < 0.2
 
 
+def test_the_reset_mistake_is_measured_on_the_model_that_its_bundle_belongs_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(options: argparse.Namespace) -> NoReturn:
+        raise SystemExit(options.model)
+
+    monkeypatch.setattr("models.evaluation.command.load", load)
+    monkeypatch.setattr(sys, "argv", ["reset", "--data", "data", "--bundle", "bundle"])
+    with pytest.raises(SystemExit, match=r"^embedded$"):
+        reset.main()
+
+
 def figures_of(defense: str, right: str, pictures: list[str]) -> dict[str, Any]:
     row = {"defense": defense, "threat": "clean", "epsilon": 0.0, "pictures": right}
     return {"pictures": pictures, "rows": [row], "settings": {"defense": {"views": 4}}}
@@ -181,8 +195,7 @@ def figures_of(defense: str, right: str, pictures: list[str]) -> dict[str, Any]:
 def test_the_headline_names_both_models() -> None:
     runs = [json.loads((readme.FIGURES / f"{n}.json").read_text()) for n in ("strong", "adaptive")]
     text = readme.headline(*runs)
-    assert runs[0]["checkpoint"] in text
-    assert runs[1]["checkpoint"] in text
+    assert [f"`{run['checkpoint']}`" in text for run in runs] == [True, True]
     assert readme.headline(runs[0], None) in text
 
 
