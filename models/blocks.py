@@ -15,6 +15,9 @@ from transformers.activations import QuickGELUActivation
 
 QUICK = 1.702  # the constant in CLIP's activation
 
+GRAPH = 14
+"""Values that a block keeps per token until its backward pass, in widths."""
+
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values, [N, heads, tokens, head width] each."""
 

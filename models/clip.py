@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel
 
-from models.blocks import KeysValues, run_block
+from models.blocks import GRAPH, KeysValues, run_block
 from models.device import upload
 from models.labels import MASKED, LabelBatch
 
@@ -23,6 +23,7 @@ from models.labels import MASKED, LabelBatch
 # chunk's activations also fit its caches; a GPU would wait for the kernels of small chunks.
 CPU_CHUNK_TOKENS = 1024
 GPU_CHUNK_TOKENS_PER_GIB = 1024  # of the device's memory
+GPU_GRAPH_SHARE = 1 / 6  # of this memory, at most, for the text tower's activations of a chunk
 
 
 class Interrupted(Exception):
@@ -52,7 +53,8 @@ class PromptedCLIP:
     def __init__(self, model: CLIPModel, mean: Sequence[float], std: Sequence[float]) -> None:
         self.model = model.eval().requires_grad_(False)
         self.device = model.device
-        self.dtype = model.visual_projection.weight.dtype  # the scale may be wider
+        # The scale may be wider.
+        self.dtype: torch.dtype = model.visual_projection.weight.dtype
         self.chunk_tokens = CPU_CHUNK_TOKENS
         config = model.config
         self.image_size: int = config.vision_config.image_size
@@ -66,7 +68,7 @@ class PromptedCLIP:
         self._std = torch.tensor(std, device=self.device).view(3, 1, 1)
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
-            self.chunk_tokens = GPU_CHUNK_TOKENS_PER_GIB * max(1, memory // 2**30)
+            self.chunk_tokens = gpu_chunk_tokens(memory, self.text_graph_bytes)
             # cuDNN's attention makes and keeps a plan for every new shape, and batches and label
             # sets keep changing shape. The other kernels need no plans.
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -100,6 +102,16 @@ class PromptedCLIP:
     def _interrupt(self) -> None:
         if self._stop is not None and self._stop():
             raise Interrupted
+
+    @property
+    def image_graph_bytes(self) -> int:
+        """What an image token's activations take in all layers until the backward pass."""
+        return self.vision_layers * GRAPH * self.vision_width * self.dtype.itemsize
+
+    @property
+    def text_graph_bytes(self) -> int:
+        """What a text token's activations take in all layers until the backward pass."""
+        return self.text_layers * GRAPH * self.text_width * self.dtype.itemsize
 
     @property
     def logit_scale(self) -> Tensor:
@@ -246,6 +258,16 @@ class PromptedCLIP:
     def _chunks(self, labels: LabelBatch) -> list[slice]:
         size = max(1, self.chunk_tokens // (labels.ids.shape[1] - labels.lead))
         return [slice(start, start + size) for start in range(0, len(labels.ids), size)]
+
+
+def gpu_chunk_tokens(memory: int, text_graph_bytes: int) -> int:
+    """Tokens in a chunk on a GPU with `memory` bytes.
+
+    Args:
+        text_graph_bytes: see `PromptedCLIP`; a large text tower gets smaller chunks.
+    """
+    tokens = GPU_CHUNK_TOKENS_PER_GIB * max(1, memory // 2**30)
+    return max(1, min(tokens, int(GPU_GRAPH_SHARE * memory) // text_graph_bytes))
 
 
 def _fill_slots(hidden: Tensor, prompt: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ import torch
 
 from models.clip import PromptedCLIP
 
-# Values held per token, in widths: by a layer until its backward pass; by a pass without gradient.
-GRAPH, PASS = 14, 14
+PASS = 14  # values that a pass without gradient holds per token, in widths
 FEATURES = 7  # copies of a label's features at once: cached, joined, padded, pulled
 VIEWS = 3  # copies of a view's pixels: as made, stacked, normalized
 LABEL = 10  # tokens, as the batches are counted in
@@ -52,15 +51,13 @@ class Footprint:
 
 def footprint(clip: PromptedCLIP, resident: int, ratio: float, image_tokens: int) -> Footprint:
     """The footprint of adapting with views of `image_tokens` tokens, of which `ratio` is kept."""
-    item, layers = clip.dtype.itemsize, clip.vision_layers
-    graph = ratio * layers * GRAPH * clip.vision_width * item
     pixels = VIEWS * 3 * clip.image_size**2 * 4 / image_tokens
     return Footprint(
         resident=resident,
-        passing=clip.chunk_tokens * PASS * clip.vision_width * item,
-        image_token=graph + pixels,
+        passing=clip.chunk_tokens * PASS * clip.vision_width * clip.dtype.itemsize,
+        image_token=ratio * clip.image_graph_bytes + pixels,
         text_token=FEATURES * clip.model.config.projection_dim * 4 / LABEL,
-        text_graph=clip.text_layers * GRAPH * clip.text_width * item,
+        text_graph=clip.text_graph_bytes,
         chunk_tokens=clip.chunk_tokens,
     )
 

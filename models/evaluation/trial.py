@@ -24,6 +24,7 @@ from models.attacks.stealthy import stealthy
 from models.attacks.strong import STRONG, ways_of
 from models.attacks.threats import STEALTHY, static, transfer
 from models.classifier import DefendedClassifier, ImageQuery
+from models.clip import PromptedCLIP
 from models.defenses.catalog import DEFENSES
 from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
 from models.evaluation.sample import Subject
@@ -40,7 +41,8 @@ SHARED: Mapping[str, Callable[[DefendedClassifier, tuple[str, ...]], Model]] = {
 BY_QUERIES = {"square", "rays"}  # without gradients: all ways through an adaptation are the same
 
 # Views of the images that are attacked adaptively together. A small batch leaves a GPU idle.
-VIEWS_AT_ONCE = {"cpu": 128, "cuda": 4096}
+CPU_VIEWS, GPU_VIEWS = 128, 4096
+GPU_GRAPH_SHARE = 1 / 4  # of a GPU's memory, at most, for their activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +164,7 @@ class Trial:
         protocol = self._protocol
         spec = DEFENSES[cell.defense]
         views = protocol.views if spec.views == "all" else 1
-        device = self._classifier.checkpoint.clip.device.type
-        count = max(1, VIEWS_AT_ONCE[device] // (views * spec.images))
+        count = max(1, views_at_once(self._classifier.checkpoint.clip) // (views * spec.images))
         ways = ways_of(attack, list(self._targets([], cell, attack)))
         for start in range(0, len(subjects), count):
             some = subjects[start : start + count]
@@ -261,6 +262,15 @@ class Trial:
         """An image's draws depend only on the run's seed, the image and their purpose."""
         text = "/".join([str(self._protocol.seed), subject.name, *what])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
+
+
+def views_at_once(clip: PromptedCLIP) -> int:
+    """How many views an adaptive attack differentiates together."""
+    if clip.device.type == "cpu":
+        return CPU_VIEWS
+    memory = torch.cuda.get_device_properties(clip.device).total_memory
+    graph = (1 + clip.patches) * clip.image_graph_bytes
+    return min(GPU_VIEWS, int(GPU_GRAPH_SHARE * memory) // graph)
 
 
 def answers(

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 from models import memory
 from models.checkpoint import load_checkpoint
+from models.clip import gpu_chunk_tokens
+from models.evaluation.trial import views_at_once
 from models.memory import footprint, free_bytes
 from service.engine.price import count_tokens
 from service.messages import Answer, Task
@@ -40,6 +43,34 @@ def test_the_budget_follows_the_free_memory(
     assert two.ready.max_batch_tokens < tokens[1]
     set_by_hand = Runner(Settings(model=str(directory), device="cpu", max_batch_tokens=77), 0)
     assert set_by_hand.ready.max_batch_tokens == 77
+
+
+def test_a_chunk_on_a_gpu_follows_its_memory_and_the_text_tower() -> None:
+    gpu = 80 * 2**30
+    base, huge = 12 * 14 * 512 * 2, 24 * 14 * 1024 * 4  # ViT-B in bfloat16, ViT-H in float32
+    assert gpu_chunk_tokens(gpu, base) == 80 * 1024
+    assert gpu_chunk_tokens(gpu // 2, base) == 40 * 1024
+    assert gpu_chunk_tokens(gpu, huge) * huge == pytest.approx(gpu / 6, rel=0.01)
+    assert gpu_chunk_tokens(1, huge) == 1
+
+
+def test_an_adaptive_attack_on_a_gpu_takes_no_more_views_than_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = 80 * 2**30
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gpu)
+    )
+
+    def views(patches: int, token: int) -> int:
+        clip = SimpleNamespace(
+            device=torch.device("cuda"), patches=patches, image_graph_bytes=token
+        )
+        return views_at_once(clip)  # type: ignore[arg-type]
+
+    assert views(64, 6 * 14 * 192 * 4) == 4096  # the embedded model
+    base = 12 * 14 * 768 * 4  # ViT-B/16 in float32
+    assert views(196, base) * 197 * base == pytest.approx(gpu / 4, rel=0.01)
 
 
 def test_a_container_counts_what_it_is_allowed(
