@@ -27,8 +27,8 @@ from models.images.preprocess import (
 )
 
 RATIO = (3 / 4, 4 / 3)  # aspect ratio of the crops, as published
-# Resampling weights of the images of one size whose views are made together, at least one image.
-# A GPU would wait for many small kernels; a CPU is faster with an image at a time.
+# Images of one size are resampled together, up to this many weights, but at least one image at a
+# time. A GPU would wait for many small kernels; a CPU is faster with an image at a time.
 WEIGHTS_AT_ONCE = {"cpu": 0, "cuda": 2**25}
 ATTEMPTS = 10  # tries for a crop that fits before falling back to the center
 
@@ -59,15 +59,16 @@ def make_batch_views(
         images: uint8 RGB [height, width, 3] of any size; or whole values [3, height, width] in
             [0, 255] as tensors, to which the views pass a gradient: straight through rounding.
         seeds: draw the crops on the host, so that device and batch do not change them.
-        firsts: view 0, uint8 RGB [S, S, 3], of each image that was scaled down before: see
-            `DecodedImage`.
+        firsts: view 0, uint8 RGB [S, S, 3], of each image that was scaled down before (see
+            `DecodedImage`); None where it is to be made.
     """
-    groups: dict[tuple[torch.Size, bool], list[int]] = {}
+    groups: dict[tuple[torch.Size, bool, bool], list[int]] = {}
     for row, (image, first) in enumerate(zip(images, firsts, strict=True)):
         sides = image.shape[1:] if isinstance(image, Tensor) else torch.Size(image.shape[:2])
-        groups.setdefault((sides, first is None), []).append(row)
+        alike = sides, isinstance(image, Tensor), first is None
+        groups.setdefault(alike, []).append(row)
     made, order = list[Tensor](), list[int]()
-    for (sides, _), rows in groups.items():
+    for (sides, *_), rows in groups.items():
         weights = views * preprocessing.crop * sum(sides)
         size = max(1, WEIGHTS_AT_ONCE[device.type] // weights)
         for start in range(0, len(rows), size):
@@ -90,7 +91,8 @@ def _make_equal(
     device: torch.device,
     firsts: Sequence[NDArray[np.uint8]],
 ) -> Tensor:
-    """As `make_batch_views`, for images of one size; `firsts` has all first views or none."""
+    """As `make_batch_views`, for images of one size, all arrays or all tensors; `firsts` has all
+    first views or none."""
     arrays = [image for image in images if not isinstance(image, Tensor)]
     tensors = [image for image in images if isinstance(image, Tensor)]
     pixels = torch.stack(tensors) if tensors else _upload_pixels(arrays, device)

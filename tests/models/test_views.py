@@ -22,6 +22,10 @@ def to_bytes(view: torch.Tensor) -> np.ndarray:
     return (view.permute(1, 2, 0) * 255).round().numpy().astype(int)
 
 
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1).float()
+
+
 @pytest.mark.parametrize("resample", [1, 2, 3])
 @pytest.mark.parametrize(("height", "width", "size"), [(120, 91, 32), (30, 50, 64), (64, 64, 64)])
 def test_view_zero_is_pillows_resize_and_centre_crop(
@@ -57,8 +61,9 @@ def test_views_of_a_batch_are_those_of_each_image(
 ) -> None:
     monkeypatch.setitem(WEIGHTS_AT_ONCE, "cpu", at_once)
     sides = [(48, 64), (40, 40), (48, 64), (96, 80), (40, 40)]
-    images = [tiny.draw_image(number, *side) for number, side in enumerate(sides)]
-    firsts = [None, images[1][:32, :32], None, None, None]
+    arrays = [tiny.draw_image(number, *side) for number, side in enumerate(sides)]
+    firsts = [None, arrays[1][:32, :32], None, None, None]
+    images: list[np.ndarray | torch.Tensor] = [*arrays[:2], to_tensor(arrays[2]), *arrays[3:]]
     alone = [
         make_views(image, 6, seed, preprocess(32), tiny.CPU, first)
         for seed, (image, first) in enumerate(zip(images, firsts, strict=True))
@@ -66,6 +71,17 @@ def test_views_of_a_batch_are_those_of_each_image(
     batch = make_batch_views(images, 6, range(5), preprocess(32), tiny.CPU, firsts)
     # Where a value lies between two levels, the order of a sum may choose.
     assert ((batch - torch.stack(alone)).abs() > 1e-6).double().mean() < 1e-4
+
+
+def test_each_image_of_a_batch_gets_its_own_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WEIGHTS_AT_ONCE, "cpu", 2**25)
+    images = [to_tensor(tiny.draw_image(number, 40, 48)).requires_grad_() for number in range(3)]
+    factors = torch.rand(3, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    batch = make_batch_views(images, 4, range(3), preprocess(32), tiny.CPU, [None] * 3)
+    together = torch.autograd.grad((batch * factors).sum(), images)
+    for seed, (image, factor, gradient) in enumerate(zip(images, factors, together, strict=True)):
+        alone = make_views(image, 4, seed, preprocess(32), tiny.CPU)
+        torch.testing.assert_close(gradient, torch.autograd.grad((alone * factor).sum(), image)[0])
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 4000), (4000, 1), (7, 3)])
