@@ -135,7 +135,7 @@ def alerts() -> list[dict[str, Any]]:
             " and tapt:answers:suspected_share15m > 2 * tapt:answers:suspected_share1d",
             "5m",
             "warning",
-            "Far more images than usual look adversarial.",
+            "Far more answers than usual exceed the suspicion threshold.",
             f"{{{{ $value | humanizePercentage }}}} of the answers exceed a threshold with a "
             f"false positive rate of {FALSE_POSITIVES:.0%}.",
         ),

@@ -156,7 +156,7 @@ def _diagnostics(answer: Comparison) -> str:
         f"entropy {report.entropy_before:.2f} to {report.entropy_after:.2f} nats, "
         f"{report.agreement:.0%} of the views agree, suspicion {report.suspicion:.2f}"
     )
-    return f"{line}: suspected adversarial" if report.suspected else line
+    return f"{line}, above the threshold" if report.suspected else line
 
 
 def _cost(answer: Comparison) -> str:

@@ -92,7 +92,7 @@ function say(undefended, defended, { suspected }) {
   const words = same
     ? [make("span", { textContent: "Both say " }), make("b", { className: "safe", textContent: defended }), "."]
     : ["Undefended CLIP says ", make("b", { className: "hot", textContent: undefended }), ", the defense says ", make("b", { className: "safe", textContent: defended }), "."];
-  if (suspected) words.push(" Its suspicion is above the threshold.");
+  if (suspected) words.push(" The suspicion is above the threshold.");
   find("verdict").replaceChildren(...words);
 }
 
