@@ -119,8 +119,8 @@ static: setup
 	$(WRITE) --table runs/static/learned-apgd.json --into static-apgd
 	$(WRITE) --table runs/static/random-apgd.json --into static-random-apgd
 
-# The search for a default on the embedded model, into docs/robustness.md, after `make static`:
-# make search DATA=DIR
+# The search for the default settings, on the embedded model, into docs/robustness.md, after `make
+# static`: make search DATA=DIR
 search: setup
 	$(LEARN_EMBEDDED) --shots 100 --steps 300 --rate 1e-2 --views 8 --batch 32 --clean-share 0.2 \
 	    --out runs/bundles/attacked

@@ -167,7 +167,7 @@ def detection_table(figures: dict[str, Any]) -> str:
 
 def headline(figures: dict[str, Any], others: dict[str, Any] | None) -> str:
     """The README's first sentences about robustness: the served defense and undefended CLIP under
-    the adaptive attack, in images of 100; of two models, if there are two."""
+    the adaptive attack, in images of 100; then those of a second model, if there is one."""
 
     def count(run: dict[str, Any], defense: str, threat: str) -> str:
         right = {(row["defense"], row["threat"]): 100 * row["accuracy"] for row in run["rows"]}

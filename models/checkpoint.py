@@ -1,4 +1,4 @@
-"""Load a CLIP checkpoint: an embedded one, a local directory, or a hub id; safetensors only."""
+"""Load a CLIP checkpoint: one of the package, a directory, or a hub id; safetensors only."""
 
 import hashlib
 from collections.abc import Sequence

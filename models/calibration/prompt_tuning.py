@@ -38,8 +38,8 @@ class Tuning:
     prompts a layer, for VLI the visual ones alone; `views` 1 takes the loss through the single
     view, as published, and more through the mean prediction over that many, which is what serving
     reads. `attack_views` does the same for the attack in the inner loop: each of its steps follows
-    the mean prediction over that many freshly drawn views. `learns` names the prompts that move;
-    text prompts that do not stay the template's words.
+    the mean prediction over that many freshly drawn views. `learns` names the prompts to learn:
+    `all`, or `vision`, which leaves VLI's text prompts at the template's words.
     """
 
     design: str = "vli"
@@ -298,8 +298,8 @@ def _gradients(
     prompts: DefensePrompts,
     moving: frozenset[str],
 ) -> tuple[float, dict[str, Tensor]]:
-    """The cross-entropy of the mean prediction over views, and its gradients by name of the
-    prompts that are `moving`."""
+    """The cross-entropy of the mean prediction over views, and its gradient at each of the `moving`
+    prompts, by name."""
     values: list[float] = []
 
     def loss(leaves: DefensePrompts, features: Tensor) -> Tensor:
