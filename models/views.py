@@ -51,7 +51,7 @@ def make_batch_views(
     seeds: Sequence[int],
     preprocessing: Preprocessing,
     device: torch.device,
-    firsts: Sequence[NDArray[np.uint8] | None],
+    firsts: Sequence[NDArray[np.uint8] | None] | None = None,
 ) -> Tensor:
     """Views [B, views, 3, S, S] of B images, multiples of 1/255 in [0, 1].
 
@@ -63,6 +63,7 @@ def make_batch_views(
             `DecodedImage`); None where it is to be made.
     """
     groups: dict[tuple[torch.Size, bool, bool], list[int]] = {}
+    firsts = firsts or [None] * len(images)
     for row, (image, first) in enumerate(zip(images, firsts, strict=True)):
         sides = image.shape[1:] if isinstance(image, Tensor) else torch.Size(image.shape[:2])
         alike = sides, isinstance(image, Tensor), first is None

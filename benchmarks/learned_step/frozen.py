@@ -31,8 +31,7 @@ class Frozen:
     def cut(self, pixels: Tensor, views: int, seeds: Sequence[int]) -> Tensor:
         """Views [N, views, 3, S, S] of pictures [N, 3, S, S] in [0, 1], with a gradient."""
         pictures = list(round_levels(pixels * 255))
-        firsts = [None] * len(pictures)
-        return make_batch_views(pictures, views, seeds, self.preprocessing, pixels.device, firsts)
+        return make_batch_views(pictures, views, seeds, self.preprocessing, pixels.device)
 
     def logits(self, views: Tensor, visual: Tensor) -> Tensor:
         """[N, V, C] with prompts [N, depth, tokens, width]."""

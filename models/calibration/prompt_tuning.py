@@ -279,8 +279,7 @@ def _spread(
     if views == 1:
         return batch.unsqueeze(1)
     pictures = list(round_levels(batch * 255))
-    firsts = [None] * len(pictures)
-    return make_batch_views(pictures, views, seeds, preprocessing, batch.device, firsts)
+    return make_batch_views(pictures, views, seeds, preprocessing, batch.device)
 
 
 def _mean_loss(logits: Tensor, goals: Tensor, reduction: str) -> Tensor:

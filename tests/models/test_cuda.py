@@ -47,7 +47,7 @@ def test_views_made_together_on_the_gpu_are_those_made_one_by_one_on_the_cpu() -
     images = [tiny.draw_image(number, 60 + 20 * (number % 2), 80) for number in range(6)]
     preprocessing = Preprocessing(32, 32, None, 3, OPENAI_MEAN, OPENAI_STD)
     near, far = (
-        make_batch_views(images, 16, range(6), preprocessing, torch.device(device), [None] * 6)
+        make_batch_views(images, 16, range(6), preprocessing, torch.device(device))
         for device in ("cpu", "cuda")
     )
     assert ((near - far.cpu()).abs() > 1e-6).double().mean() < 1e-3

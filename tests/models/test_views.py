@@ -77,7 +77,7 @@ def test_each_image_of_a_batch_gets_its_own_gradient(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(WEIGHTS_AT_ONCE, "cpu", 2**25)
     images = [to_tensor(tiny.draw_image(number, 40, 48)).requires_grad_() for number in range(3)]
     factors = torch.rand(3, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    batch = make_batch_views(images, 4, range(3), preprocess(32), tiny.CPU, [None] * 3)
+    batch = make_batch_views(images, 4, range(3), preprocess(32), tiny.CPU)
     together = torch.autograd.grad((batch * factors).sum(), images)
     for seed, (image, factor, gradient) in enumerate(zip(images, factors, together, strict=True)):
         alone = make_views(image, 4, seed, preprocess(32), tiny.CPU)
