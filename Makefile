@@ -106,8 +106,10 @@ PGD = --attacks pgd --eps 1/255,2/255
 APGD = --attacks pgd,apgd --eps 2/255
 WRITE = $(BIN)/python -m benchmarks.readme
 static: setup
-	$(LEARN_EMBEDDED) --shots 100 --steps 300 --rate 2e-2 --clean-share 0.25 --out runs/static/published
-	$(LEARN_EMBEDDED) --shots 1 --steps 1 --rate 1e-12 --images 200 --out runs/static/random
+	$(LEARN_EMBEDDED) --shots 100 --steps 300 --rate 2e-2 --clean-share 0.25 \
+	    --out runs/static/published --force
+	$(LEARN_EMBEDDED) --shots 1 --steps 1 --rate 1e-12 --images 200 \
+	    --out runs/static/random --force
 	$(STATIC) $(PGD) --bundle runs/static/published --json runs/static/learned.json
 	$(STATIC) $(PGD) --bundle runs/static/random --json runs/static/random.json
 	cp runs/static/learned.jsonl runs/static/learned-apgd.jsonl  # what PGD did is not done again
@@ -123,7 +125,7 @@ static: setup
 # static`: make search DATA=DIR
 search: setup
 	$(LEARN_EMBEDDED) --shots 100 --steps 300 --rate 1e-2 --views 8 --batch 32 --clean-share 0.2 \
-	    --out runs/bundles/attacked
+	    --out runs/bundles/attacked --force
 	$(BIN)/python -m research.search --data $(DATA)/tiny_imagenet_train_3of4.parquet \
 	    --bundle single=runs/static/published --bundle attacked=runs/bundles/attacked
 

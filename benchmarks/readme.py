@@ -113,7 +113,7 @@ def differences_table(figures: dict[str, Any]) -> str:
     lines = []
     for row in figures["rows"]:
         own, mean = (_points(row["difference_from"].get(name)) for name in COMPARED)
-        if own and row["defense"] != "plain":
+        if (own or mean) and row["defense"] != "plain":
             kept = f"{row['accuracy'] / clean[row['defense']]:.0%}"
             lines.append((f"`{row['defense']}`", _under(row), own, mean, kept))
     heads = (
