@@ -51,31 +51,37 @@ def ask(image: Path) -> str:
     return f"```\n{typed}\n```\n\n```json\n{_indent(json.loads(answer))}\n```"
 
 
-def accuracy_table(figures: dict[str, Any]) -> str:
-    """Accuracy by defense and threat, and everything that a figure must name."""
+def accuracy_table(figures: dict[str, Any], short: bool = False) -> str:
+    """Accuracy by defense and threat, and everything that a figure must name.
+
+    Args:
+        short: leave out `static`, and the share of images with all answers right but for the
+            adaptive attack.
+    """
     rows = figures["rows"]
-    columns = list(dict.fromkeys((row["threat"], row["epsilon"]) for row in rows))
-    found = {(row["defense"], row["threat"], row["epsilon"]): row for row in rows}
-    asked, lines = max(row.get("answers", 1) for row in rows), []
+    found = {(row["threat"], row["epsilon"], row["defense"]): row for row in rows}
+    measured = dict.fromkeys((row["threat"], row["epsilon"]) for row in rows)
+    columns = [column for column in measured if not (short and column[0] == "static")]
+    asked = max(row.get("answers", 1) for row in rows)
     digits = 1 if figures["data"]["n"] >= 1000 else 0
     timed = figures.get("merged", 1) == 1  # shards may have shared a machine
-    for defense in dict.fromkeys(row["defense"] for row in rows):
-        own = [found[(defense, *column)] for column in columns]
-        shown = [_percent(row["accuracy"], row["interval"], digits) for row in own]
-        if asked > 1:
-            every = [row["all_right"] for row in own]
-            pairs = zip(shown, every, strict=True)
-            shown = [
-                each
-                for one, far in pairs
-                for each in (one, _percent(far["value"], far["interval"], digits))
-            ]
-        ms = [f"{own[0]['ms_a_picture']:.0f}"] if timed else []
-        lines.append((f"`{defense}`", *shown, *ms))
-    heads = ["clean" if t == "clean" else f"{t} {e:g}/255" for t, e in columns]
-    if asked > 1:
-        heads = [name for head in heads for name in (head, f"{head}, all {asked}")]
-    table = tabulate(("defense", *heads, *(["ms per image"] if timed else [])), lines)
+    lines = {defense: [f"`{defense}`"] for defense in dict.fromkeys(row["defense"] for row in rows)}
+    heads = ["defense"]
+    for threat, epsilon in columns:
+        whole = asked > 1 and (not short or threat == "adaptive")
+        head = "clean" if threat == "clean" else f"{threat} {epsilon:g}/255"
+        heads += [head, f"{head}, all {asked}"] if whole else [head]
+        for defense, line in lines.items():
+            row = found[threat, epsilon, defense]
+            line.append(_percent(row["accuracy"], row["interval"], digits))
+            if whole:
+                every = row["all_right"]
+                line.append(_percent(every["value"], every["interval"], digits))
+    if timed:
+        heads.append("ms per image")
+        for defense, line in lines.items():
+            line.append(f"{found[*columns[0], defense]['ms_a_picture']:.0f}")
+    table = tabulate(tuple(heads), [tuple(line) for line in lines.values()])
     settings, machine, data = figures["settings"], figures["machine"], figures["data"]
     attack, defense = settings["attack"], settings["defense"]
     spent = [_count(attack["steps"], "step"), _count(attack["restarts"], "random start")]
@@ -331,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 parts += [detection_table(figures), copy_figures(options.table, options.into)]
             write_section(options.into, "\n\n".join(filter(None, parts)), ROBUSTNESS)
         else:
-            write_section("table", accuracy_table(figures), README)
+            write_section("table", accuracy_table(figures, short=True), README)
             others = json.loads(options.beside.read_text()) if options.beside else None
             write_section("headline", headline(figures, others), README)
 

@@ -226,7 +226,9 @@ def test_a_trial_does_not_replace_published_figures(
 ) -> None:
     page = tmp_path / "page.md"
     monkeypatch.setattr(readme, "ROBUSTNESS" if into else "README", page)
-    monkeypatch.setattr(readme, "accuracy_table", lambda figures: caption(figures["data"]))
+    monkeypatch.setattr(
+        readme, "accuracy_table", lambda figures, short=False: caption(figures["data"])
+    )
     monkeypatch.setattr(readme, "differences_table", lambda figures: "")
     monkeypatch.setattr(readme, "headline", lambda figures, others: "news")
     name = into or "table"
