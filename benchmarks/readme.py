@@ -12,14 +12,14 @@ For the blocks in `WHOLE`, docs/figures gets the outcome of every image and the 
 
 import json
 import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.adaptation import operations_ratio
+from benchmarks.harness.answer import ask
 from benchmarks.harness.report import DOCS, ROOT, make_parser, write_section
-from benchmarks.harness.server import Server
 from benchmarks.service import describe_requests
 from models.evaluation.scores import difference
 from models.evaluation.table import read_shares, tabulate
@@ -35,20 +35,6 @@ KNOWN = {  # to the attacker
     "adaptation",
     "adaptive": "`adaptive` attacks the whole defense and knows all but the seed of the views",
 }
-LABELS = ["espresso", "dog", "school bus", "lemon"]
-
-
-def ask(image: Path) -> str:
-    """The command as a user types it, and the answer of a fresh server."""
-    with Server() as server:
-        form = ["-F", f"image=@{image}", "-F", f"labels={','.join(LABELS)}"]
-        curl = ["curl", "--silent", "--fail-with-body", f"{server.url}/v1/classify", *form]
-        answer = subprocess.run(curl, capture_output=True, text=True, check=True).stdout
-    typed = (
-        "curl -s http://127.0.0.1:8000/v1/classify \\\n"
-        f"    -F image=@{image.name} -F labels='{','.join(LABELS)}'"
-    )
-    return f"```\n{typed}\n```\n\n```json\n{_indent(json.loads(answer))}\n```"
 
 
 def accuracy_table(figures: dict[str, Any], short: bool = False) -> str:
@@ -118,10 +104,10 @@ def differences_table(figures: dict[str, Any]) -> str:
     clean = {row["defense"]: row["accuracy"] for row in figures["rows"] if row["threat"] == "clean"}
     lines = []
     for row in figures["rows"]:
-        own, mean = (_points(row["difference_from"].get(name)) for name in COMPARED)
-        if (own or mean) and row["defense"] != "plain":
+        own, ensemble = (_points(row["difference_from"].get(name)) for name in COMPARED)
+        if (own or ensemble) and row["defense"] != "plain":
             kept = f"{row['accuracy'] / clean[row['defense']]:.0%}"
-            lines.append((f"`{row['defense']}`", _under(row), own, mean, kept))
+            lines.append((f"`{row['defense']}`", _under(row), own, ensemble, kept))
     heads = (
         "defense",
         "under",
@@ -133,23 +119,34 @@ def differences_table(figures: dict[str, Any]) -> str:
 
 
 def paired_table(figures: dict[str, Any], others: dict[str, Any]) -> str:
-    """How far the rows of another run with other settings lie from these, on the same pictures.
+    """The rows of another run with other settings beside these, on the images that both have.
 
-    Raises SystemExit if the runs are of different pictures.
+    Raises SystemExit if they have none in common.
     """
-    if figures["pictures"] != others["pictures"]:
-        raise SystemExit("the two runs are of different pictures")
+    shared = [picture for picture in figures["pictures"] if picture in others["pictures"]]
+    if not shared:
+        raise SystemExit("the two runs are of different images")
+
+    def right(run: dict[str, Any], row: dict[str, Any]) -> list[float]:
+        found = dict(zip(run["pictures"], read_shares(row), strict=True))
+        return [found[picture] for picture in shared]
+
     where = {(row["threat"], row["epsilon"]): row for row in figures["rows"]}
     (base,) = {row["defense"] for row in figures["rows"]}
     views = [each["settings"]["defense"]["views"] for each in (others, figures)]
     lines = []
     for row in others["rows"]:
         if (place := (row["threat"], row["epsilon"])) in where:
-            marks = (read_shares(each) for each in (row, where[place]))
-            far = difference(*marks)
+            theirs, ours = right(others, row), right(figures, where[place])
+            far = difference(theirs, ours)
             points = _points({"value": far.value, "interval": (far.low, far.high)})
-            lines.append((f"`{row['defense']}`", _under(row), points))
-    heads = (f"defense, {views[0]} views", "under", f"points above `{base}`, {views[1]} views")
+            lines.append((f"`{row['defense']}`", _under(row), f"{100 * mean(theirs):.0f}", points))
+    heads = (
+        f"defense of the other run, {views[0]} views",
+        "under",
+        f"accuracy on the same {len(shared)} images",
+        f"points above `{base}` of this run, {views[1]} views",
+    )
     return tabulate(heads, lines)
 
 
@@ -290,20 +287,6 @@ def _answered(asked: int) -> str:
 def _percent(value: float, interval: Sequence[float], digits: int) -> str:
     low, high = interval
     return f"{100 * value:.{digits}f} ({100 * low:.{digits}f} to {100 * high:.{digits}f})"
-
-
-def _indent(answer: dict[str, Any]) -> str:
-    """A line for each of the answer's own fields."""
-    lines = [f'  "{name}": {json.dumps(_round(value))}' for name, value in answer.items()]
-    return "{\n" + ",\n".join(lines) + "\n}"
-
-
-def _round(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, dict):
-        return {name: _round(one) for name, one in value.items()}
-    return [_round(one) for one in value] if isinstance(value, list) else value
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -214,10 +214,14 @@ def test_runs_are_compared_on_the_same_pictures_and_on_no_others() -> None:
     names = [str(number) for number in range(100)]
     base = figures_of("ensemble", "1" * 40 + "0" * 60, names)
     table = readme.paired_table(base, figures_of("tapt", "1" * 50 + "0" * 50, names))
-    assert "| `tapt` | clean | +10.0 (" in table
-    assert "points above `ensemble`, 4 views" in table
+    assert "| `tapt` | clean | 50 | +10.0 (" in table
+    assert "points above `ensemble` of this run, 4 views" in table
+    more = ["another", *names[::-1]]  # the first 50 names are its last
+    table = readme.paired_table(base, figures_of("tapt", "0" * 51 + "1" * 50, more))
+    assert "accuracy on the same 100 images" in table
+    assert "| `tapt` | clean | 50 | +10.0 (" in table
     with pytest.raises(SystemExit):
-        readme.paired_table(base, figures_of("tapt", "1" * 100, names[::-1]))
+        readme.paired_table(base, figures_of("tapt", "1" * 2, ["another", "third"]))
 
 
 @pytest.mark.parametrize("into", [None, "small"])
