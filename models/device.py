@@ -39,6 +39,7 @@ def upload(values: Any, device: torch.device) -> Tensor:
     """
     if device.type != "cuda":
         return torch.tensor(values, device=device)
+    # Not `torch.tensor(values, pin_memory=True)`: torch refuses to pin what it makes of an array.
     return torch.tensor(values).pin_memory().to(device, non_blocking=True)
 
 
