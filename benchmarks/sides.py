@@ -81,7 +81,8 @@ def build_classifier(size: str, device: str, dtype: str) -> DefendedClassifier:
     """The defense at a size: the embedded model with its bundle, or a ViT-B with random weights,
     prompts and statistics; published settings beside."""
     place = torch.device(device)
-    embedded = load_checkpoint("embedded", place, DTYPES[dtype])
+    embedded = load_checkpoint("embedded", place)
+    embedded.clip.convert(DTYPES[dtype])
     if size == "embedded":
         from models.bundle import load_bundle
 

@@ -15,6 +15,7 @@ from models.formats import FORMATS
 from models.formats.checkpoint_format import CheckpointFormat, read_config
 from models.hub import find_directory
 from models.images.preprocess import Preprocessing
+from models.precision import Dtype, choose_precision, compare_precisions
 from models.shipped import SHIPPED
 from models.tokenizer import load_tokenizer
 
@@ -57,7 +58,7 @@ class CheckpointSource:
 def load_checkpoint(
     name: str,
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
+    dtype: Dtype = "float32",
     revision: str = "",
     sha256: str = "",
     tokenizer: str = "",
@@ -68,6 +69,7 @@ def load_checkpoint(
     Args:
         name: `embedded`, `embedded-hardened`, a directory, or a hub id (from the cache when
             `HF_HUB_OFFLINE` is set).
+        dtype: see `choose_precision`.
         revision: commit, tag or branch of a hub id; empty for the newest.
         sha256: hash that the weight files must have; empty accepts any.
         tokenizer: a directory, `owner/name` or `owner/name@revision` with the tokenizer; empty for
@@ -82,12 +84,24 @@ def load_checkpoint(
     source = find_checkpoint(name, revision, quick_gelu)
     if sha256 and source.sha256 != sha256:
         raise LoadError(f"{name} has weights of sha256 {source.sha256}, and {sha256} is asked for")
-    clip = build_clip(source, device, dtype)
+    precision = choose_precision(dtype, device, source.config.vision_config.hidden_size)
+    clip = build_clip(source, device, precision.dtype)
+    if precision.tentative:
+        precision = compare_precisions(clip)
+        clip.convert(precision.dtype)
     text = source.config.text_config
     found = load_tokenizer(name, source.directory, text.vocab_size, text.eos_token_id, tokenizer)
     # Answers carry the name: do not disclose where a local directory is.
     shown = source.directory.resolve().name if Path(name).is_dir() else name
-    return Checkpoint(shown, source.directory, clip, found, source.preprocessing, source.sha256)
+    return Checkpoint(
+        shown,
+        source.directory,
+        clip,
+        found,
+        source.preprocessing,
+        source.sha256,
+        precision.reason,
+    )
 
 
 def find_checkpoint(

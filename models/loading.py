@@ -11,7 +11,7 @@ from models.device import pick_device
 from models.errors import LoadError
 from models.images.preprocess import AREA
 from models.label_encoder import Template
-from models.precision import choose_precision, compare_precisions
+from models.precision import Dtype
 from models.shipped import DEFAULT_MODEL
 from models.tapt import Adapts, Objective
 
@@ -23,7 +23,7 @@ def load_classifier(
     *,
     device: str = "cpu",
     device_index: int = 0,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     revision: str = "",
     sha256: str = "",
     tokenizer: str = "",
@@ -45,7 +45,7 @@ def load_classifier(
     Args:
         model, revision, sha256, tokenizer, quick_gelu: see `load_checkpoint`.
         device, device_index: see `pick_device`.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`, see `choose_precision`.
+        dtype: see `choose_precision`.
         bundle: directory or hub id of a defense bundle, see `find_bundle`; by default the one
             beside the checkpoint, if any.
         design: the design that the bundle must have; None takes any.
@@ -57,15 +57,9 @@ def load_classifier(
         LoadError: the device is missing, or the checkpoint or bundle cannot be used.
     """
     place = pick_device(device, device_index)
-    precision = choose_precision(dtype, place)
-    checkpoint = load_checkpoint(
-        model, place, precision.dtype, revision, sha256, tokenizer, quick_gelu
-    )
-    if precision.tentative:
-        precision = compare_precisions(checkpoint.clip)
-        checkpoint.clip.convert(precision.dtype)
+    checkpoint = load_checkpoint(model, place, dtype, revision, sha256, tokenizer, quick_gelu)
     preprocessing = replace(checkpoint.preprocessing, area=view_area)
-    checkpoint = replace(checkpoint, preprocessing=preprocessing, dtype_reason=precision.reason)
+    checkpoint = replace(checkpoint, preprocessing=preprocessing)
     found = _find_bundle(checkpoint, bundle, design)
     objective = Objective(
         reference=None if found is None else found.statistics,

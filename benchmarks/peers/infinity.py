@@ -24,8 +24,9 @@ class Infinity(Peer):
     path = "/embeddings"
 
     def command(self, python: Path, model: Model, port: int) -> list[str]:
-        program = str(python.parent / "infinity_emb")
-        return [program, "v2", "--model-id", str(model.directory), "--served-model-name", "clip",
+        program = str(python.parent / "infinity_emb")  # by its Python: the folder may have moved
+        return [str(python), program, "v2",
+                "--model-id", str(model.directory), "--served-model-name", "clip",
                 "--engine", "torch", "--device", "cpu", "--dtype", "float32",
                 "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
 

@@ -64,7 +64,7 @@ def test_in_bfloat16_the_logits_keep_their_scale(tmp_path: Path) -> None:
     weights = load_file(directory / "model.safetensors")
     weights["logit_scale"] = torch.tensor(100.0).log()  # bfloat16 would make 98.9 of it
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    clip = load_checkpoint(str(directory), tiny.CPU, torch.bfloat16).clip
+    clip = load_checkpoint(str(directory), tiny.CPU, "bfloat16").clip
     assert clip.dtype == torch.bfloat16
     assert float(clip.logit_scale) == pytest.approx(100, rel=1e-5)
 
