@@ -45,7 +45,7 @@ class ImageQuery:
         readout: views that the answer is read from, where the defense leaves the choice.
         seed: draws the views, and the noise of a defense that adds some.
         steps: most optimization steps to take.
-        view: view 0, if `image` was scaled down before: see `DecodedImage`.
+        view: view 0, if it was made already: see `DecodedImage`.
     """
 
     image: NDArray[np.uint8] | Tensor

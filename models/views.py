@@ -59,8 +59,8 @@ def make_batch_views(
         images: uint8 RGB [height, width, 3] of any size; or whole values [3, height, width] in
             [0, 255] as tensors, to which the views pass a gradient: straight through rounding.
         seeds: draw the crops on the host, so that device and batch do not change them.
-        firsts: view 0, uint8 RGB [S, S, 3], of each image that was scaled down before (see
-            `DecodedImage`); None where it is to be made.
+        firsts: view 0, uint8 RGB [S, S, 3], of each image, where the decoder made it of all pixels
+            (see `DecodedImage`); None where it is to be made here.
     """
     groups: dict[tuple[torch.Size, bool, bool], list[int]] = {}
     firsts = firsts or [None] * len(images)
@@ -94,17 +94,18 @@ def _make_equal(
 ) -> Tensor:
     """As `make_batch_views`, for images of one size, all arrays or all tensors; `firsts` has all
     first views or none."""
+    whole = (_upload_pixels(firsts, device) / 255).unsqueeze(1) if firsts else None
+    if whole is not None and views == 1:
+        return whole  # no other pixel is needed
     arrays = [image for image in images if not isinstance(image, Tensor)]
     tensors = [image for image in images if isinstance(image, Tensor)]
     pixels = torch.stack(tensors) if tensors else _upload_pixels(arrays, device)
-    if firsts:
-        whole = _upload_pixels(firsts, device) / 255
-    else:
+    if whole is None:
         rows, columns = _whole(pixels, preprocessing)
         shape = len(pixels), 1, -1, -1
-        whole = _resample(pixels, rows.expand(*shape), columns.expand(*shape))[:, 0]
+        whole = _resample(pixels, rows.expand(*shape), columns.expand(*shape))
     if views == 1:
-        return whole.unsqueeze(1)
+        return whole
     (height, width), size = pixels.shape[2:], preprocessing.crop
     drawn = [draw_crops(views - 1, seed, height, width, preprocessing.area) for seed in seeds]
     boxes, flips = (np.concatenate(part) for part in zip(*drawn, strict=True))
@@ -116,7 +117,7 @@ def _make_equal(
     columns = torch.where(flipped, columns.flip(1), columns)
     shares = len(pixels), views - 1
     crops = _resample(pixels, rows.unflatten(0, shares), columns.unflatten(0, shares))
-    return torch.cat([whole.unsqueeze(1), crops], dim=1)
+    return torch.cat([whole, crops], dim=1)
 
 
 def _upload_pixels(images: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:

@@ -33,11 +33,11 @@ class DemoAttack:
 class Task:
     """One image to classify, with all options resolved.
 
-    `image` is uint8 RGB [height, width, 3], and `view` view 0 if it was scaled down: both are those
-    of a `DecodedImage`. `template` holds exactly one `{}`; of several, the mean
-    of a label's features counts; None is the model's default. `seed` draws the views. The answer
-    must be sent by the instant `deadline`. `return_views` adds the views to the answer. With an
-    `attack` the image is attacked first, and the answer is for the result.
+    `image` and `view` are the pixels and the view of a `DecodedImage`. `template` holds exactly one
+    `{}`; of several, the mean of a label's features counts; None is the model's default. `seed`
+    draws the views. The answer must be sent by the instant `deadline`. `return_views` adds the
+    views to the answer. With an `attack` the image is attacked first, and the answer is for the
+    result.
     """
 
     id: str

@@ -2,8 +2,8 @@
 
 The service, `evaluate` and `calibrate` all read images with `decode`, so they see the same pixels:
 upright, 16-bit gray scaled down, transparency composited on white as browsers show it. Large images
-are scaled down, and the view that the checkpoint's preprocessing makes of all their pixels is kept
-beside them. A damaged, hostile or absurd file is refused with a typed error. Imports neither torch
+are scaled down; before, the view that the checkpoint's preprocessing makes is taken of all their
+pixels. A damaged, hostile or absurd file is refused with a typed error. Imports neither torch
 nor a web framework, because the service decodes in processes of its own.
 """
 
@@ -113,7 +113,7 @@ class DecodedImage:
     Attributes:
         pixels: uint8 RGB [height, width, 3], within `MAX_SHORT_SIDE` and `MAX_LONG_SIDE`.
         view: view 0 as the checkpoint's preprocessing makes it of all pixels of the image, uint8
-            RGB [S, S, 3]; None if `pixels` are all.
+            RGB [S, S, 3]; None if no preprocessing was given.
     """
 
     pixels: NDArray[np.uint8]
@@ -203,11 +203,10 @@ def _read(
     del rgb
     if upright in _TURNED:
         width, height = height, width
-    if scale == 1:
-        return DecodedImage(np.array(image, dtype=np.uint8))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
     view = None if preprocessing is None else prepare(image, height, width, preprocessing)
-    image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+    if scale != 1:
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
     return DecodedImage(np.array(image, dtype=np.uint8), view)
 
 

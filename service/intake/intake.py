@@ -141,7 +141,9 @@ class Intake:
         # Hashing the pixels takes as long as much else here together.
         drawn = DEFENSES[task.method].random and not named
         seed = self._view_seeds.of(image) if drawn else task.seed
-        return replace(task, image=image.pixels, view=image.view, seed=seed)
+        # Where view 0 is the only one, no other pixels are sent to the worker.
+        pixels = image.pixels if task.views > 1 or image.view is None else image.view
+        return replace(task, image=pixels, view=image.view, seed=seed)
 
     async def _receive(self, request: Request) -> bytes:
         limit = self._settings.max_body_bytes

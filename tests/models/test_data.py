@@ -168,8 +168,8 @@ def test_pictures_are_decoded_as_the_service_decodes_them(
         data = open_dataset(tmp_path / "a.parquet")
     (example,) = data.examples(preprocessing=PREPROCESSING)
     np.testing.assert_array_equal(example.pixels, served.pixels)
-    np.testing.assert_equal(example.view, served.view)
-    assert (example.view is not None) == (name == "large.jpeg")
+    assert served.view is not None
+    np.testing.assert_array_equal(example.view, served.view)
 
 
 @pytest.mark.parametrize(

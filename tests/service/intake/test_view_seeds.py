@@ -102,7 +102,7 @@ def test_pixels_are_hashed_only_for_a_defense_that_draws(
 
 
 @pytest.mark.parametrize("side", [300, 900])
-def test_a_large_image_comes_with_its_first_view(start: Callable[..., Server], side: int) -> None:
+def test_an_image_comes_with_its_first_view(start: Callable[..., Server], side: int) -> None:
     prepared = Preprocessing(64, 70, None, BICUBIC, (0.5,) * 3, (0.5,) * 3)
     worker = FakeWorker(ready=replace(READY, preprocessing=prepared))
     server = start(worker)
@@ -114,10 +114,9 @@ def test_a_large_image_comes_with_its_first_view(start: Callable[..., Server], s
     )
     assert reply.status_code == 200
     ((task,),) = worker.batches
+    assert task.view is not None
+    np.testing.assert_array_equal(task.view, prepare(image, side, side + 50, prepared))
     if side == 300:
-        assert task.view is None
         np.testing.assert_array_equal(task.image, pixels)
     else:
-        assert task.view is not None
-        np.testing.assert_array_equal(task.view, prepare(image, side, side + 50, prepared))
         assert min(task.image.shape[:2]) == MAX_SHORT_SIDE
