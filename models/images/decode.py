@@ -125,11 +125,13 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     memory: int | None = None,
     preprocessing: Preprocessing | None = None,
+    whole: bool = True,
 ) -> DecodedImage:
     """The first frame of an image file, upright.
 
     Args:
         preprocessing: of the checkpoint that the image is for; without it there is no `view`.
+        whole: keep the pixels beside the `view`; else the `view`, if there is one, is all of them.
         memory: refuse images that are expected to take more bytes, before any are taken; None
             expects nothing.
 
@@ -149,7 +151,7 @@ def decode(
             _check_size(size, max_pixels)
             _check_memory(_BYTES_PER_PIXEL * size[0] * size[1], memory)
         with Image.open(BytesIO(data), formats=FORMATS) as image:
-            return _read(image, max_pixels, memory, preprocessing)
+            return _read(image, max_pixels, memory, preprocessing, whole)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -177,6 +179,7 @@ def _read(
     max_pixels: int,
     memory: int | None,
     preprocessing: Preprocessing | None,
+    whole: bool,
 ) -> DecodedImage:
     width, height = image.size
     _check_size(image.size, max_pixels)
@@ -204,6 +207,8 @@ def _read(
     if upright in _TURNED:
         width, height = height, width
     view = None if preprocessing is None else prepare(image, height, width, preprocessing)
+    if view is not None and not whole:
+        return DecodedImage(view, view)
     if scale != 1:
         size = max(1, round(width * scale)), max(1, round(height * scale))
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)

@@ -39,6 +39,7 @@ def decode(
     max_pixels: int,
     memory: int | None = None,
     preprocessing: Preprocessing | None = None,
+    whole: bool = True,
 ) -> DecodedImage:
     """As `models.images.decode.decode`.
 
@@ -46,7 +47,7 @@ def decode(
     the order of the errors there.
     """
     try:
-        return decode_image(data, max_pixels, memory, preprocessing)
+        return decode_image(data, max_pixels, memory, preprocessing, whole)
     except errors.ImageError as error:
         raise ERRORS[type(error)](str(error)) from error.__cause__
 

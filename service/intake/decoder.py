@@ -29,9 +29,10 @@ from service.errors import ServiceError
 from service.intake.decode import OutOfMemory, decode
 from service.malloc import keep_freed_memory, use_one_heap
 
-REQUEST = struct.Struct(">QQQQd?")
+REQUEST = struct.Struct(">QQQQd??")
 """Bytes of the JSON and of the file; limits in pixels, bytes of memory and seconds of processor
-time; and whether to refuse at once an image that is expected to need more memory."""
+time; whether to refuse at once an image that is expected to need more memory; and whether more than
+view 0 is wanted."""
 
 REPLY = struct.Struct(">B?QIII")
 """A `Status`, whether the process ends after this reply, bytes of the body, height and width of the
@@ -81,7 +82,7 @@ def _serve(connection: socket.socket, space: "_AddressSpace") -> None:
     base = space.used()
     leaving = False
     while not leaving and (head := _receive(connection, REQUEST.size)):
-        described, size, max_pixels, memory, seconds, cautious = REQUEST.unpack(head)
+        described, size, max_pixels, memory, seconds, cautious, whole = REQUEST.unpack(head)
         preprocessing, file = _receive(connection, described), _receive(connection, size)
         if preprocessing is None or file is None:
             return
@@ -89,7 +90,7 @@ def _serve(connection: socket.socket, space: "_AddressSpace") -> None:
         reply: DecodedImage | ServiceError
         try:
             with _limited(space, memory, seconds):
-                reply = decode(file, max_pixels, memory if cautious else None, prepared)
+                reply = decode(file, max_pixels, memory if cautious else None, prepared, whole)
         except ServiceError as error:
             # Nobody knows what a failed allocation left behind in native code.
             leaving = isinstance(error.__cause__, MemoryError)

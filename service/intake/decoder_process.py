@@ -97,10 +97,16 @@ class DecoderProcess:
         return False  # it ended, or says what nobody asked
 
     async def exchange(
-        self, file: bytes, limits: DecodeLimits, preprocessing: Preprocessing | None
+        self,
+        file: bytes,
+        limits: DecodeLimits,
+        preprocessing: Preprocessing | None,
+        whole: bool = True,
     ) -> DecodedImage | ServiceError:
-        """Have a file decoded. Raises ConnectionError when the process ends before it has read all
-        of the file, EOFError when it ends later, ValueError when it replies nonsense.
+        """Have a file decoded, see `service.intake.decode.decode`.
+
+        Raises ConnectionError when the process ends before it has read all of the file, EOFError
+        when it ends later, ValueError when it replies nonsense.
         """
         loop = asyncio.get_running_loop()
         prepared = json.dumps(asdict(preprocessing)).encode() if preprocessing else b""
@@ -111,6 +117,7 @@ class DecoderProcess:
             limits.memory,
             limits.seconds,
             limits.cautious,
+            whole,
         )
         async with self._in_use:
             # A Unix socket whose other end closed tells whether it left bytes unread.

@@ -45,12 +45,13 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Image:
-    """A file, who sent it, the checkpoint's preprocessing, the instant by which it must be decoded,
-    and the seconds it has waited for its turns so far."""
+    """A file, who sent it, the checkpoint's preprocessing, whether more than view 0 is wanted, the
+    instant by which it must be decoded, and the seconds it has waited for its turns so far."""
 
     file: bytes
     caller: str
     preprocessing: Preprocessing | None
+    whole: bool
     deadline: float
     waited: float = 0.0
 
@@ -90,7 +91,11 @@ class Decoders:
         self._usable.clear()
 
     async def decode(
-        self, file: bytes, caller: str = "", preprocessing: Preprocessing | None = None
+        self,
+        file: bytes,
+        caller: str = "",
+        preprocessing: Preprocessing | None = None,
+        whole: bool = True,
     ) -> DecodedImage:
         """The image in a file, as `service.intake.decode.decode` gives it. Cancelling this ends the
         decoding.
@@ -100,7 +105,8 @@ class Decoders:
         no decoder can be started.
         """
         loop = asyncio.get_running_loop()
-        image = _Image(file, caller, preprocessing, loop.time() + WALL_TIME * self._seconds)
+        deadline = loop.time() + WALL_TIME * self._seconds
+        image = _Image(file, caller, preprocessing, whole, deadline)
         work = asyncio.create_task(self._decode(image))
         try:
             return await asyncio.shield(work)
@@ -171,7 +177,7 @@ class Decoders:
     ) -> DecodedImage | ServiceError:
         try:
             async with asyncio.timeout_at(image.deadline):
-                return await decoder.exchange(image.file, limits, image.preprocessing)
+                return await decoder.exchange(image.file, limits, image.preprocessing, image.whole)
         except TimeoutError:
             refusal = self._refuse(decoder, "timeout")
             # Without its wait it would have had time enough to use up its processor time.

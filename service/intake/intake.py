@@ -129,7 +129,9 @@ class Intake:
             ticket.request_id, undecoded, options, self._settings, seed=0, since=ticket.permit.since
         )
         self._limits.charge(ticket.caller, self._engine.claim(ticket.permit, task))
-        image = await self._decode(ticket, source)
+        # Sending the pixels from process to process takes as long as much else here together.
+        whole = task.views > 1 or DEFENSES[task.method].random
+        image = await self._decode(ticket, source, whole)
         await self._check_similarity(ticket, image.pixels, source)
         ticket.log |= {
             "labels": len(task.labels),
@@ -138,12 +140,10 @@ class Intake:
             "views": task.views,
         }
         named = options.defense is not None and options.defense.seed is not None
-        # Hashing the pixels takes as long as much else here together.
+        # So does hashing them.
         drawn = DEFENSES[task.method].random and not named
         seed = self._view_seeds.of(image) if drawn else task.seed
-        # Where view 0 is the only one, no other pixels are sent to the worker.
-        pixels = image.pixels if task.views > 1 or image.view is None else image.view
-        return replace(task, image=pixels, view=image.view, seed=seed)
+        return replace(task, image=image.pixels, view=image.view, seed=seed)
 
     async def _receive(self, request: Request) -> bytes:
         limit = self._settings.max_body_bytes
@@ -166,14 +166,14 @@ class Intake:
             raise ClientGone("The client disconnected.") from None
         return bytes(body)
 
-    async def _decode(self, ticket: Ticket, file: bytes) -> DecodedImage:
+    async def _decode(self, ticket: Ticket, file: bytes, whole: bool) -> DecodedImage:
         began = time.monotonic()
         model = self._engine.model
         prepared = model.preprocessing if model else None
         with trace_decoding() as span:
             try:
                 async with asyncio.timeout(self._settings.request_timeout_ms / 1000):
-                    image = await self.decoders.decode(file, ticket.caller, prepared)
+                    image = await self.decoders.decode(file, ticket.caller, prepared, whole)
             except TimeoutError:
                 raise DeadlineExceeded("The image was not decoded in time.") from None
             span.set_attribute("tapt.height", image.pixels.shape[0])

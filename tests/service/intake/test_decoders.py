@@ -172,6 +172,10 @@ def test_pixels_and_errors_are_those_of_decode() -> None:
                 await outcome_of(pool.decode(file, preprocessing=PREPROCESSING)),
             )
             np.testing.assert_equal(there, here)
+            alone = await outcome_of(pool.decode(file, preprocessing=PREPROCESSING, whole=False))
+            if isinstance(here, dict):
+                here = {"pixels": here["view"], "view": here["view"]}
+            np.testing.assert_equal(alone, here)
         assert not pool.count("decoder_restarts_total")
 
     run(test, decoders=1, decode_timeout_ms=20_000)

@@ -120,3 +120,9 @@ def test_an_image_comes_with_its_first_view(start: Callable[..., Server], side: 
         np.testing.assert_array_equal(task.image, pixels)
     else:
         assert min(task.image.shape[:2]) == MAX_SHORT_SIDE
+    plain = {"labels": "a,b", "method": "plain"}
+    files = {"image": file.getvalue()}
+    assert server.http.post("/v1/classify", files=files, data=plain).status_code == 200
+    ((alone,),) = worker.batches[1:]
+    np.testing.assert_array_equal(alone.image, task.view)  # the only view, and no other pixels
+    np.testing.assert_array_equal(alone.view, task.view)
