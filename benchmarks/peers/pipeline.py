@@ -10,7 +10,7 @@ from benchmarks.peers.peer import APPS, Model, Peer
 
 class Pipeline(Peer):
     name = "pipeline"
-    title = "transformers pipeline behind FastAPI"
+    title = "transformers' pipeline behind FastAPI"
     requirements = ("transformers>=5,<6", "torch", "fastapi", "uvicorn", "pillow")
     packages = ("transformers", "fastapi", "torch")
 

@@ -121,18 +121,18 @@ def headline(figures: dict[str, Any]) -> str:
 
     def faster(row: Row) -> str:
         one, many = (f"{median(ratios(plain, row, load)):.1f}" for load in (ONE, MANY))
-        return f"{one} and {many} times as many as {row['title']}"
+        return f"{one} and {many} times those of {row['title']}"
 
     def price(row: Row) -> str:
         return f"{1 / median(ratios(row, base, MANY)):.1f} with `{row['name']}`"
 
     measured = [row for row in rows if not row["error"]]
-    others = ", ".join(faster(row) for row in measured if row["own_environment"])
+    others = "; ".join(faster(row) for row in measured if row["own_environment"])
     prices = ", ".join(price(row) for row in measured if row["defended"])
     failed = "".join(f"{row['title']}: {row['error']}. " for row in rows if row["error"])
     return (
-        f"Undefended, on the same machine and checkpoint (`{size}`), tapt-serve gives this many "
-        f"answers per second with {ONE} and with {MANY}: {others}. Undefended answers of the "
-        f"{base['title']} in the time of one defended answer: {prices}. {failed}"
+        f"Undefended answers per second with {ONE} and with {MANY}, on the same machine with the "
+        f"same checkpoint (`{size}`): {others}. One defended answer takes the time of this many "
+        f"undefended ones of {base['title']}: {prices}. {failed}"
         "[More](docs/performance.md#beside-other-servers)."
     )
