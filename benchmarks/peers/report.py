@@ -131,8 +131,8 @@ def headline(figures: dict[str, Any]) -> str:
     prices = ", ".join(price(row) for row in measured if row["defended"])
     failed = "".join(f"{row['title']}: {row['error']}. " for row in rows if row["error"])
     return (
-        f"Undefended answers per second with {ONE} and with {MANY}, on the same machine with the "
-        f"same checkpoint (`{size}`): {others}. One defended answer takes the time of this many "
+        f"Answers per second of undefended tapt-serve with {ONE} and with {MANY}, on the same "
+        f"machine with the same checkpoint (`{size}`): {others}. One defended answer takes the time of this many "
         f"undefended ones of {base['title']}: {prices}. {failed}"
         "[More](docs/performance.md#beside-other-servers)."
     )

@@ -208,7 +208,7 @@ def test_the_sentence_gives_speed_and_price() -> None:
     failed = row("infinity", [], own=True) | {"error": "cannot be started: no"}
     text = report.headline({"sizes": {"embedded": [*ROWS, failed]}})
     assert "4.0 and 4.0 times those of the pipeline" in text
-    assert "in the time of one defended answer: 8.0 with `tapt`." in text
+    assert "undefended ones of the pipeline: 8.0 with `tapt`." in text
     assert "the infinity: cannot be started: no." in text
     with pytest.raises(ValueError, match="plain"):
         report.headline({"sizes": {"embedded": [ROWS[0]]}})
