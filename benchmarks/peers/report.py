@@ -132,7 +132,7 @@ def headline(figures: dict[str, Any]) -> str:
     failed = "".join(f"{row['title']}: {row['error']}. " for row in rows if row["error"])
     return (
         f"Answers per second of undefended tapt-serve with {ONE} and with {MANY}, on the same "
-        f"machine with the same checkpoint (`{size}`): {others}. One defended answer takes the time of this many "
-        f"undefended ones of {base['title']}: {prices}. {failed}"
+        f"machine with the same checkpoint (`{size}`): {others}. One defended answer takes the "
+        f"time of this many undefended ones of {base['title']}: {prices}. {failed}"
         "[More](docs/performance.md#beside-other-servers)."
     )
