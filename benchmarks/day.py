@@ -142,13 +142,16 @@ def simulate(plan: Plan) -> Day:
         busy = min(1.0, load / capacity)
         wanted = want(plan, load, wait + busy / plan.throughput, replicas, expected)
         alive = [place for place in range(ZONES) if not (failed and place == 0)]
+        surplus = max(0, expected - wanted)
         for place in alive:
             aim = math.ceil(wanted / len(alive))
             known = zones[place] + sum(count for _, count in starting[place])
             if aim > known:
                 starting[place].append((now + plan.start, aim - known))
-            elif wanted < expected:
-                zones[place] = min(zones[place], aim)
+            else:  # a zone that returns must not cost the others their replicas at once
+                cut = max(0, min(surplus, zones[place] - aim))
+                zones[place] -= cut
+                surplus -= cut
     return day
 
 

@@ -21,8 +21,9 @@ MIN_SPEEDUP = 1.5
 """Below it, bfloat16 on a CPU is not worth its rounding. Far enough from 1 for noise."""
 
 MIN_WIDTH = 512
-"""The narrowest image tower that `auto` computes in half precision. In bfloat16 the embedded models
-(192 wide) give another label for more than 1% of photographs; ViT-B is 768 wide."""
+"""The narrowest image tower that `auto` computes in half precision; that of ViT-B is 768 wide. In
+bfloat16 `embedded-hardened`, 192 wide, gives another label for 1% to 2% of photographs: see
+docs/performance.md."""
 
 MIN_RUNS, MAX_RUNS, MEASURED_SECONDS = 5, 100, 1.0
 _BFLOAT16, _TENSOR_CORES = 8, 7  # compute capabilities of CUDA from which there are such units
@@ -43,7 +44,7 @@ def choose_precision(dtype: Dtype, device: torch.device, width: int) -> Precisio
     if dtype != "auto":
         return Precision(getattr(torch, dtype), "as configured")
     if width < MIN_WIDTH:
-        return Precision(torch.float32, "rounding changes too many labels of a model this small")
+        return Precision(torch.float32, "bfloat16 changes too many labels of a model this small")
     if device.type == "cuda":
         generation, _ = torch.cuda.get_device_capability(device)
         if generation >= _BFLOAT16:

@@ -1,8 +1,9 @@
 """Random views of images, made on the device from one upload of their uint8 pixels.
 
-View 0 is the image after the checkpoint's own preprocessing; the others are random resized crops
-with flips. A view is two matrix products, one per side, with Pillow's antialiased resampling
-weights: no loop over views, and the same pixels as Pillow up to rounding.
+View 0 is the image after the checkpoint's own preprocessing, which the decoder has usually made.
+The others are random resized crops with flips. A view is two matrix products, one per side, with
+Pillow's antialiased resampling weights: no loop over views, and the same pixels as Pillow up to
+rounding.
 """
 
 import math

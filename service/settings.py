@@ -84,11 +84,11 @@ class Settings(BaseSettings):
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the model. `auto` keeps a model much smaller than ViT-B in float32. For others
-    it means bfloat16 on CUDA (float16 on GPUs before Ampere); on a CPU, bfloat16 if the processor
-    computes it natively and is measured to be at least 1.5 times as fast, else float32. `/info`
-    says which and why. Replicas may choose differently; name a precision if their answers must be
-    equal. float16 is slow on a CPU."""
+    """Precision of the model. `auto` keeps a model whose image tower is narrower than 512 (ViT-B:
+    768) in float32. For others it means bfloat16 on CUDA (float16 on GPUs before Ampere); on a CPU,
+    bfloat16 if the processor computes it natively and is measured to be at least 1.5 times as fast,
+    else float32. `/info` says which and why. Replicas may choose differently; name a precision if
+    their answers must be equal. float16 is slow on a CPU."""
 
     method: Method = "tapt"
     """Default defense."""

@@ -24,7 +24,8 @@ class Infinity(Peer):
     path = "/embeddings"
 
     def command(self, python: Path, model: Model, port: int) -> list[str]:
-        program = str(python.parent / "infinity_emb")  # by its Python: the folder may have moved
+        program = str(python.parent / "infinity_emb")
+        # Its first line names the folder that it was installed in, which may have moved.
         return [str(python), program, "v2",
                 "--model-id", str(model.directory), "--served-model-name", "clip",
                 "--engine", "torch", "--device", "cpu", "--dtype", "float32",

@@ -101,7 +101,7 @@ def ratio_table(rows: Rows) -> str:
         price = [1 / ratio for ratio in found[1]]
         lines.append((row["title"], *map(_spread, [*found, price])))
     heads = ("server", *(f"times the pipeline, {load}" for load in (ONE, MANY)))
-    return tabulate((*heads, "pipeline answers in the time of one"), lines)
+    return tabulate((*heads, f"pipeline answers in the time of one, {MANY}"), lines)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -132,7 +132,7 @@ def headline(figures: dict[str, Any]) -> str:
     failed = "".join(f"{row['title']}: {row['error']}. " for row in rows if row["error"])
     return (
         f"Answers per second of undefended tapt-serve with {ONE} and with {MANY}, on the same "
-        f"machine with the same checkpoint (`{size}`): {others}. One defended answer takes the "
-        f"time of this many undefended ones of {base['title']}: {prices}. {failed}"
+        f"machine with the same checkpoint (`{size}`): {others}. With {MANY}, one defended answer "
+        f"takes the time of this many undefended ones of {base['title']}: {prices}. {failed}"
         "[More](docs/performance.md#beside-other-servers)."
     )

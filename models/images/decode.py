@@ -1,10 +1,10 @@
 """Decode an image file into a checked RGB array.
 
 The service, `evaluate` and `calibrate` all read images with `decode`, so they see the same pixels:
-upright, 16-bit gray scaled down, transparency composited on white as browsers show it. Large images
-are scaled down; before, the view that the checkpoint's preprocessing makes is taken of all their
-pixels. A damaged, hostile or absurd file is refused with a typed error. Imports neither torch
-nor a web framework, because the service decodes in processes of its own.
+upright, 16-bit gray scaled down, transparency composited on white as browsers show it. View 0, as
+the checkpoint's preprocessing makes it, is taken of all pixels; then large images are scaled down.
+A damaged, hostile or absurd file is refused with a typed error. Imports neither torch nor a web
+framework, because the service decodes in processes of its own.
 """
 
 import contextlib
@@ -111,7 +111,8 @@ class DecodedImage:
     """What is kept of an image file.
 
     Attributes:
-        pixels: uint8 RGB [height, width, 3], within `MAX_SHORT_SIDE` and `MAX_LONG_SIDE`.
+        pixels: uint8 RGB [height, width, 3], within `MAX_SHORT_SIDE` and `MAX_LONG_SIDE`. The
+            `view`, if no more was asked for.
         view: view 0 as the checkpoint's preprocessing makes it of all pixels of the image, uint8
             RGB [S, S, 3]; None if no preprocessing was given.
     """
@@ -125,13 +126,14 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     memory: int | None = None,
     preprocessing: Preprocessing | None = None,
-    whole: bool = True,
+    keep_pixels: bool = True,
 ) -> DecodedImage:
     """The first frame of an image file, upright.
 
     Args:
         preprocessing: of the checkpoint that the image is for; without it there is no `view`.
-        whole: keep the pixels beside the `view`; else the `view`, if there is one, is all of them.
+        keep_pixels: return the pixels beside the `view`; if false, `pixels` is the `view`, too. No
+            effect without `preprocessing`.
         memory: refuse images that are expected to take more bytes, before any are taken; None
             expects nothing.
 
@@ -151,7 +153,7 @@ def decode(
             _check_size(size, max_pixels)
             _check_memory(_BYTES_PER_PIXEL * size[0] * size[1], memory)
         with Image.open(BytesIO(data), formats=FORMATS) as image:
-            return _read(image, max_pixels, memory, preprocessing, whole)
+            return _read(image, max_pixels, memory, preprocessing, keep_pixels)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -179,7 +181,7 @@ def _read(
     max_pixels: int,
     memory: int | None,
     preprocessing: Preprocessing | None,
-    whole: bool,
+    keep_pixels: bool,
 ) -> DecodedImage:
     width, height = image.size
     _check_size(image.size, max_pixels)
@@ -207,7 +209,7 @@ def _read(
     if upright in _TURNED:
         width, height = height, width
     view = None if preprocessing is None else prepare(image, height, width, preprocessing)
-    if view is not None and not whole:
+    if view is not None and not keep_pixels:
         return DecodedImage(view, view)
     if scale != 1:
         size = max(1, round(width * scale)), max(1, round(height * scale))

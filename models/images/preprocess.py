@@ -1,6 +1,6 @@
 """A checkpoint's preprocessing of images, and its resize and center crop in Pillow.
 
-Imports no torch: decoder processes prepare large images with it, before they scale them down.
+Imports no torch: decoder processes make view 0 of every image with it.
 """
 
 from dataclasses import dataclass, replace

@@ -39,7 +39,7 @@ def decode(
     max_pixels: int,
     memory: int | None = None,
     preprocessing: Preprocessing | None = None,
-    whole: bool = True,
+    keep_pixels: bool = True,
 ) -> DecodedImage:
     """As `models.images.decode.decode`.
 
@@ -47,7 +47,7 @@ def decode(
     the order of the errors there.
     """
     try:
-        return decode_image(data, max_pixels, memory, preprocessing, whole)
+        return decode_image(data, max_pixels, memory, preprocessing, keep_pixels)
     except errors.ImageError as error:
         raise ERRORS[type(error)](str(error)) from error.__cause__
 

@@ -82,7 +82,7 @@ def _serve(connection: socket.socket, space: "_AddressSpace") -> None:
     base = space.used()
     leaving = False
     while not leaving and (head := _receive(connection, REQUEST.size)):
-        described, size, max_pixels, memory, seconds, cautious, whole = REQUEST.unpack(head)
+        described, size, max_pixels, memory, seconds, cautious, keep_pixels = REQUEST.unpack(head)
         preprocessing, file = _receive(connection, described), _receive(connection, size)
         if preprocessing is None or file is None:
             return
@@ -90,7 +90,9 @@ def _serve(connection: socket.socket, space: "_AddressSpace") -> None:
         reply: DecodedImage | ServiceError
         try:
             with _limited(space, memory, seconds):
-                reply = decode(file, max_pixels, memory if cautious else None, prepared, whole)
+                reply = decode(
+                    file, max_pixels, memory if cautious else None, prepared, keep_pixels
+                )
         except ServiceError as error:
             # Nobody knows what a failed allocation left behind in native code.
             leaving = isinstance(error.__cause__, MemoryError)

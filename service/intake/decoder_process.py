@@ -101,7 +101,7 @@ class DecoderProcess:
         file: bytes,
         limits: DecodeLimits,
         preprocessing: Preprocessing | None,
-        whole: bool = True,
+        keep_pixels: bool = True,
     ) -> DecodedImage | ServiceError:
         """Have a file decoded, see `service.intake.decode.decode`.
 
@@ -117,7 +117,7 @@ class DecoderProcess:
             limits.memory,
             limits.seconds,
             limits.cautious,
-            whole,
+            keep_pixels,
         )
         async with self._in_use:
             # A Unix socket whose other end closed tells whether it left bytes unread.

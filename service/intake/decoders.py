@@ -51,7 +51,7 @@ class _Image:
     file: bytes
     caller: str
     preprocessing: Preprocessing | None
-    whole: bool
+    keep_pixels: bool
     deadline: float
     waited: float = 0.0
 
@@ -95,7 +95,7 @@ class Decoders:
         file: bytes,
         caller: str = "",
         preprocessing: Preprocessing | None = None,
-        whole: bool = True,
+        keep_pixels: bool = True,
     ) -> DecodedImage:
         """The image in a file, as `service.intake.decode.decode` gives it. Cancelling this ends the
         decoding.
@@ -106,7 +106,7 @@ class Decoders:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + WALL_TIME * self._seconds
-        image = _Image(file, caller, preprocessing, whole, deadline)
+        image = _Image(file, caller, preprocessing, keep_pixels, deadline)
         work = asyncio.create_task(self._decode(image))
         try:
             return await asyncio.shield(work)
@@ -177,7 +177,9 @@ class Decoders:
     ) -> DecodedImage | ServiceError:
         try:
             async with asyncio.timeout_at(image.deadline):
-                return await decoder.exchange(image.file, limits, image.preprocessing, image.whole)
+                return await decoder.exchange(
+                    image.file, limits, image.preprocessing, image.keep_pixels
+                )
         except TimeoutError:
             refusal = self._refuse(decoder, "timeout")
             # Without its wait it would have had time enough to use up its processor time.

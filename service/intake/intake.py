@@ -129,9 +129,11 @@ class Intake:
             ticket.request_id, undecoded, options, self._settings, seed=0, since=ticket.permit.since
         )
         self._limits.charge(ticket.caller, self._engine.claim(ticket.permit, task))
-        # Sending the pixels from process to process takes as long as much else here together.
-        whole = task.views > 1 or DEFENSES[task.method].random
-        image = await self._decode(ticket, source, whole)
+        random = DEFENSES[task.method].random
+        # A defense that draws nothing reads view 0 alone, and it takes long to copy all pixels from
+        # process to process. Fingerprints that count against a limit are of all pixels.
+        keep_pixels = random or self._settings.key_similar_per_hour > 0
+        image = await self._decode(ticket, source, keep_pixels)
         await self._check_similarity(ticket, image.pixels, source)
         ticket.log |= {
             "labels": len(task.labels),
@@ -140,9 +142,8 @@ class Intake:
             "views": task.views,
         }
         named = options.defense is not None and options.defense.seed is not None
-        # So does hashing them.
-        drawn = DEFENSES[task.method].random and not named
-        seed = self._view_seeds.of(image) if drawn else task.seed
+        # Hashing the pixels takes long, too.
+        seed = self._view_seeds.of(image) if random and not named else task.seed
         return replace(task, image=image.pixels, view=image.view, seed=seed)
 
     async def _receive(self, request: Request) -> bytes:
@@ -166,18 +167,16 @@ class Intake:
             raise ClientGone("The client disconnected.") from None
         return bytes(body)
 
-    async def _decode(self, ticket: Ticket, file: bytes, whole: bool) -> DecodedImage:
+    async def _decode(self, ticket: Ticket, file: bytes, keep_pixels: bool) -> DecodedImage:
         began = time.monotonic()
         model = self._engine.model
         prepared = model.preprocessing if model else None
-        with trace_decoding() as span:
+        with trace_decoding():
             try:
                 async with asyncio.timeout(self._settings.request_timeout_ms / 1000):
-                    image = await self.decoders.decode(file, ticket.caller, prepared, whole)
+                    image = await self.decoders.decode(file, ticket.caller, prepared, keep_pixels)
             except TimeoutError:
                 raise DeadlineExceeded("The image was not decoded in time.") from None
-            span.set_attribute("tapt.height", image.pixels.shape[0])
-            span.set_attribute("tapt.width", image.pixels.shape[1])
         ticket.decode_seconds = time.monotonic() - began
         self._metrics.decode_seconds.observe(ticket.decode_seconds)
         return image

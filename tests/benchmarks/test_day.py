@@ -31,6 +31,8 @@ def test_a_floor_with_room_for_a_zone_refuses_nothing() -> None:
     assert scarce.refused > 0
     assert scarce.recovered > 0
     assert scarce.replica_hours < found.replica_hours
+    # A zone that returns costs the others nothing: nobody is refused because of it.
+    assert day.simulate(replace(PLAN, floor=0.1)).recovered < day.FAILS_FOR
 
 
 def test_the_autoscaler_follows_the_queue_within_its_bounds() -> None:

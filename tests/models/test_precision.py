@@ -87,9 +87,7 @@ def test_the_embedded_model_stays_float32(monkeypatch: pytest.MonkeyPatch) -> No
     assert "small" in checkpoint.dtype_reason
 
 
-def test_the_speedup_is_measured_on_the_model(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_speedup_is_measured_on_the_model(directory: Path) -> None:
     clip = tiny.load(directory).clip
     before = {name: value.clone() for name, value in clip.model.state_dict().items()}
     assert precision.bfloat16_speedup(clip) > 0

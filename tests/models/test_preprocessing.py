@@ -20,6 +20,7 @@ from models.checkpoint import load_checkpoint
 from models.classifier import DefendedClassifier, ImageQuery
 from models.errors import LoadError
 from models.export import write_checkpoint
+from models.images import preprocess
 from models.images.decode import MAX_SHORT_SIDE, decode
 from models.images.preprocess import Preprocessing
 from models.preprocessing import read_preprocessing
@@ -151,9 +152,11 @@ def change(directory: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def prepare(preprocessing: Preprocessing, image: np.ndarray) -> torch.Tensor:
+def prepare(
+    preprocessing: Preprocessing, image: np.ndarray, view: np.ndarray | None = None
+) -> torch.Tensor:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
-    return (make_views(image, 1, 0, preprocessing, tiny.CPU)[0] - mean) / std
+    return (make_views(image, 1, 0, preprocessing, tiny.CPU, view)[0] - mean) / std
 
 
 @pytest.mark.parametrize("values", CASES.values(), ids=CASES)
@@ -176,7 +179,11 @@ def test_pixels_are_the_processors_and_scores_the_pipelines(
         level = 1 / 255 / min(checkpoint.preprocessing.std)
         difference = (prepare(checkpoint.preprocessing, image) - expected).abs()
         assert (difference > 1.1 * level).float().mean() < 0.01  # rounding, or clipped overshoot
-        (batch,) = classifier.prepare([ImageQuery(image, LABELS)], "plain")
+        # The service's decoder makes the same view in Pillow.
+        view = preprocess.prepare(picture, picture.height, picture.width, checkpoint.preprocessing)
+        given = prepare(checkpoint.preprocessing, image, view)
+        torch.testing.assert_close(given, expected.float(), rtol=1e-5, atol=1e-5)
+        (batch,) = classifier.prepare([ImageQuery(image, LABELS, view=view)], "plain")
         (found,) = classifier.classify(batch, 1)
         scores = theirs(picture, candidate_labels=LABELS, hypothesis_template="a photo of a {}.")
         pairs = {one["label"]: one["score"] for one in scores}

@@ -172,7 +172,9 @@ def test_pixels_and_errors_are_those_of_decode() -> None:
                 await outcome_of(pool.decode(file, preprocessing=PREPROCESSING)),
             )
             np.testing.assert_equal(there, here)
-            alone = await outcome_of(pool.decode(file, preprocessing=PREPROCESSING, whole=False))
+            alone = await outcome_of(
+                pool.decode(file, preprocessing=PREPROCESSING, keep_pixels=False)
+            )
             if isinstance(here, dict):
                 here = {"pixels": here["view"], "view": here["view"]}
             np.testing.assert_equal(alone, here)

@@ -5,6 +5,7 @@ import io
 import itertools
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from PIL import Image
 from skimage import data
 
 from benchmarks.ordinary import STREAMS, send
+from models.images.preprocess import BICUBIC, Preprocessing
 from service.errors import RateLimited
 from service.intake.similarity import CALLERS, CODES, RECENT, WINDOW, Similarity
 from service.settings import Settings
 from service.telemetry.metrics import NEAR, Metrics
 from tests.conftest import Server
+from tests.fake_worker import READY, FakeWorker
 
 START = Callable[..., Server]
 Pixels = NDArray[np.uint8]
@@ -198,6 +201,22 @@ def test_over_http_similar_images_are_429(start: START) -> None:
     assert 3500 < int(answers[-1].headers["retry-after"]) <= 3600
     assert post(perturb(small, 4, 9), "beta").status_code == 200
     assert len(server.worker.batches) == 4
+
+
+def test_all_defenses_count_against_one_limit(start: START) -> None:
+    """Also one that needs nothing but view 0, here the middle third of the image."""
+    prepared = Preprocessing(64, 64, None, BICUBIC, (0.5,) * 3, (0.5,) * 3)
+    worker = FakeWorker(ready=replace(READY, preprocessing=prepared))
+    server = start(worker, key_similar_per_hour=1)
+    wide = np.asarray(Image.fromarray(PHOTOS[0]).resize((192, 64)))
+    statuses = []
+    for seed, method in enumerate(("tapt", "plain")):
+        out = io.BytesIO()
+        Image.fromarray(perturb(wide, 4, seed)).save(out, "PNG")
+        form = {"labels": "cat,dog", "method": method}
+        reply = server.http.post("/v1/classify", files={"image": out.getvalue()}, data=form)
+        statuses.append(reply.status_code)
+    assert statuses == [200, 429]
 
 
 def test_ordinary_traffic_is_not_refused_but_where_nothing_changes() -> None:
