@@ -31,8 +31,12 @@ def test_a_floor_with_room_for_a_zone_refuses_nothing() -> None:
     assert scarce.refused > 0
     assert scarce.recovered > 0
     assert scarce.replica_hours < found.replica_hours
-    # A zone that returns costs the others nothing: nobody is refused because of it.
-    assert day.simulate(replace(PLAN, floor=0.1)).recovered < day.FAILS_FOR
+
+
+def test_a_zone_that_returns_costs_the_others_no_replicas() -> None:
+    """The autoscaler spreads what it wants over three zones again, and one of them is empty."""
+    large = replace(PLAN, peak=100_000, throughput=8.87, floor=0.1)
+    assert 0 < day.simulate(large).recovered < day.FAILS_FOR
 
 
 def test_the_autoscaler_follows_the_queue_within_its_bounds() -> None:
