@@ -12,10 +12,10 @@ FIGURES ?= tests/figures
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
 
-# All tests, with their coverage, which may not fall; or some, without it: make test ARGS=tests/models.
+# All tests, on all cores, with their coverage, which may not fall; or some: make test ARGS=tests/models.
 # What is not covered: .venv/bin/coverage report --show-missing --skip-covered
 test: setup
-	$(BIN)/python -m pytest $(or $(ARGS),--cov --cov-report=)
+	$(BIN)/python -m pytest $(or $(ARGS),--numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=)
 
 setup: .venv/dev
 

@@ -162,7 +162,7 @@ class PromptedCLIP:
         self._interrupt()
         vision = self.model.vision_model
         normal = ((pixels - self._mean) / self._std).to(self.dtype)
-        patches = vision.embeddings.patch_embedding(normal).flatten(2).transpose(1, 2)
+        patches = _embed_patches(normal, vision.embeddings.patch_embedding.weight)
         cls = vision.embeddings.class_embedding.to(self.dtype).expand(len(normal), 1, -1)
         hidden = torch.cat([cls, patches], dim=1) + vision.embeddings.position_embedding.weight
         if prompts is not None:
@@ -268,6 +268,22 @@ def gpu_chunk_tokens(memory: int, text_graph_bytes: int) -> int:
     """
     tokens = GPU_CHUNK_TOKENS_PER_GIB * max(1, memory // 2**30)
     return max(1, min(tokens, int(GPU_GRAPH_SHARE * memory) // text_graph_bytes))
+
+
+def _embed_patches(pixels: Tensor, weight: Tensor) -> Tensor:
+    """The patches of pixels [N, 3, S, S] as [N, patches, width].
+
+    A matrix product instead of CLIP's convolution: it is faster in bfloat16 and for few images.
+
+    Args:
+        weight: [width, 3, P, P] of the convolution, whose stride is P and which has no bias.
+    """
+    side = weight.shape[-1]
+    whole = pixels.shape[-1] // side * side  # a convolution ignores what is no whole patch
+    pixels = pixels[..., :whole, :whole]
+    grid = pixels.unflatten(-1, (-1, side)).unflatten(-3, (-1, side))  # [N, 3, row, y, column, x]
+    patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return F.linear(patches, weight.flatten(1))
 
 
 def _fill_slots(hidden: Tensor, prompt: Tensor) -> Tensor:

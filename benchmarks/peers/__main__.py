@@ -31,9 +31,8 @@ from benchmarks.peers.report import headline, write_page
 from benchmarks.peers.trial import run_trial
 
 METHODS = ("plain", "ensemble", "apt-ensemble", "tapt")
-PEERS: dict[str, Peer] = {
-    peer.name: peer for peer in (Pipeline(), Infinity(), LitServe(), *map(Ours, METHODS))
-}
+OURS = (Ours("plain", "float32"), *map(Ours, METHODS))
+PEERS: dict[str, Peer] = {peer.name: peer for peer in (Pipeline(), Infinity(), LitServe(), *OURS)}
 PAGE, README = DOCS / "performance.md", ROOT / "README.md"
 
 
@@ -125,10 +124,12 @@ def _named_path(text: str) -> tuple[str, Path]:
 def main() -> int:
     options = parse()
     figures = measure(options)
-    section = "peers" if options.write else None
-    publish(figures, write_page(figures), options.json, section, PAGE)
+    pages = {size: write_page(figures, size) for size in options.sizes}
+    publish(figures, "\n".join(pages.values()), options.json, None, PAGE)
     if options.write:
-        write_section("peers", headline(figures), README)
+        for size, page in pages.items():
+            write_section(f"peers {size}", page, PAGE)
+            write_section(f"peers {size}", headline(figures, size), README)
     return 0
 
 

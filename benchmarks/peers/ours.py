@@ -13,14 +13,16 @@ class Ours(Peer):
     packages = ("transformers", "torch")
     path = "/v1/classify"
 
-    def __init__(self, method: str) -> None:
-        self.name = method
-        self.title = f"tapt-serve, `{method}`"
+    def __init__(self, method: str, dtype: str = "auto") -> None:
+        chosen = "" if dtype == "auto" else dtype
+        self.name = "-".join(filter(None, (method, chosen)))
+        self.title = ", ".join(filter(None, ("tapt-serve", f"`{method}`", chosen)))
         self.defended = method != "plain"
+        self._method, self._dtype = method, dtype
 
     def command(self, python: Path, model: Model, port: int) -> list[str]:
         return [str(python), "-m", "service.cli", "serve", "--model", str(model.directory),
-                "--bundle", str(model.bundle), "--dtype", "float32", "--method", self.name,
+                "--bundle", str(model.bundle), "--dtype", self._dtype, "--method", self._method,
                 "--port", str(port)]  # fmt: skip
 
     def body(self, file: bytes) -> dict[str, Any]:
@@ -28,3 +30,6 @@ class Ours(Peer):
 
     def label(self, answer: Any, http: httpx.Client) -> str:
         return str(answer["labels"][0]["label"])
+
+    def precision(self, http: httpx.Client) -> str:
+        return str(http.get("/info").raise_for_status().json()["model"]["dtype"])

@@ -61,3 +61,7 @@ class Peer(ABC):
     @abstractmethod
     def label(self, answer: Any, http: httpx.Client) -> str:
         """The best label of a parsed answer; `http` is a client of the server that gave it."""
+
+    def precision(self, http: httpx.Client) -> str:
+        """The dtype that the server computes in: that of the checkpoint, unless it chooses."""
+        return "float32"

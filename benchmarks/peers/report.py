@@ -18,15 +18,13 @@ Row = dict[str, Any]
 Rows = Sequence[Row]
 
 
-def write_page(figures: dict[str, Any]) -> str:
-    """The run as Markdown."""
-    parts = []
-    for size, rows in figures["sizes"].items():
-        parts += [f"Checkpoint `{size}`:", speed_table(rows), ratio_table(rows)]
-    settings = figures["settings"]
+def write_page(figures: dict[str, Any], size: str) -> str:
+    """What a run measured with one checkpoint, as Markdown."""
+    rows, settings = figures["sizes"][size], figures["settings"]
     caption = (
-        "n: answers in all loads and repeats. Photographs as JPEG of 640 x 480, 10 labels, "
-        "float32, every server with its default settings, clients on the same machine. Medians of "
+        f"Checkpoint `{size}`. n: answers in all loads and repeats. Photographs as JPEG of 640 x "
+        "480, 10 labels, every server with its default settings, clients on the same machine. The "
+        "checkpoint is float32, and tapt-serve may choose bfloat16 for it. Medians of "
         f"{settings['repeats']} alternating repeats of {settings['seconds']:g} s a load. Ratios "
         "are of answers/s within one repeat, with the lowest and the highest. Closed loops: each "
         "client waits for its answer before it asks again. Open loop: Poisson arrivals at 80% of "
@@ -35,9 +33,10 @@ def write_page(figures: dict[str, Any]) -> str:
         "embed the labels once and compare, which is not measured. Labels agree: photographs, of "
         f"{len(PHOTOGRAPHS)}, that get the label that the pipeline gives, for undefended servers. "
     )
-    installed = ". ".join(filter(None, map(_versions, next(iter(figures["sizes"].values())))))
+    installed = ". ".join(filter(None, map(_versions, rows)))
     made = f"Made by `{figures['command']}`."
-    return "\n\n".join([*parts, f"{caption}{installed}. {figures['machine']}", made]) + "\n"
+    below = f"{caption}{installed}. {figures['machine']}"
+    return "\n\n".join([speed_table(rows), ratio_table(rows), below, made]) + "\n"
 
 
 def _versions(row: Row) -> str:
@@ -48,15 +47,16 @@ def _versions(row: Row) -> str:
 def speed_table(rows: Rows) -> str:
     """What each server did, or why it did nothing."""
     times = [f"{load}: {one}" for load in LOADS for one in ("answers/s", "p50 ms", "p99 ms")]
-    heads = ("server", "n", *times, "CPU ms per answer", "peak MB", "labels agree")
+    heads = ("server", "precision", "n", *times, "CPU ms per answer", "peak MB", "labels agree")
     base = find(rows, BASE)
     lines = []
     for row in rows:
         if row["error"]:
-            lines.append((row["title"], "0", row["error"], *[""] * (len(heads) - 3)))
+            lines.append((row["title"], "", "0", row["error"], *[""] * (len(heads) - 4)))
             continue
         loads = [load for run in row["runs"] for load in run["loads"].values()]
-        cells = [f"{sum(load['answered'] for load in loads)}"]
+        chosen = " or ".join(sorted({run["precision"] for run in row["runs"]}))
+        cells = [chosen, f"{sum(load['answered'] for load in loads)}"]
         for load in LOADS:
             rate, p50, p99 = (
                 median(run["loads"][load][field] for run in row["runs"])
@@ -108,13 +108,13 @@ def _spread(values: Sequence[float]) -> str:
     return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def headline(figures: dict[str, Any]) -> str:
+def headline(figures: dict[str, Any], size: str) -> str:
     """The README's sentence: `plain` against each peer, and what a defended answer costs.
 
     Raises:
         ValueError: `plain` or the pipeline was not measured.
     """
-    size, rows = next(iter(figures["sizes"].items()))
+    rows = figures["sizes"][size]
     plain, base = find(rows, "plain"), find(rows, BASE)
     if plain is None or base is None:
         raise ValueError("the sentence needs the peers `plain` and `pipeline`")
@@ -126,13 +126,15 @@ def headline(figures: dict[str, Any]) -> str:
     def price(row: Row) -> str:
         return f"{1 / median(ratios(row, base, MANY)):.1f} with `{row['name']}`"
 
+    own, theirs = plain["runs"][0]["precision"], base["runs"][0]["precision"]
+    chosen = "" if own == theirs else f", computed in {own} where the others take {theirs}"
     measured = [row for row in rows if not row["error"]]
     others = "; ".join(faster(row) for row in measured if row["own_environment"])
     prices = ", ".join(price(row) for row in measured if row["defended"])
     failed = "".join(f"{row['title']}: {row['error']}. " for row in rows if row["error"])
     return (
         f"Answers per second of undefended tapt-serve with {ONE} and with {MANY}, on the same "
-        f"machine with the same checkpoint (`{size}`): {others}. With {MANY}, one defended answer "
-        f"takes the time of this many undefended ones of {base['title']}: {prices}. {failed}"
+        f"machine with the same checkpoint (`{size}`{chosen}): {others}. With {MANY}, one defended "
+        f"answer takes the time of this many undefended ones of {base['title']}: {prices}. {failed}"
         "[More](docs/performance.md#beside-other-servers)."
     )

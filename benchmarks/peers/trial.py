@@ -37,6 +37,7 @@ class Trial:
         peak_bytes: memory of all processes of the server.
         start_seconds: until the first answer.
         labels: the best label of each picture.
+        precision: the dtype that the server computes in.
     """
 
     loads: dict[str, dict[str, Any]]
@@ -45,6 +46,7 @@ class Trial:
     peak_bytes: int
     start_seconds: float
     labels: list[str]
+    precision: str
 
 
 def run_trial(peer: Peer, python: Path, model: Model, seconds: float, seed: int) -> Trial:
@@ -57,7 +59,7 @@ def run_trial(peer: Peer, python: Path, model: Model, seconds: float, seed: int)
     requests = [post(peer.path, json.dumps(body).encode()) for body in bodies]
     loads, cpu_seconds = {}, 0.0
     with PeerServer(peer, python, model) as server:
-        labels = _ask_labels(peer, server.url, bodies)
+        labels, precision = _ask(peer, server.url, bodies)
         for load, clients in CLIENTS.items():
             asyncio.run(drive_closed(server.url, requests, clients, WARM_UP * seconds))
             before = server.cpu_seconds()
@@ -67,7 +69,8 @@ def run_trial(peer: Peer, python: Path, model: Model, seconds: float, seed: int)
         rate = SHARE * max(load["throughput"] for load in loads.values())
         arrivals = poisson(rate, seconds, seed) or [0.0]
         loads[OPEN] = _summarize(asyncio.run(drive(server.url, arrivals, requests)))
-    return Trial(loads, rate, cpu_seconds, server.peak_bytes, server.start_seconds, labels)
+    memory, started = server.peak_bytes, server.start_seconds
+    return Trial(loads, rate, cpu_seconds, memory, started, labels, precision)
 
 
 def photographs() -> list[bytes]:
@@ -76,11 +79,13 @@ def photographs() -> list[bytes]:
     return [encode(np.asarray(picture.resize(SIZE)), "JPEG") for picture in pictures]
 
 
-def _ask_labels(peer: Peer, url: str, bodies: Sequence[dict[str, Any]]) -> list[str]:
+def _ask(peer: Peer, url: str, bodies: Sequence[dict[str, Any]]) -> tuple[list[str], str]:
+    """The best label of each picture, and the precision."""
     try:
         with httpx.Client(base_url=url, timeout=LATE) as http:
             answers = [http.post(peer.path, json=body).raise_for_status() for body in bodies]
-            return [peer.label(answer.json(), http) for answer in answers]
+            labels = [peer.label(answer.json(), http) for answer in answers]
+            return labels, peer.precision(http)
     except httpx.HTTPStatusError as error:
         answer = error.response
         raise PeerError(f"answers {answer.status_code}: {last_error(answer.text)}") from error

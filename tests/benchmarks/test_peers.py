@@ -63,7 +63,7 @@ def test_the_command_measures_every_peer_or_says_why_not(
     monkeypatch.setattr(command, "PEERS", {peer.name: peer for peer in peers})
     pages = {"PAGE": tmp_path / "performance.md", "README": tmp_path / "README.md"}
     for name, page in pages.items():
-        page.write_text("before\n<!-- peers -->\nold\n<!-- /peers -->\nafter\n")
+        page.write_text("before\n<!-- peers embedded -->\nold\n<!-- /peers embedded -->\nafter\n")
         monkeypatch.setattr(command, name, page)
     out = tmp_path / "peers.json"
     flags = ["--sizes", "embedded", "--repeats", "2", "--seconds", "0.2", "--write"]
@@ -83,12 +83,13 @@ def test_the_command_measures_every_peer_or_says_why_not(
             assert run["cpu_seconds"] > 0
             assert run["peak_bytes"] > 5e6
             assert set(run["labels"]) == {LABELS[1]}
+            assert run["precision"] == "float32"
     assert "missing" in rows["absent"]["error"]
     assert rows["ending"]["error"] == "cannot be started: Error: no such model / here"
     assert rows["wrong"]["error"].startswith("answers 500")
 
     written, sentence = (page.read_text() for page in pages.values())
-    assert "| fake ending | 0 | cannot be started: Error: no such model / here |" in written
+    assert "| fake ending |  | 0 | cannot be started: Error: no such model / here |" in written
     assert "Made by `python -m benchmarks.peers --sizes embedded" in written
     assert "times those of fake pipeline" in sentence
     assert "fake absent: cannot be installed" in sentence
@@ -171,6 +172,7 @@ def row(name: str, rates: list[float], *, defended: bool = False, own: bool = Fa
             "cpu_seconds": 1 / rate,
             "peak_bytes": 1e9,
             "labels": ["cat", "dog" if name == "plain" else "cat"],
+            "precision": "bfloat16" if name == "plain" else "float32",
         }
         for rate in rates
     ]
@@ -199,16 +201,28 @@ def test_ratios_are_taken_within_a_repeat() -> None:
 def test_speeds_are_medians_and_labels_are_compared() -> None:
     lines = report.speed_table(ROWS).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[3][:5] == ["the plain", "54", "80.00", "12", "25"]
+    assert cells[3][:6] == ["the plain", "bfloat16", "54", "80.00", "12", "25"]
     assert cells[3][-3:] == ["12.5", "1000", "1"]
     assert [line[-1] for line in cells[2:]] == ["2", "1", ""]
 
 
 def test_the_sentence_gives_speed_and_price() -> None:
     failed = row("infinity", [], own=True) | {"error": "cannot be started: no"}
-    text = report.headline({"sizes": {"embedded": [*ROWS, failed]}})
+    text = report.headline({"sizes": {"embedded": [*ROWS, failed]}}, "embedded")
+    assert "(`embedded`, computed in bfloat16 where the others take float32)" in text
     assert "4.0 and 4.0 times those of the pipeline" in text
     assert "undefended ones of the pipeline: 8.0 with `tapt`." in text
     assert "the infinity: cannot be started: no." in text
     with pytest.raises(ValueError, match="plain"):
-        report.headline({"sizes": {"embedded": [ROWS[0]]}})
+        report.headline({"sizes": {"embedded": [ROWS[0]]}}, "embedded")
+
+
+def test_ours_tells_the_precision_that_it_chose() -> None:
+    """A user who names no dtype gets what the service chooses, so that is what is compared."""
+    answer = httpx.Response(200, json={"model": {"dtype": "bfloat16"}})
+    transport = httpx.MockTransport(lambda request: answer)
+    with httpx.Client(transport=transport, base_url="http://server") as http:
+        assert command.PEERS["plain"].precision(http) == "bfloat16"
+    said = [command.PEERS[name].command(HERE, MODEL, 1) for name in ("plain", "plain-float32")]
+    assert [one[one.index("--dtype") + 1] for one in said] == ["auto", "float32"]
+    assert {one[one.index("--method") + 1] for one in said} == {"plain"}

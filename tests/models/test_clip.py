@@ -26,6 +26,7 @@ SHAPES = [
     {"act": "gelu"},
     {"legacy_eos": True},
     {"image_size": 56, "patch": 14, "layers": 2},
+    {"image_size": 60, "patch": 14, "layers": 2},  # with a rest that is no whole patch
 ]
 
 
