@@ -729,21 +729,22 @@ def test_slow_answers_are_counted_against_the_objective(start: START, photo: byt
 def test_the_time_of_an_answer_begins_when_the_request_is_complete(
     start: START, photo: bytes
 ) -> None:
-    server = start(latency_objective_ms=1000)
+    server, pause = start(), 1.0
     body = json.dumps(as_json(photo)).encode()
 
     def slowly() -> Iterator[bytes]:
         yield body[:1000]
-        time.sleep(1.2)
+        time.sleep(pause)
         yield body[1000:]
 
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    began = time.monotonic()
     answered = server.http.post("/v1/classify", content=slowly(), headers=headers)
+    took = time.monotonic() - began
     assert answered.status_code == 200
     value = server.app.state.metrics.registry.get_sample_value
     server.wait(lambda: value("tapt_request_seconds_count", {"method": "tapt"}) == 1)
-    assert value("tapt_request_seconds_sum", {"method": "tapt"}) < 1.0
-    assert value("tapt_slow_requests_total") == 0
+    assert value("tapt_request_seconds_sum", {"method": "tapt"}) < took - pause / 2
 
 
 def test_buckets_reach_beyond_the_longest_request() -> None:
