@@ -12,7 +12,7 @@ async function classify(image, labels, defense = {}) {
   form.append("image", new Blob([image]));
   form.append("labels", JSON.stringify(labels));
   form.append("defense", JSON.stringify(defense));
-  const key = process.env.TAPT_KEY ?? process.env.CLASSIFY_KEY;
+  const key = process.env.TAPT_KEY;
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   for (let attempt = 1; ; attempt += 1) {
     const answer = await fetch(`${URL}/v1/classify`, { method: "POST", headers, body: form });

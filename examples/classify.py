@@ -38,7 +38,7 @@ def main() -> None:
     env = os.environ
     parser = argparse.ArgumentParser(description="Classify an image with and without the defense.")
     parser.add_argument("--url", default=env.get("CLASSIFY_URL", "http://127.0.0.1:8000"))
-    parser.add_argument("--key", default=env.get("TAPT_KEY") or env.get("CLASSIFY_KEY"))
+    parser.add_argument("--key", default=env.get("TAPT_KEY"))
     parser.add_argument("image", type=Path)
     parser.add_argument("labels", nargs="+")
     options = parser.parse_args()

@@ -10,10 +10,8 @@ for label; do
     set -- "$@" --form-string "labels=$label"
 done
 
-key=${TAPT_KEY:-${CLASSIFY_KEY:-}}
-
 # --retry waits as long as a busy server asks for (Retry-After).
 exec curl --silent --show-error --fail-with-body --retry 5 \
-    ${key:+--header "Authorization: Bearer $key"} \
+    ${TAPT_KEY:+--header "Authorization: Bearer $TAPT_KEY"} \
     --form "image=@\"$image\"" "$@" \
     "${CLASSIFY_URL:-http://127.0.0.1:8000}/v1/classify"

@@ -160,7 +160,9 @@ class Settings(BaseSettings):
     api_keys_file: str = ""
     """File with one API key per line; reloaded when it changes."""
     open_routes: Annotated[tuple[Literal["pages", "metrics"], ...], NoDecode] = ()
-    """Comma-separated routes that need no key: `pages` (playground and docs), `metrics`."""
+    """Comma-separated routes that need no key: `pages` (playground and docs), `metrics`. The
+    latter includes metrics that otherwise need the scope `diagnostics`: keep the port private,
+    behind a gateway that does not route `/metrics`."""
     key_concurrency: int = Field(0, ge=0)
     """Maximum number of concurrent requests per key; more get a 429; 0 disables."""
     key_rate: float = Field(0.0, ge=0)

@@ -44,10 +44,17 @@ def quantiles(histogram: str, *by: str) -> tuple[Query, ...]:
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Service": (
         Panel(
-            "Ready workers",
-            "Workers with a loaded model. Requests are refused if there is none.",
+            "Ready",
+            "Replicas that serve requests: they need a worker with a loaded model and a decoder "
+            "process. A replica whose key file cannot be read is not counted under key files: it "
+            "applies no key changes.",
             "none",
-            (Query(HERE.over("sum", "tapt_worker_up"), "ready"),),
+            (
+                Query(HERE.over("sum", "tapt_ready"), "replicas"),
+                Query(HERE.over("sum", "tapt_worker_up"), "workers"),
+                Query(HERE.over("sum", "tapt_decoders_up"), "decoders"),
+                Query(HERE.over("sum", "tapt_key_file_ok"), "key files"),
+            ),
             "number",
             4,
         ),
@@ -60,15 +67,16 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Errors",
-            "Share of failed classifications: 5xx, and 429 for lack of capacity. Requests refused "
-            "by a key's own limits are not counted.",
+            "Share of failed classifications: 5xx, and 429 for lack of capacity. Other refusals "
+            "(4xx, also 429 by a key's own limits) count neither as failures nor as successes.",
             "percentunit",
             (Query(failed_share(HERE), "failed"),),
             width=6,
         ),
         Panel(
             "Time to answer",
-            "From the first byte to the last, refusals included. The objective is for the p99.",
+            "Successful classifications, from the complete request to the answer. The objective is "
+            "for the p99.",
             "s",
             (
                 *quantiles("tapt_request_seconds"),
@@ -95,7 +103,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Time to answer by method",
-            "Quantiles, with queue and decoding. Requests refused early have no method.",
+            "Quantiles of successful classifications, with decoding and queue, without the upload.",
             "s",
             quantiles("tapt_request_seconds", "method"),
             width=24,
@@ -135,7 +143,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             width=6,
         ),
     ),
-    "Evidence": (
+    "Defense": (
         Panel(
             "Entropy",
             "Mean entropy of the prediction in nats. Adapting should lower it. It depends on the "
@@ -157,8 +165,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Suspected attacks",
-            "Share of answers whose suspicion exceeds the bundle's threshold. The bundle names its "
-            "false positive rate.",
+            "Share of answers whose suspicion exceeds the bundle's threshold. Answers without a "
+            "threshold count as not suspected. The bundle names its false positive rate.",
             "percentunit",
             (
                 Query(
@@ -180,7 +188,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             width=6,
         ),
     ),
-    "Refusals and cuts": (
+    "Rejections and truncations": (
         Panel(
             "Rejected",
             "Requests refused before processing, by reason.",

@@ -28,11 +28,10 @@ class Scope:
         """A counter's increase over the window, summed."""
         return f"sum{self._by(by)} (increase({self.pick(metric, where)}[{self.window}]))"
 
-    def share(self, part: str, whole: str, where: str = "", of: str = "") -> str:
-        """The part of one counter in another, each narrowed by its own matcher; 0 while the
-        part was never counted."""
-        whole = self.rate(whole, where=of)
-        return f"({self.rate(part, where=where)} or 0 * {whole}) / {whole}"
+    def share(self, part: str, whole: str) -> str:
+        """The part of one counter in another; 0 while the part was never counted."""
+        all = self.rate(whole)
+        return f"({self.rate(part)} or 0 * {all}) / {all}"
 
     def quantile(self, q: float, histogram: str, *by: str) -> str:
         return f"histogram_quantile({q:g}, {self.rate(f'{histogram}_bucket', 'le', *by)})"

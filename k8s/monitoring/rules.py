@@ -1,7 +1,11 @@
 """Recording rules and alerts, for Prometheus' own files and for its operator.
 
 The objectives: 99.5% of the classifications succeed (end neither with 5xx nor with a 429 for lack
-of capacity), and 99% take at most the service's own `latency_objective_ms`.
+of capacity), and 99% take at most the service's own `latency_objective_ms`. Requests refused for
+the client's own fault (4xx) are left out: they are neither success nor failure, and anyone can send
+them without a key.
+
+The factors of the burn rates are those of the SRE workbook's chapter on alerting on SLOs.
 """
 
 from typing import Any
@@ -15,8 +19,10 @@ RUNBOOK = "docs/runbook.md"
 
 CLASSIFICATIONS = 'route=~"/v1/classify|/"'
 FAILED = f'{CLASSIFICATIONS},code=~"5.."'
+PROCESSED = f'{CLASSIFICATIONS},code=~"2..|5.."'
 FULL = 'reason=~"queue_full|uploads|fetches|decoders"'  # the 429s for lack of capacity
-REFUSED = 'reason=~"queue_full|uploads|fetches|decoders|not_ready|draining"'  # no key's own limits
+# No key's own limits. The last three are 503s.
+REFUSED = 'reason=~"queue_full|uploads|fetches|decoders|not_ready|draining|no_decoder"'
 
 PODS = ("namespace", "pod")
 
@@ -27,31 +33,43 @@ def within(window: str) -> Scope:
 
 
 def failed_share(scope: Scope) -> str:
-    """The share of failed classifications. Those refused by a key's own limits are left out, so
-    that a flooding key neither spends the budget nor hides failures of other keys."""
+    """The share of failed classifications."""
+    failed = _count(scope, "tapt_requests_total", FAILED)
+    return f"({failed} + {_full(scope)}) / {_valid(scope)}"
+
+
+def refused_share(scope: Scope) -> str:
+    """The share of classifications that were refused because of the state of the service."""
+    return f"{_count(scope, 'tapt_rejected_total', REFUSED)} / {_valid(scope)}"
+
+
+def _valid(scope: Scope) -> str:
+    """The valid events of the objective: classifications that ended with 2xx or 5xx, or that were
+    refused for lack of capacity. Those of a key that exceeds its own limits are left out: it can
+    neither spend the error budget nor hide the failures of other keys."""
+    return f"({_count(scope, 'tapt_requests_total', PROCESSED)} + {_full(scope)})"
+
+
+def _full(scope: Scope) -> str:
+    return _count(scope, "tapt_rejected_total", FULL)
+
+
+def _count(scope: Scope, metric: str, where: str) -> str:
+    """A rate; 0 where the series does not exist yet but classifications do."""
     none = f"0 * {scope.rate('tapt_requests_total', where=CLASSIFICATIONS)}"
-
-    def count(metric: str, where: str) -> str:
-        return f"({scope.rate(metric, where=where)} or {none})"
-
-    failed = count("tapt_requests_total", FAILED)
-    full = count("tapt_rejected_total", FULL)
-    rest = count("tapt_requests_total", f'{CLASSIFICATIONS},code!="429"')
-    return f"({failed} + {full}) / ({rest} + {full})"
+    return f"({scope.rate(metric, where=where)} or {none})"
 
 
 def recordings() -> dict[str, str]:
     """Recorded series and their expressions."""
-    rules = {}
-    for window in ("5m", "1h", "6h"):
-        here = within(window)
-        rules[f"tapt:requests:failed_share{window}"] = failed_share(here)
-        rules[f"tapt:requests:slow_share{window}"] = here.share(
-            "tapt_slow_requests_total", "tapt_request_seconds_count"
-        )
-    rules["tapt:requests:refused_share5m"] = within("5m").share(
-        "tapt_rejected_total", "tapt_requests_total", REFUSED, CLASSIFICATIONS
+    rules = {
+        f"tapt:requests:failed_share{window}": failed_share(within(window))
+        for window in ("5m", "30m", "1h", "6h")
+    }
+    rules["tapt:requests:slow_share5m"] = within("5m").share(
+        "tapt_slow_requests_total", "tapt_request_seconds_count"
     )
+    rules["tapt:requests:refused_share5m"] = refused_share(within("5m"))
     for window in ("15m", "1d"):
         rules[f"tapt:answers:suspected_share{window}"] = within(window).share(
             "tapt_suspected_adversarial_total", "tapt_view_agreement_count"
@@ -83,24 +101,51 @@ def alert(
     }
 
 
-def alerts() -> list[dict[str, Any]]:
-    budget = 1 - AVAILABILITY
+def budget_burns(short: str, long: str, factor: float) -> str:
+    """Whether the error budget is spent `factor` times as fast as it may be, over a long window and
+    still over a short one."""
+    limit = f"{factor * (1 - AVAILABILITY):g}"
+    return (
+        f"tapt:requests:failed_share{short} > {limit}"
+        f" and tapt:requests:failed_share{long} > {limit}"
+    )
+
+
+def alerts(namespace: str) -> list[dict[str, Any]]:
+    """The alerts. `namespace` is that of the deployment whose series must never be absent."""
     return [
         alert(
-            "TaptNoReadyWorker",
-            f"{within('').over('sum', 'tapt_worker_up')} == 0 or absent(tapt_worker_up)",
+            "TaptNoReadyReplica",
+            f"{within('').over('sum', 'tapt_ready')} == 0"
+            f' or absent(tapt_ready{{namespace="{namespace}"}})',
             "1m",
             "critical",
-            "No worker is ready. Every classification is refused.",
-            "All workers are loading, recovering or stopped for good, or no replica is scraped.",
+            "No replica is ready. Every classification is refused.",
+            "All replicas lack a worker or a decoder, or are stopping, or none is scraped.",
+        ),
+        alert(
+            "TaptUnreadyReplica",
+            "tapt_ready == 0",
+            "10m",
+            "warning",
+            "A replica has not been ready for 10 minutes.",
+            "{{ $labels.instance }} has no worker or no decoder.",
         ),
         alert(
             "TaptErrorBudgetBurns",
-            f"tapt:requests:failed_share5m > {14.4 * budget:g}"
-            f" and tapt:requests:failed_share1h > {14.4 * budget:g}",
+            budget_burns("5m", "1h", 14.4),
             "2m",
             "critical",
             "Classifications fail fast enough to spend a month's error budget in two days.",
+            "{{ $value | humanizePercentage }} of the classifications end with 5xx, or with 429 "
+            "for lack of capacity.",
+        ),
+        alert(
+            "TaptErrorBudgetBurnsSlowly",
+            budget_burns("30m", "6h", 6),
+            "15m",
+            "critical",
+            "Classifications fail fast enough to spend a month's error budget in five days.",
             "{{ $value | humanizePercentage }} of the classifications end with 5xx, or with 429 "
             "for lack of capacity.",
         ),
@@ -118,8 +163,16 @@ def alerts() -> list[dict[str, Any]]:
             "5m",
             "warning",
             "More than 5% of the classifications are refused.",
-            "{{ $value | humanizePercentage }} are refused: the queue is full, or no worker is "
-            "ready.",
+            "{{ $value | humanizePercentage }} are refused: the queue is full, or no worker or "
+            "decoder is ready.",
+        ),
+        alert(
+            "TaptKeyFileStale",
+            f"{within('').over('min', 'tapt_key_file_ok')} == 0",
+            "5m",
+            "warning",
+            "The key file cannot be read.",
+            "Key changes are not applied, and a restart will fail.",
         ),
         alert(
             "TaptWorkerRestarts",
@@ -152,7 +205,10 @@ def alerts() -> list[dict[str, Any]]:
     ]
 
 
-def groups() -> list[dict[str, Any]]:
+def groups(namespace: str) -> list[dict[str, Any]]:
     """The rule groups, as in Prometheus' files and in a PrometheusRule."""
     recorded = [{"record": name, "expr": expr} for name, expr in recordings().items()]
-    return [{"name": "tapt-recordings", "rules": recorded}, {"name": "tapt", "rules": alerts()}]
+    return [
+        {"name": "tapt-recordings", "rules": recorded},
+        {"name": "tapt", "rules": alerts(namespace)},
+    ]

@@ -76,8 +76,10 @@ class AccessLog:
         route = _route(scope)
         self._metrics.requests.labels(route, str(status)).inc()
         if route in CLASSIFICATIONS:
-            self._metrics.observe_request(notes.get("defense", ""), seconds)
-            if notes.get("error") in REFUSALS:
+            if status == 200:  # refusals are quick, and a client's slow upload is not ours
+                answering = seconds - notes["upload_ms"] / 1000
+                self._metrics.observe_request(notes["defense"], answering)
+            elif notes.get("error") in REFUSALS:
                 self._metrics.rejected.labels(notes["error"]).inc()
         level = logging.DEBUG if is_probe(scope) else logging.INFO
         if trace_id := find_trace_id(scope):

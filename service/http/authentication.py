@@ -54,14 +54,15 @@ class Keys:
     """The accepted keys, from the environment and the file.
 
     If the file disappears or is malformed later, the last keys stay valid, so that a mistake in a
-    rotation locks nobody out; a metric and the log tell. An empty file admits nobody. Raises
-    KeysError if the keys cannot be read at the start.
+    rotation locks nobody out. Then `tapt_key_file_ok` is 0 and the log says why. An empty file
+    admits nobody. Raises KeysError if the keys cannot be read at the start.
     """
 
     def __init__(
         self, settings: Settings, metrics: Metrics, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._metrics = metrics
+        metrics.key_file_ok.set(1)  # also without a file
         self._clock = clock
         self._given = _parse(settings.api_keys, "api_keys", plain=True)
         self._file = Path(settings.api_keys_file) if settings.api_keys_file else None
@@ -84,7 +85,7 @@ class Keys:
         """
         if not self.needed:
             return ANYONE
-        self._refresh()
+        self.refresh()
         kind, _, given = header.partition(" ")
         digest = sha256(given.strip().encode("latin-1")).digest()
         scopes: frozenset[str] | None = None
@@ -96,7 +97,8 @@ class Keys:
             return None
         return Caller(digest.hex()[:8], scopes)
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Read the file again if it has changed; at most once a second."""
         now = self._clock()
         if self._file is None or now < self._checked + RELOAD:
             return
@@ -104,7 +106,10 @@ class Keys:
         try:
             self._read(self._file)
         except (OSError, KeysError) as error:
+            self._metrics.key_file_ok.set(0)
             self._metrics.key_file_errors.inc()
+            if isinstance(error, OSError):
+                self._seen = ()  # read it once it is back, even if it is the same file
             log.error("the keys were not reloaded: %s", error)
 
     def _read(self, file: Path) -> None:
@@ -116,6 +121,7 @@ class Keys:
         self._seen = seen  # of a malformed file too, so that it is reported once
         lines = (line.partition("#")[0] for line in file.read_text("utf-8", "replace").splitlines())
         self._listed = _parse((line for line in lines if line.strip()), file.name, plain=False)
+        self._metrics.key_file_ok.set(1)
         log.info("%s lists %d keys", file.name, len(self._listed))
 
 

@@ -110,6 +110,9 @@ class Decoders:
         work = asyncio.create_task(self._decode(image))
         try:
             return await asyncio.shield(work)
+        except NotReady:
+            self._metrics.rejected.labels("no_decoder").inc()
+            raise
         except asyncio.CancelledError:
             loop.call_later(GRACE, work.cancel)
             raise

@@ -91,6 +91,7 @@ class Intake:
         state = request.state
         with self._limits.admit(state.caller.id):
             body = await self._receive(request)
+            state.log["upload_ms"] = round(1000 * (time.monotonic() - started), 1)
             async with _cancel_on_disconnect(request):
                 content_type = request.headers.get("content-type", "")
                 permit = self._engine.reserve(len(body), state.caller.id)

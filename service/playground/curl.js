@@ -28,7 +28,7 @@ function command(asked, file, info) {
   const form = asked.candidate_labels.map((label) => `--form-string ${quote(`labels=${label}`)}`);
   if (asked.hypothesis_template) form.push(`--form-string ${quote(`hypothesis_template=${asked.hypothesis_template}`)}`);
   if (asked.defense) form.push(`--form-string ${quote(`defense=${JSON.stringify(asked.defense)}`)}`);
-  const key = info?.policies.keys ? [`-H "Authorization: Bearer $CLASSIFY_KEY"`] : [];
+  const key = info?.policies.keys ? [`-H "Authorization: Bearer $TAPT_KEY"`] : [];
   const address = new URL("v1/classify", document.baseURI);
   return [`curl -s ${address}`, ...key, `-F ${image}`, ...form].join(" \\\n    ");
 }

@@ -86,6 +86,8 @@ def trace_answer(task: Task, answer: Answer, enqueued: float, queue_seconds: flo
         entropy_after=answer.entropy_after,
         truncated=answer.truncated or "no",
     )
+    # Without a threshold in the bundle nothing is said about the answer.
+    judged = {} if answer.suspected is None else {"suspected": answer.suspected}
     span(
         "predict",
         predicting,
@@ -93,5 +95,5 @@ def trace_answer(task: Task, answer: Answer, enqueued: float, queue_seconds: flo
         readout=task.readout,
         agreement=answer.agreement,
         suspicion=answer.suspicion,
-        suspected=bool(answer.suspected),
+        **judged,
     )

@@ -74,7 +74,9 @@ def test_its_limits_are_those_of_the_service() -> None:
 
 
 @needs_nginx
-def test_what_passes_and_what_is_refused(start: START, gate: Callable[..., Gateway]) -> None:
+def test_what_passes_and_what_is_refused(
+    start: START, gate: Callable[..., Gateway], tmp_path: Path
+) -> None:
     listed = "sha256:" + sha256(b"s3cret").hexdigest()
     replica = start("a", 0.0, api_keys=listed)
     gateway = gate(replica)
@@ -84,6 +86,9 @@ def test_what_passes_and_what_is_refused(start: START, gate: Callable[..., Gatew
     answer = http.post("/v1/classify", json=BODY, headers=key | {"X-Request-Id": "mine"})
     assert (answer.status_code, answer.json()["id"]) == (200, "mine")
     assert answer.headers["X-Request-Id"] == "mine"
+    log = tmp_path / "access.log"
+    until(lambda: '"request_id":"mine"' in log.read_text())
+    assert '"client":"127.0.0.1"' in log.read_text()  # as the runbook's command counts
     answer = http.post("/v1/classify", json=BODY, headers=key | {"X-Request-Id": 'no"quote'})
     assert re.fullmatch("[0-9a-f]{32}", answer.json()["id"])
 

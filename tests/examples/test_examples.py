@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from service.messages import Answer, Task
+from service.settings import CLIENT_KEY
 from tests.conftest import Server
 from tests.fake_worker import FakeWorker, answer
 
@@ -23,13 +24,13 @@ every = pytest.mark.parametrize("kind", COMMANDS)
 
 
 def run(
-    kind: str, server: Server, *arguments: str, key: str = "", variable: str = "TAPT_KEY"
+    kind: str, server: Server, *arguments: str, key: str = ""
 ) -> subprocess.CompletedProcess[str]:
     command = COMMANDS[kind]
     for needed in (command, *(["curl"] if kind == "sh" else [])):
         if shutil.which(needed) is None:
             pytest.skip(f"{needed} is not installed, so examples/classify.{kind} was not run")
-    environment = {**os.environ, "CLASSIFY_URL": server.url} | ({variable: key} if key else {})
+    environment = {**os.environ, "CLASSIFY_URL": server.url} | ({CLIENT_KEY: key} if key else {})
     return subprocess.run(
         [command, str(EXAMPLES / f"classify.{kind}"), *arguments],
         capture_output=True,
@@ -68,10 +69,9 @@ def test_an_example_answers(kind: str, start: START, image: str) -> None:
 
 
 @every
-@pytest.mark.parametrize("variable", ["TAPT_KEY", "CLASSIFY_KEY"])
-def test_an_example_sends_its_key(kind: str, start: START, image: str, variable: str) -> None:
+def test_an_example_sends_its_key(kind: str, start: START, image: str) -> None:
     server = start(api_keys="sesame")
-    sent = run(kind, server, image, "cat", "dog", key="sesame", variable=variable)
+    sent = run(kind, server, image, "cat", "dog", key="sesame")
     assert sent.returncode == 0
     refused = run(kind, server, image, "cat", "dog")
     assert refused.returncode != 0

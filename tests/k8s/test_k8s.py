@@ -18,7 +18,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from models.formats import FORMATS
 from models.shipped import DEFAULT_MODEL, SHIPPED
+from service.engine.engine import GRACE
 from service.server import SHUTDOWN_TIMEOUT
 from service.settings import Settings, unknown_variables
 from service.worker.process import EXIT_TIMEOUT
@@ -374,7 +376,7 @@ def test_the_route_waits_for_the_service_and_retries_only_what_helps(
 ) -> None:
     rules = pick(resources, "HTTPRoute")["spec"]["rules"]
     routed = {match["path"]["value"] for rule in rules for match in rule["matches"]}
-    for private in ("/metrics", "/livez", "/readyz", "/startupz", "/health"):
+    for private in ("/metrics", "/livez", "/startupz", "/health"):
         assert not any(private.startswith(path) and path != "/" for path in routed)
     assert all(
         match["path"]["type"] == "Exact" or match["path"]["value"] != "/"
@@ -395,13 +397,62 @@ def test_the_route_waits_for_the_service_and_retries_only_what_helps(
         loaded = re.findall(r'(?:src|href)="([\w.-]+/[^"]+)"', server.http.get(page).text)
         assert loaded
         assert all(f"/{one}".startswith(folders) for one in loaded), loaded
+    # And what the playground polls.
+    polled = set(re.findall(r'fetch\("([a-z/]+)"', server.http.get("/playground/health.js").text))
+    assert polled
+    assert {f"/{path}" for path in polled} <= routed
     classify = next(rule for rule in rules if rule["matches"][0]["path"]["value"] == "/v1/classify")
     assert {match["path"]["value"] for match in classify["matches"]} == {"/v1/classify", "/"}
     assert classify["retry"]["codes"] == [503]
     wait = {name: seconds(value) for name, value in classify["timeouts"].items()}
     own = (settings.upload_timeout_ms + settings.request_timeout_ms) / 1000
-    assert wait["backendRequest"] > own
+    assert wait["backendRequest"] > own + GRACE
     assert wait["request"] >= 2 * wait["backendRequest"]
+
+
+def test_a_full_queue_on_cpus_keeps_the_latency_objective(
+    rendered: dict[str, list[Resource]],
+) -> None:
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in variables(rendered["cpu-hpa"]).items():
+            environment.setenv(name, value)
+        settings = Settings()
+    measured = re.search(
+        r"One replica answers at most ([\d.]+) requests/s",
+        (K8S.parent / "docs/capacity.md").read_text(),
+    )
+    assert measured
+    # One batch may wait behind the running one, whatever the size of the queue.
+    admitted = max(settings.max_queue_size, 2 * settings.max_batch_size)
+    assert admitted / float(measured[1]) < settings.latency_objective_ms / 1000
+
+
+def test_the_patch_for_kube_prometheus_stack_labels_what_its_prometheus_selects(
+    tmp_path: Path,
+) -> None:
+    tree = tmp_path / "k8s"
+    shutil.copytree(K8S, tree)
+    file = tree / "components/monitoring/kustomization.yaml"
+    head, mark, tail = file.read_text().partition("# patches:\n")
+    commented, _, rest = tail.partition("configMapGenerator:")
+    file.write_text(
+        head
+        + "patches:\n"
+        + re.sub(r"^#", "", commented, flags=re.M)
+        + "configMapGenerator:"
+        + rest
+    )
+    assert mark
+    done = subprocess.run(
+        [kubectl(), "kustomize", str(tree / "overlays/cpu")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    labeled = {
+        each["kind"]
+        for each in yaml.safe_load_all(done.stdout)
+        if each["metadata"].get("labels", {}).get("release") == "kube-prometheus-stack"
+    }
+    assert labeled == {"PodMonitor", "PrometheusRule"}
 
 
 def test_nothing_goes_in_or_out_unless_named(rendered: dict[str, list[Resource]]) -> None:
@@ -428,10 +479,11 @@ def test_what_every_cluster_names_otherwise_is_marked() -> None:
     """deploy.md tells its reader to look for `yours`."""
     foreign = re.compile(
         r"example\.com|monitoring\.svc|metadata\.name: (gateway|monitoring)|namespace: gateway"
+        r"|query: .*namespace=|release: "
     )
     lines = [line for file in K8S.rglob("*.yaml") for line in file.read_text().splitlines()]
     found = [line for line in lines if foreign.search(line)]
-    assert len(found) >= 7
+    assert len(found) >= 10
     assert all("# yours" in line for line in found), found
 
 
@@ -477,7 +529,8 @@ def test_the_init_step_fetches_what_it_is_told(
     done = run_step(container, f"{tmp_path}:{os.environ['PATH']}", "some/clip")
     arguments = done.stdout.splitlines()
     assert arguments[:4] == ["download", "some/clip", "--revision", "abc"]
-    assert "model*.safetensors" in arguments, "the shell spread the pattern"
+    for known_format in FORMATS:
+        assert known_format.WEIGHTS in arguments, "not fetched, or the shell spread the pattern"
     # The real command knows every flag.
     from huggingface_hub.cli.download import download
 

@@ -16,7 +16,7 @@ import yaml
 from benchmarks.harness.prometheus import PROMETHEUS, RULES, Prometheus, scrape
 from benchmarks.harness.server import Server
 from k8s.monitoring import rules
-from k8s.monitoring.__main__ import ROOT, files
+from k8s.monitoring.__main__ import COMPOSE, NAMESPACE, ROOT, files
 from k8s.monitoring.panels import ROWS, fill
 from service.settings import Settings
 from tests.exposed_series import exposed
@@ -29,6 +29,7 @@ QUERIES = {
     for panel in panels
     for query in panel.queries
 }
+ALERTS = {alert["alert"]: alert for alert in rules.alerts(COMPOSE)}
 SERIES = re.compile(r"\btapt[_:][a-zA-Z0-9_:]+")
 
 
@@ -42,7 +43,7 @@ def test_generated_files_are_current(path: Path) -> None:
 
 def test_every_series_named_anywhere_exists() -> None:
     known = exposed()
-    alerts = {alert["alert"]: alert["expr"] for alert in rules.alerts()}
+    alerts = {name: alert["expr"] for name, alert in ALERTS.items()}
     for name, expr in {**QUERIES, **rules.recordings(), **alerts}.items():
         assert set(SERIES.findall(expr)), name
         assert set(SERIES.findall(expr)) <= known, name
@@ -59,6 +60,7 @@ def test_the_dashboard_shows_what_was_promised() -> None:
         *("adaptation_seconds", "queue_depth", "batch_size", "requests_total", "entropy_before"),
         *("entropy_after", "view_agreement", "suspected_adversarial_total", "label_changed_total"),
         *("worker_restarts_total", "device_memory_bytes", "text_cache_hits_total", "worker_up"),
+        *("ready", "decoders_up", "key_file_ok"),
     ):
         assert f"tapt_{metric}" in shown
     assert {panel["type"] for panel in panels} == {"stat", "timeseries", "heatmap"}
@@ -77,11 +79,35 @@ def test_the_dashboard_shows_what_was_promised() -> None:
 def test_alerts_lead_into_the_runbook() -> None:
     text = (ROOT / "docs/runbook.md").read_text()
     anchors = {heading.lower() for heading in re.findall(r"^## (\S+)$", text, re.M)}
-    links = {alert["annotations"]["runbook_url"] for alert in rules.alerts()}
+    links = {alert["annotations"]["runbook_url"] for alert in ALERTS.values()}
     assert links == {f"docs/runbook.md#{anchor}" for anchor in anchors}
     assert set(re.findall(r"\(#(\w+)\)", text)) <= anchors
-    knobs = {name.lower().removeprefix("tapt_") for name in re.findall(r"TAPT_[A-Z_]+", text)}
-    assert knobs <= set(Settings.model_fields)
+    settings = {name.lower().removeprefix("tapt_") for name in re.findall(r"TAPT_[A-Z_]+", text)}
+    assert settings <= set(Settings.model_fields)
+
+
+def test_every_recorded_series_is_used() -> None:
+    adapter = (ROOT / "k8s/components/hpa/adapter-values.yaml").read_text()
+    used = " ".join([*(alert["expr"] for alert in ALERTS.values()), *QUERIES.values(), adapter])
+    assert set(rules.recordings()) <= set(SERIES.findall(used))
+
+
+def test_what_may_not_be_absent_is_in_the_namespace_of_the_deployment() -> None:
+    """Or staging, scraped by the same Prometheus, would hide that production is not."""
+    overlay = yaml.safe_load((ROOT / "k8s/overlays/cpu/kustomization.yaml").read_text())
+    assert overlay["namespace"] == NAMESPACE
+    (job,) = yaml.safe_load((ROOT / "docker/prometheus/prometheus.yml").read_text())[
+        "scrape_configs"
+    ]
+    assert job["static_configs"][0]["labels"]["namespace"] == COMPOSE
+    for path, namespace in (
+        ("k8s/components/monitoring/prometheus-rule.yaml", NAMESPACE),
+        ("docker/prometheus/rules.yml", COMPOSE),
+    ):
+        named = re.findall(r'absent\(tapt_ready\{namespace="(.*?)"\}\)', files()[ROOT / path])
+        assert named == [namespace]
+    elsewhere = files("staging")[ROOT / "k8s/components/monitoring/prometheus-rule.yaml"]
+    assert 'absent(tapt_ready{namespace="staging"})' in elsewhere
 
 
 # With promtool.
@@ -129,10 +155,22 @@ def refused(
     ]
 
 
-def workers(first: str, second: str) -> list[dict[str, str]]:
+def without_key(values: str) -> list[dict[str, str]]:
+    """Requests that anyone can send."""
+    return [series('tapt_requests_total{namespace="a",route="/v1/classify",code="401"}', values)]
+
+
+def replicas(first: str, second: str) -> list[dict[str, str]]:
     return [
-        series('tapt_worker_up{namespace="a",pod="1",worker="0"}', first),
-        series('tapt_worker_up{namespace="a",pod="2",worker="0"}', second),
+        series('tapt_ready{namespace="a",pod="1"}', first),
+        series('tapt_ready{namespace="a",pod="2"}', second),
+    ]
+
+
+def key_file(values: str) -> list[dict[str, str]]:
+    return [
+        series('tapt_key_file_ok{namespace="a",pod="1"}', values),
+        series('tapt_key_file_ok{namespace="a",pod="2"}', "1x20"),
     ]
 
 
@@ -142,11 +180,37 @@ def restarts(values: str) -> list[dict[str, str]]:
 
 # Alert, what happens (a value a minute), when to look, and whether it fires by then.
 CASES: dict[str, tuple[str, list[dict[str, str]], str, bool]] = {
-    "all workers down": ("TaptNoReadyWorker", workers("1 0x20", "1 0x20"), "10m", True),
-    "one of two down": ("TaptNoReadyWorker", workers("1 0x20", "1x20"), "10m", False),
-    "nothing scraped": ("TaptNoReadyWorker", restarts("0x20"), "10m", True),
+    "no replica ready": ("TaptNoReadyReplica", replicas("1 0x20", "1 0x20"), "10m", True),
+    "one of two ready": ("TaptNoReadyReplica", replicas("1 0x20", "1x20"), "10m", False),
+    "only another namespace scraped": ("TaptNoReadyReplica", replicas("1x20", "1x20"), "10m", True),
+    "one stays unready": ("TaptUnreadyReplica", replicas("1 0x20", "1x20"), "15m", True),
+    "one was loading": ("TaptUnreadyReplica", replicas("0x6 1x20", "1x20"), "15m", False),
     "a tenth fails": ("TaptErrorBudgetBurns", requests("0+90x90", "0+10x90"), "80m", True),
     "one in twenty fails": ("TaptErrorBudgetBurns", requests("0+95x90", "0+5x90"), "80m", False),
+    "a tenth fails in a flood without keys": (
+        "TaptErrorBudgetBurns",
+        [*requests("0+90x90", "0+10x90"), *without_key("0+1000x90")],
+        "80m",
+        True,
+    ),
+    "nothing but a flood without keys": (
+        "TaptErrorBudgetBurns",
+        [*requests("0x90", "0x90"), *without_key("0+1000x90")],
+        "80m",
+        False,
+    ),
+    "a twentieth fails for hours": (
+        "TaptErrorBudgetBurnsSlowly",
+        requests("0+95x90", "0+5x90"),
+        "80m",
+        True,
+    ),
+    "a fiftieth fails for hours": (
+        "TaptErrorBudgetBurnsSlowly",
+        requests("0+98x90", "0+2x90"),
+        "80m",
+        False,
+    ),
     "a tenth failed a while ago": (
         "TaptErrorBudgetBurns",
         requests("0+90x90", "0+10x60 600x30"),
@@ -170,7 +234,24 @@ CASES: dict[str, tuple[str, list[dict[str, str]], str, bool]] = {
     "slow": ("TaptSlow", times("0+5x60", "0+100x60"), "40m", True),
     "fast": ("TaptSlow", times("0+1x60", "0+100x60"), "40m", False),
     "the queue is full": ("TaptRejecting", refused("queue_full", "0+10x60"), "30m", True),
+    "the queue is full in a flood without keys": (
+        "TaptRejecting",
+        [*refused("queue_full", "0+10x60"), *without_key("0+1000x60")],
+        "30m",
+        True,
+    ),
+    "no decoder starts": (
+        "TaptRejecting",
+        [
+            *requests("0+90x60", "0+10x60"),
+            series('tapt_rejected_total{namespace="a",reason="no_decoder"}', "0+10x60"),
+        ],
+        "30m",
+        True,
+    ),
     "clients get it wrong": ("TaptRejecting", refused("unprocessable", "0+50x60"), "30m", False),
+    "a malformed key file": ("TaptKeyFileStale", key_file("1 0x20"), "10m", True),
+    "a corrected key file": ("TaptKeyFileStale", key_file("1 0x3 1x20"), "10m", False),
     "four restarts": ("TaptWorkerRestarts", restarts("0 1 2 3 4x20"), "12m", True),
     "one restart": ("TaptWorkerRestarts", restarts("0 1x30"), "12m", False),
     "a surge": (
@@ -201,6 +282,9 @@ CASES: dict[str, tuple[str, list[dict[str, str]], str, bool]] = {
 }
 
 
+ABSENT = "only another namespace scraped"
+
+
 def write_cases(names: list[str]) -> dict[str, Any]:
     """Cases as one test of promtool's, a namespace each, so that they pass its slow set-up once.
 
@@ -213,9 +297,8 @@ def write_cases(names: list[str]) -> dict[str, Any]:
         given += [
             {**each, "series": each["series"].replace('namespace="a"', own)} for each in inputs
         ]
-        # What is absent has no namespace.
-        which = "" if name == "nothing scraped" else f",{own}"
-        expr = f'count(ALERTS{{alertname="{alert}",alertstate="firing"{which}}}) or vector(0)'
+        where = f'namespace="{COMPOSE}"' if name == ABSENT else own
+        expr = f'count(ALERTS{{alertname="{alert}",alertstate="firing",{where}}}) or vector(0)'
         expected = [{"labels": "{}", "value": int(fires)}]
         asked.append({"expr": expr, "eval_time": when, "exp_samples": expected})
     return {"interval": "1m", "input_series": given, "promql_expr_test": asked}
@@ -224,11 +307,8 @@ def write_cases(names: list[str]) -> dict[str, Any]:
 def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
     if not PROMTOOL:
         pytest.skip("promtool (Debian's prometheus) is not installed, so no alert was tried")
-    assert {alert for alert, _, _, fires in CASES.values() if fires} == {
-        alert["alert"] for alert in rules.alerts()
-    }
-    alone = ["nothing scraped"]
-    tests = [write_cases([name for name in CASES if name not in alone]), write_cases(alone)]
+    assert {alert for alert, _, _, fires in CASES.values() if fires} == ALERTS.keys()
+    tests = [write_cases(list(CASES))]
     file = tmp_path / "cases.yml"
     file.write_text(
         yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests})
@@ -267,7 +347,7 @@ def finite(prometheus: Prometheus, expr: str, since: float) -> bool:
 @pytest.mark.timeout(400)  # for a machine that has other things to do
 @pytest.mark.skipif(not PROMETHEUS, reason="prometheus is not installed, so no query was tried")
 def test_every_query_finds_data_while_the_service_is_used() -> None:
-    alerts = " ".join(alert["expr"] for alert in rules.alerts())
+    alerts = " ".join(alert["expr"] for alert in ALERTS.values())
     wanted = {**QUERIES, **{name: name for name in rules.recordings()}}
     wanted |= {name: name for name in SERIES.findall(alerts)}
     with Server("--max-queue-size", "2") as server, scrape(server.url) as prometheus:
@@ -277,7 +357,7 @@ def test_every_query_finds_data_while_the_service_is_used() -> None:
             bother(server)
         told = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
         assert {rule["health"] for rule in told} == {"ok"}
-        assert len(told) == len(rules.recordings()) + len(rules.alerts())
+        assert len(told) == len(rules.recordings()) + len(ALERTS)
         # What the autoscalers ask, with their adapter's blanks filled in.
         values = yaml.safe_load((ROOT / "k8s/components/hpa/adapter-values.yaml").read_text())
         for rule in values["rules"]["custom"]:

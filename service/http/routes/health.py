@@ -24,14 +24,19 @@ async def livez(request: Request) -> Status:
 @router.get("/readyz", summary="Whether requests are served now")
 @router.get("/health", summary="The same as /readyz")
 async def readyz(request: Request) -> Status:
-    ready = _engine(request).ready and request.app.state.intake.decoders.ready
-    return _status(ready, "The server is loading, recovering or shutting down.")
+    return _status(is_ready(request), "The server is loading, recovering or shutting down.")
 
 
 @router.head("/startupz", include_in_schema=False)
 @router.get("/startupz", summary="Whether the model has been loaded")
 async def startupz(request: Request) -> Status:
     return _status(_engine(request).model is not None, "The model is loading.")
+
+
+def is_ready(request: Request) -> bool:
+    """Whether the server can classify: a worker has loaded the model, a decoder process is ready,
+    and no shutdown has begun."""
+    return _engine(request).ready and bool(request.app.state.intake.decoders.ready)
 
 
 def _engine(request: Request) -> Engine:

@@ -10,6 +10,7 @@ from prometheus_client.exposition import choose_encoder
 from models.images.decode import FORMATS, MAX_ASPECT, MAX_LONG_SIDE, MAX_SHORT_SIDE
 from service.http.authentication import ANYONE, Caller, check_key, check_metrics
 from service.http.routes.docs import describe_errors
+from service.http.routes.health import is_ready
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
@@ -78,6 +79,8 @@ async def metrics(request: Request) -> Response:
     """Metrics of the API process and its workers; those of DIAGNOSTICS only for keys with the scope
     `diagnostics`."""
     metrics: Metrics = request.app.state.metrics
+    metrics.ready.set(is_ready(request))
+    request.app.state.keys.refresh()  # for its metrics, also while no request checks a key
     caller = getattr(request.state, "caller", ANYONE)  # none where the operator opened the route
     registry = metrics.registry if caller.may_see_diagnostics else metrics.open_registry
     try:

@@ -39,6 +39,10 @@ class Harness:
     def errors(self) -> float | None:
         return self.metrics.registry.get_sample_value("tapt_key_file_errors_total")
 
+    @property
+    def file_ok(self) -> float | None:
+        return self.metrics.registry.get_sample_value("tapt_key_file_ok")
+
 
 def test_without_keys_everybody_is_the_same_caller() -> None:
     keys = Harness().keys
@@ -115,6 +119,7 @@ def test_a_slip_in_a_rotation_shuts_nobody_out(tmp_path: Path, content: str | No
     file = tmp_path / "keys"
     file.write_text(entry("alpha"))
     harness = Harness(api_keys_file=str(file))
+    assert harness.file_ok == 1
     if content is None:
         file.unlink()
     else:
@@ -123,10 +128,43 @@ def test_a_slip_in_a_rotation_shuts_nobody_out(tmp_path: Path, content: str | No
     assert harness.lets_in("alpha")
     assert not harness.lets_in("x")
     assert harness.errors == 1
+    for _ in range(2):  # it stays so, although a malformed file is reported once
+        assert harness.file_ok == 0
+        harness.now += RELOAD
+        harness.keys.refresh()
     file.write_text(entry("beta") + "\n")
     harness.now += RELOAD
     assert harness.lets_in("beta")
     assert not harness.lets_in("alpha")
+    assert harness.file_ok == 1
+
+
+def test_a_file_that_was_away_for_a_moment_is_read_again(tmp_path: Path) -> None:
+    file, aside = tmp_path / "keys", tmp_path / "aside"
+    file.write_text(entry("alpha"))
+    harness = Harness(api_keys_file=str(file))
+    file.rename(aside)
+    harness.now += RELOAD
+    harness.keys.refresh()
+    assert harness.file_ok == 0
+    aside.rename(file)
+    harness.now += RELOAD
+    harness.keys.refresh()
+    assert harness.file_ok == 1
+
+
+def test_without_a_file_none_is_stale() -> None:
+    assert Harness(api_keys=("alpha",)).file_ok == 1
+
+
+def test_a_scrape_notices_a_stale_file_before_any_request(start: START, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(entry("alpha"))
+    server = start(api_keys_file=str(file), open_routes="metrics")
+    assert "\ntapt_key_file_ok 1.0\n" in server.http.get("/metrics").text
+    file.write_text("no key\n")
+    server.call(lambda: setattr(server.app.state.keys, "_checked", -RELOAD))
+    assert "\ntapt_key_file_ok 0.0\n" in server.http.get("/metrics").text
 
 
 def test_an_empty_file_lets_nobody_in(tmp_path: Path) -> None:

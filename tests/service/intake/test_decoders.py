@@ -478,6 +478,7 @@ def test_without_decoders_nothing_is_ready(monkeypatch: pytest.MonkeyPatch) -> N
         await pool.until(lambda: not pool.decoders.ready)
         with pytest.raises(NotReady):
             await pool.decode(SMALL)
+        assert pool.count("rejected_total", reason="no_decoder") == 1
         monkeypatch.undo()
         await pool.until(lambda: pool.decoders.ready)
         assert (await pool.decode(SMALL)).pixels.shape == (48, 64, 3)
@@ -493,6 +494,7 @@ def test_who_waits_hears_when_no_decoder_can_be_started(monkeypatch: pytest.Monk
         async with asyncio.timeout(20):
             with pytest.raises(NotReady):
                 await pool.decode(SMALL)
+        assert pool.count("rejected_total", reason="no_decoder") == 1
         await pool.decoders.stop()
 
     asyncio.run(test())

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.conftest import Server
+from tests.fake_worker import FakeWorker, answer
 
 CLOCK_ERROR = 10**8  # ns; two clocks are read one after the other, on a busy machine
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -98,6 +100,21 @@ def test_the_adaptation_tells_its_steps_and_entropies_and_no_span_a_users_text(
     assert told["tapt.steps"] == 3
     everything = "".join(span.to_json() for span in spans().values())
     assert "secret label" not in everything
+
+
+@pytest.mark.parametrize("suspected", [True, False, None])
+def test_a_span_says_only_what_a_threshold_decided(
+    start: Callable[..., Server],
+    photo: bytes,
+    spans: Callable[[], dict[str, ReadableSpan]],
+    suspected: bool | None,
+) -> None:
+    server = start(FakeWorker(lambda task: replace(answer(task), suspected=suspected)))
+    assert classify(server, photo).status_code == 200
+    attributes = spans()["predict"].attributes
+    assert attributes is not None
+    assert attributes.get("tapt.suspected") is suspected
+    assert ("tapt.suspected" in attributes) == (suspected is not None)
 
 
 def test_probes_leave_no_span_and_a_refusal_leaves_one_with_its_status(
