@@ -75,6 +75,11 @@ class FakeWorker:
             asyncio.get_running_loop().call_soon(self.be_ready)
 
     @property
+    def busy(self) -> bool:
+        """Whether a batch is not finished."""
+        return len(self.batches) > self._finished
+
+    @property
     def running(self) -> list[Task]:
         """The first batch that is not finished."""
         return self.batches[self._finished]
@@ -111,7 +116,7 @@ class FakeWorker:
         """Settle all of the batch that runs, end it, and begin the next."""
         self.settle()
         self._finished += 1
-        waits = self._finished < len(self.batches)
+        waits = self.busy
         self.deliver(Finished(counts))
         if self.automatic and waits:
             self._begin()
