@@ -260,6 +260,8 @@ async def test_a_silent_batch_is_given_up_some_time_after_the_deadline():
             await harness.ask(timeout=1.0)
         assert now() == pytest.approx(0.001 + 1.0 + GRACE)
         assert worker.cancelled == {worker.batches[0][0].id}
+        assert harness.metric("truncated_total", reason="deadline") == 1
+        assert harness.metric("truncated_total", reason="cancelled") is None
 
 
 @virtual
