@@ -75,6 +75,11 @@ class FakeWorker:
             asyncio.get_running_loop().call_soon(self.be_ready)
 
     @property
+    def busy(self) -> bool:
+        """Whether a batch is not finished."""
+        return len(self.batches) > self._finished
+
+    @property
     def running(self) -> list[Task]:
         """The first batch that is not finished."""
         return self.batches[self._finished]
@@ -111,15 +116,15 @@ class FakeWorker:
         """Settle all of the batch that runs, end it, and begin the next."""
         self.settle()
         self._finished += 1
-        waits = self._finished < len(self.batches)
+        waits = self.busy
         self.deliver(Finished(counts))
         if self.automatic and waits:
             self._begin()
 
-    def die(self, restarting: bool = True) -> None:
+    def die(self, exhausted: bool = False) -> None:
         """Lose the batch; `be_ready` brings the next process up."""
         self._forget_batch()
-        self.deliver(Lost("killed by the test", restarting))
+        self.deliver(Lost("killed by the test", exhausted))
 
     def give_up(self, message: str) -> None:
         self.deliver(Fatal(message))

@@ -6,12 +6,11 @@ here runs on the event loop; the workers are other processes.
 """
 
 import asyncio
-import contextlib
 import itertools
 import random
 import time
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +21,7 @@ from service.engine.retry_after import RetryAfter
 from service.engine.scheduler import Item, Scheduler
 from service.engine.worker_pool import WorkerPool
 from service.errors import DeadlineExceeded, NotReady, QueueFull, ServiceError, make_error
-from service.messages import Answer, Failure, ProgressEvent, Ready, Task
+from service.messages import Answer, Failure, ProgressEvent, Ready, Task, Truncation
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.traces import trace_answer
@@ -39,9 +38,10 @@ _Event = ProgressEvent | Answer | ServiceError
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """A request that waits for its result: the last of its events."""
+    """A request that waits for its result, the last of its events, unless `truncation` ends it."""
 
     permit: Permit
+    truncation: Truncation = "cancelled"
     events: asyncio.Queue[_Event] = field(default_factory=asyncio.Queue)
     settled: bool = False
 
@@ -87,12 +87,12 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """False if no worker can be started again."""
-        return self._pool.alive
+        """False once no worker can be started."""
+        return self.fatal is None
 
     @property
     def fatal(self) -> str | None:
-        """Why the model cannot be served, in one sentence."""
+        """Why no worker can be started, in one sentence."""
         return self._pool.fatal
 
     @property
@@ -119,7 +119,7 @@ class Engine:
         if self._stopped:
             return
         self.drain()
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._drained.wait(), drain_timeout)
         self._stopped = True
         self._fail_all("The server is shutting down.")
@@ -240,14 +240,15 @@ class Engine:
             async with asyncio.timeout(task.deadline + GRACE - self._clock()):
                 return await request.events.get()
         except TimeoutError:
+            request.truncation = "deadline"
             return DeadlineExceeded("The worker did not answer before the deadline.")
 
     def _withdraw(self, id: str) -> None:
         """Forget a request that has its result or that nobody waits for."""
-        del self._requests[id]
+        request = self._requests.pop(id)
         self._scheduler.remove(id)
         if self._pool.cancel(id):
-            self._metrics.truncated.labels("cancelled").inc()
+            self._metrics.truncated.labels(request.truncation).inc()
 
     def _settle(self, id: str, result: Answer | ServiceError) -> None:
         request = self._requests.get(id)
@@ -320,8 +321,7 @@ class Engine:
         self._scheduler.put_back([*again, *waiting])
 
     def on_event(self) -> None:
-        if model := self._pool.model:
-            budget = self._settings.max_batch_tokens or model.max_batch_tokens
+        if budget := self._settings.max_batch_tokens or self._pool.max_batch_tokens:
             self._scheduler.max_batch_tokens = budget
         if not self.alive:
             self._fail_all("No worker can be started.")

@@ -6,25 +6,23 @@ prices; the measured seconds per unit of price turn them into time.
 
 import math
 
-import numpy as np
-
 from models.defenses.catalog import DEFENSES
+from service.defaults import make_typical_task
 from service.messages import Ready, Task
 from service.settings import Settings
 
-TYPICAL_LABELS = 10
 STEP_COST = 3  # a forward and a backward pass, in forward passes
 CLASS_RATIO = 8
 
 
 def price(task: Task, model: Ready, settings: Settings, *, encoded: bool = False) -> float:
-    """The task's work divided by that of a request with the server's defaults and 10 labels.
+    """The task's work divided by that of `make_typical_task`.
 
     `encoded`: a worker has the features of the labels already. An upper estimate: a request that
     stops early takes less.
     """
     work = _count_work(task, model, settings, encoded)
-    return work / _count_work(_typical(settings), model, settings, encoded=False)
+    return work / _count_work(make_typical_task(settings), model, settings, encoded=False)
 
 
 def price_class(price: float) -> int:
@@ -85,19 +83,3 @@ def _text_adapts(task: Task, model: Ready, settings: Settings) -> bool:
     spec = DEFENSES[task.method]
     only_text = spec.prompts == "words" or model.info.get("design") == "text"
     return spec.adapts_prompts and (settings.adapts != "vision" or only_text)
-
-
-def _typical(settings: Settings) -> Task:
-    spec = DEFENSES[settings.method]
-    return Task(
-        id="typical",
-        image=np.zeros((1, 1, 3), np.uint8),
-        labels=("typical label",) * TYPICAL_LABELS,
-        template=None,
-        method=settings.method,
-        steps=settings.steps if spec.adapts else 0,
-        views=1 if spec.views == "one" else settings.views,
-        readout=spec.readout or settings.readout,
-        seed=0,
-        deadline=math.inf,
-    )

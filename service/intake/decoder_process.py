@@ -59,25 +59,22 @@ class DecoderProcess:
 
     @classmethod
     async def start(cls) -> Self:
-        """A warm process. Raises OSError, EOFError or TimeoutError."""
+        """A warm process. Raises OSError, EOFError, TimeoutError, or RuntimeError if no thread can
+        be started."""
         here, there = socket.socketpair()
-        here.setblocking(False)
-        # A new program, because a fork of this threaded process could deadlock, with a bare
-        # environment, because this process may have its keys there.
         try:
-            process = subprocess.Popen(
-                (sys.executable, *PROGRAM),
-                stdin=there.fileno(),
-                stdout=subprocess.DEVNULL,
-                env=_environment(),
-                start_new_session=True,
-            )
-        except OSError:
+            here.setblocking(False)
+            with there:
+                process = _spawn(there)
+            try:
+                decoder = cls(process, here)
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+        except BaseException:
             here.close()
             raise
-        finally:
-            there.close()
-        decoder = cls(process, here)
         try:
             async with asyncio.timeout(START_TIMEOUT):
                 await decoder._receive(REPLY.size)
@@ -94,7 +91,7 @@ class DecoderProcess:
             return True
         except OSError:
             pass
-        return False  # it ended, or says what nobody asked
+        return False  # it ended, or sent something unasked
 
     async def exchange(
         self,
@@ -106,7 +103,7 @@ class DecoderProcess:
         """Have a file decoded, see `service.intake.decode.decode`.
 
         Raises ConnectionError when the process ends before it has read all of the file, EOFError
-        when it ends later, ValueError when it replies nonsense.
+        when it ends later, ValueError if its reply is invalid.
         """
         loop = asyncio.get_running_loop()
         prepared = json.dumps(asdict(preprocessing)).encode() if preprocessing else b""
@@ -126,7 +123,7 @@ class DecoderProcess:
             return await self._read_reply(preprocessing.crop if preprocessing else 0)
 
     async def _read_reply(self, crop: int) -> DecodedImage | ServiceError:
-        """The process has parsed a hostile file: its words are checked like a client's."""
+        """The process has parsed a hostile file, so its reply is checked like a client's input."""
         head = REPLY.unpack(await self._receive(REPLY.size))
         status, self.leaving, size, height, width, side = head
         if status == Status.PIXELS:
@@ -190,11 +187,23 @@ class DecoderProcess:
         self._process.kill()
 
     async def end(self) -> None:
-        """See to it that the process is gone."""
+        """Kill the process and wait until it is gone."""
         self.kill()
         await self._ended.wait()
-        async with self._in_use:  # who waits for a reply sees the end of the stream first
+        async with self._in_use:  # a caller that waits for a reply sees the end of the stream first
             self._connection.close()
+
+
+def _spawn(connection: socket.socket) -> subprocess.Popen[bytes]:
+    """A new program, because a fork of this threaded process could deadlock, with a bare
+    environment, because this process may have its keys there."""
+    return subprocess.Popen(
+        (sys.executable, *PROGRAM),
+        stdin=connection.fileno(),
+        stdout=subprocess.DEVNULL,
+        env=_environment(),
+        start_new_session=True,
+    )
 
 
 def _environment() -> dict[str, str]:

@@ -4,8 +4,8 @@ Every image is opened by one of a few decoder processes, which have limits of ti
 hardly any rights. An image that exceeds a limit, or crashes native code, ends its process and is
 refused; another process takes its place, and other requests do not notice.
 
-An image's time includes its wait for a decoder, so none is answered late. Callers take turns: who
-sends expensive images waits behind everybody else.
+An image's time includes its wait for a decoder, so none is answered late. Callers take turns: one
+that sends expensive images waits behind the others.
 """
 
 import asyncio
@@ -101,7 +101,7 @@ class Decoders:
         decoding.
 
         Raises what that function raises; ImageTooCostly also for an image that exceeds its limits
-        or crashes its decoder; QueueFull if its time was over because it had waited; NotReady when
+        or crashes its decoder; QueueFull if it waited so long that its time ran out; NotReady when
         no decoder can be started.
         """
         loop = asyncio.get_running_loop()
@@ -188,7 +188,7 @@ class Decoders:
             # Without its wait it would have had time enough to use up its processor time.
             raise (self._busy() if image.waited > self._slack else refusal) from None
         except ValueError as error:
-            log.error("a decoder sent nonsense: %s", error)
+            log.error("a decoder sent an invalid reply: %s", error)
             raise self._refuse(decoder, "crash") from None
         except ConnectionError:
             decoder.kill()
@@ -209,12 +209,13 @@ class Decoders:
         return ImageTooCostly(_REFUSALS[reason])
 
     async def _keep(self, slot: int) -> None:
-        """One process after the other."""
+        """Start a process, wait until it ends, start the next."""
         delay = BACKOFF
         while True:
             try:
                 decoder = await DecoderProcess.start()
-            except (OSError, EOFError, TimeoutError) as error:
+            except Exception as error:
+                # Whatever the machine is short of (memory, descriptors, threads), it may pass.
                 log.error("a decoder did not start: %r", error)
                 self._usable.discard(slot)
                 if slot not in self._failing:

@@ -8,10 +8,10 @@ decoded.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import Request
@@ -23,7 +23,7 @@ from models.images.decode import DecodedImage
 from service.engine.engine import Engine
 from service.engine.permits import Permit
 from service.errors import ClientGone, DeadlineExceeded, TooLarge
-from service.intake.body import SMALL_BYTES
+from service.intake.body import SMALL_BYTES, parse
 from service.intake.content_encoding import decode_content
 from service.intake.decoders import Decoders
 from service.intake.image_urls import ImageFetcher, ImageURL
@@ -38,14 +38,22 @@ from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.traces import trace_decoding
 
+Options = TypeVar("Options", bound=ClassifyOptions)
+
 
 @dataclass(slots=True)
 class Ticket:
     """An admitted request.
 
-    `caller` is the id of its key, `started` the instant at which its body began to arrive,
-    `decode_seconds` the time its image took, waiting for a decoder included. `log` holds the
-    fields of its log line. `body` is empty once the task is made.
+    While it waits for its batch, a request holds its task (the pixels of the decoded image and the
+    labels) and its options. Its body and its image file are freed before.
+
+    Attributes:
+        caller: the id of its API key.
+        started: the instant at which its body began to arrive.
+        body: empty once it is parsed.
+        log: the fields of its log line.
+        decode_seconds: how long its image took, waiting for a decoder included.
     """
 
     request_id: str
@@ -88,36 +96,27 @@ class Intake:
         UploadTimeout, NotReady or ClientGone.
         """
         started = time.monotonic()
-        state = request.state
-        with self._limits.admit(state.caller.id):
-            body = await self._receive(request)
-            state.log["upload_ms"] = round(1000 * (time.monotonic() - started), 1)
-            async with _cancel_on_disconnect(request):
-                content_type = request.headers.get("content-type", "")
-                permit = self._engine.reserve(len(body), state.caller.id)
-                ticket = Ticket(
-                    state.request_id,
-                    state.caller.id,
-                    started,
-                    content_type,
-                    body,
-                    permit,
-                    state.log,
-                )
-                try:
+        with self._limits.admit(request.state.caller.id):
+            ticket = self._reserve(request, started, await self._receive(request))
+            try:
+                async with _cancel_on_disconnect(request):
                     yield ticket
-                finally:
-                    ticket.permit.release()
+            finally:
+                ticket.permit.release()
 
     async def prepare(
-        self, ticket: Ticket, source: bytes | ImageURL, options: ClassifyOptions
-    ) -> Task:
-        """Check the options, fetch and decode the image, and make the task.
+        self, ticket: Ticket, read: Callable[[bytes], tuple[bytes | ImageURL, Options]]
+    ) -> tuple[Task, Options]:
+        """Parse the body with `read`, fetch and decode the image, and make the task.
 
-        Raises the errors of `check_options`, `ImageFetcher.fetch`, `Engine.claim`,
+        `read` returns the image's file or URL, and the other options without it. This is one
+        function so that its caller never holds the body or the file.
+
+        Raises the errors of `read`, `check_options`, `ImageFetcher.fetch`, `Engine.claim`,
         `Decoders.decode` and `Similarity.check`.
         """
-        ticket.body = b""  # frees the memory while the request waits
+        source, options = await parse(ticket.body, read)
+        ticket.body = b""
         check_options(options, self._settings)
         if isinstance(source, ImageURL):
             # Like an upload, an image that is still arriving holds no permit.
@@ -145,7 +144,20 @@ class Intake:
         named = options.defense is not None and options.defense.seed is not None
         # Hashing the pixels takes long, too.
         seed = self._view_seeds.of(image) if random and not named else task.seed
-        return replace(task, image=image.pixels, view=image.view, seed=seed)
+        return replace(task, image=image.pixels, view=image.view, seed=seed), options
+
+    def _reserve(self, request: Request, started: float, body: bytes) -> Ticket:
+        state = request.state
+        state.log["upload_ms"] = round(1000 * (time.monotonic() - started), 1)
+        return Ticket(
+            request_id=state.request_id,
+            caller=state.caller.id,
+            started=started,
+            content_type=request.headers.get("content-type", ""),
+            body=body,
+            permit=self._engine.reserve(len(body), state.caller.id),
+            log=state.log,
+        )
 
     async def _receive(self, request: Request) -> bytes:
         limit = self._settings.max_body_bytes

@@ -2,15 +2,12 @@
 
 import math
 
-from models.defenses.catalog import DEFENSES
 from models.images.decode import DecodedImage
+from service.defaults import resolve_defense
 from service.errors import Unprocessable
 from service.intake.requests import ClassifyOptions, DefenseOptions
 from service.messages import Task
-from service.settings import TIERS, Settings
-
-TIER_FACTORS = {"fast": (0.5, 1), "standard": (1, 1), "deep": (4, 2)}
-"""What a tier multiplies the default views and steps by."""
+from service.settings import Settings
 
 
 def check_options(options: ClassifyOptions, settings: Settings) -> None:
@@ -49,17 +46,14 @@ def resolve_options(
     the instant `since`.
     """
     wanted = options.defense or DefenseOptions()
-    tier = min(wanted.tier or settings.tier, settings.max_tier, key=TIERS.index)
-    usual = settings.method
-    if tier == "fast" and DEFENSES[usual].views != "one":
-        usual = "ensemble"
-    method = wanted.method or usual
-    spec = DEFENSES[method]
-    views_factor, steps_factor = TIER_FACTORS[tier]
-    default = settings.steps * steps_factor if spec.steps is None else spec.steps
-    steps = min(default if wanted.steps is None else wanted.steps, settings.max_steps)
-    default_views = max(1, int(settings.views * views_factor))
-    views = min(default_views if wanted.views is None else wanted.views, settings.max_views)
+    defense = resolve_defense(
+        settings,
+        tier=wanted.tier,
+        method=wanted.method,
+        steps=wanted.steps,
+        views=wanted.views,
+        readout=wanted.readout,
+    )
     timeout = min(wanted.deadline_ms or math.inf, settings.request_timeout_ms)
     return Task(
         id=id,
@@ -67,11 +61,11 @@ def resolve_options(
         view=image.view,
         labels=tuple(options.candidate_labels),
         template=_template(options.hypothesis_template),  # None: the worker knows the model's own
-        method=method,
-        steps=steps if spec.adapts else 0,
-        views=1 if spec.views == "one" else views,
-        readout=spec.readout or wanted.readout or settings.readout,
+        method=defense.method,
+        steps=defense.steps,
+        views=defense.views,
+        readout=defense.readout,
         seed=seed if wanted.seed is None else wanted.seed,
         deadline=since + timeout / 1000,
-        tier=tier,
+        tier=defense.tier,
     )

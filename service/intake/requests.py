@@ -167,6 +167,10 @@ class ClassifyRequest(ClassifyOptions):
     image: str
     """An image file as base64 or as a `data:` URI; or its `https:` URL, if the server allows it."""
 
+    def without_image(self) -> Self:
+        """A copy that does not hold the image in memory while the request waits."""
+        return self.model_copy(update={"image": ""})
+
 
 class AttackOptions(BaseModel):
     """The attack to demonstrate. Values above the limits are lowered to them."""

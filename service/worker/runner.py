@@ -13,8 +13,8 @@ import torch
 from models.attacks.demo import redraw, run_demo_attack
 from models.classifier import EncodedQuery, ImageQuery, Prediction, PreparedBatch
 from models.clip import Interrupted
-from models.defenses.catalog import DEFENSES
 from models.tapt import Exit
+from service.defaults import make_typical_task
 from service.errors import ModelError
 from service.messages import Answer, Failure, ProgressEvent, Task, Truncation, ViewReport
 from service.settings import Settings
@@ -22,7 +22,6 @@ from service.worker.demo import run_demo
 from service.worker.loading import describe, load, memory_bytes
 from service.worker.pacing import Cancelled, Pacer
 
-WARM_LABELS = 10
 CLIENT_GONE = Failure("client_gone", "The client left.")
 LATE = Failure("deadline", "The deadline passed while the labels were encoded.")
 
@@ -280,29 +279,17 @@ class Runner:
         """
         classifier, checkpoint = self.classifier, self.classifier.checkpoint
         side = checkpoint.clip.image_size
-        task = Task(
-            id="warm-up",
-            image=np.zeros((side, side, 3), np.uint8),
-            labels=tuple(f"label {number}" for number in range(WARM_LABELS)),
+        typical = replace(make_typical_task(settings), image=np.zeros((side, side, 3), np.uint8))
+        full = replace(
+            typical,
             template=None if classifier.can_adapt(None, "tapt") else settings.templates[0],
             method="tapt",
             steps=max(1, settings.steps),
             views=settings.views,
             readout=settings.readout,
-            seed=0,
-            deadline=float("inf"),
-        )
-        spec = DEFENSES[settings.method]
-        typical = replace(
-            task,
-            template=None,
-            method=settings.method,
-            steps=settings.steps if spec.adapts else 0,
-            views=1 if spec.views == "one" else settings.views,
-            readout=spec.readout or settings.readout,
         )
         results: list[Answer | Failure | ProgressEvent] = []
-        for each in (task, typical, typical):
+        for each in (full, typical, typical):
             start = time.perf_counter()
             self.run([each], lambda _, result: results.append(result), lambda _: False)
         if any(isinstance(result, Failure) for result in results):

@@ -10,7 +10,7 @@ from service.http.authentication import check_key
 from service.http.query import refuse_query
 from service.http.response import Classification, build_response
 from service.http.routes.docs import ERROR_RESPONSES, FORM, REQUEST_ID, describe_body
-from service.intake.body import parse, read_json, validate
+from service.intake.body import read_json, validate
 from service.intake.image_urls import ImageURL, read_source
 from service.intake.intake import Intake, Ticket
 from service.intake.multipart import read_form
@@ -44,8 +44,7 @@ async def classify(request: Request) -> Response:
     async with intake.admit(request) as ticket:
         limits = TextLimits.of(state.settings)
         read = partial(_read, content_type=ticket.content_type, limits=limits)
-        source, options = await parse(ticket.body, read)
-        task = await intake.prepare(ticket, source, options)
+        task, options = await intake.prepare(ticket, read)
         answer = await state.engine.submit(ticket.permit, task)
         shown = respond(request, ticket, task, answer, options.top_k)
     return Response(shown.model_dump_json(), media_type="application/json")
@@ -78,4 +77,4 @@ def _read(
         file, fields = read_form(body, content_type, limits.labels)
         return file, validate(ClassifyOptions, fields, limits)
     asked = read_json(ClassifyRequest, body, limits)
-    return read_source(asked.image), asked
+    return read_source(asked.image), asked.without_image()

@@ -27,7 +27,7 @@ from service.http.query import refuse_query
 from service.http.response import AttackStage, DemoClassification, ScoredLabel, View, clamp
 from service.http.routes.classify import respond
 from service.http.same_site import check_same_site
-from service.intake.body import parse, read_json
+from service.intake.body import read_json
 from service.intake.decode import from_base64
 from service.intake.intake import Intake, Ticket
 from service.intake.requests import AttackRequest, ClassifyRequest, TextLimits
@@ -60,10 +60,9 @@ async def classify(request: Request) -> JSONResponse:
     state = request.app.state
     intake: Intake = state.intake
     async with intake.admit(request) as ticket:
-        file, asked = await parse(
-            ticket.body, partial(_read_classify, limits=TextLimits.of(state.settings))
-        )
-        task = replace(await intake.prepare(ticket, file, asked), return_views=True)
+        limits = TextLimits.of(state.settings)
+        task, asked = await intake.prepare(ticket, partial(_read_classify, limits=limits))
+        task = replace(task, return_views=True)
         answer = await state.engine.submit(ticket.permit, task)
         shown = _with_views(request, ticket, task, answer, asked.top_k)
     return JSONResponse(shown.model_dump())
@@ -107,9 +106,9 @@ async def _attack(request: Request, lines: asyncio.Queue[dict[str, Any] | None])
     engine: Engine = request.app.state.engine
     async with intake.admit(request) as ticket:
         limits = TextLimits.of(request.app.state.settings)
-        file, asked = await parse(ticket.body, partial(_read_attack, limits=limits))
+        task, asked = await intake.prepare(ticket, partial(_read_attack, limits=limits))
         attack = _limit(asked)
-        task = replace(await intake.prepare(ticket, file, asked), attack=attack)
+        task = replace(task, attack=attack)
         async with aclosing(engine.stream(ticket.permit, task)) as events:
             async for event in events:
                 if isinstance(event, ProgressEvent):
@@ -147,12 +146,12 @@ async def _stream(
 
 def _read_classify(body: bytes, limits: TextLimits) -> tuple[bytes, ClassifyRequest]:
     asked = read_json(ClassifyRequest, body, limits)
-    return from_base64(asked.image), asked
+    return from_base64(asked.image), asked.without_image()
 
 
 def _read_attack(body: bytes, limits: TextLimits) -> tuple[bytes, AttackRequest]:
     asked = read_json(AttackRequest, body, limits)
-    return from_base64(asked.image), asked
+    return from_base64(asked.image), asked.without_image()
 
 
 def _limit(asked: AttackRequest) -> DemoAttack:

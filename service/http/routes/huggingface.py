@@ -14,7 +14,7 @@ from service.http.query import refuse_query
 from service.http.response import ScoredLabel, report_headers
 from service.http.routes.classify import respond
 from service.http.routes.docs import ERROR_RESPONSES, REPORT, REQUEST_ID, describe_body
-from service.intake.body import parse, read_json
+from service.intake.body import read_json
 from service.intake.image_urls import ImageURL, read_source
 from service.intake.intake import Intake
 from service.intake.requests import ClassifyOptions, HFRequest, TextLimits
@@ -42,8 +42,7 @@ async def classify(request: Request) -> JSONResponse:
         if ticket.content_type.strip().lower().startswith("multipart/"):
             raise BadRequest("This route takes JSON; send forms to `/v1/classify`.")
         limits = TextLimits.of(state.settings)
-        source, options = await parse(ticket.body, partial(_read, limits=limits))
-        task = await intake.prepare(ticket, source, options)
+        task, options = await intake.prepare(ticket, partial(_read, limits=limits))
         answer = await state.engine.submit(ticket.permit, task)
         shown = respond(request, ticket, task, answer, options.top_k)
     return JSONResponse([each.model_dump() for each in shown.labels], headers=report_headers(shown))

@@ -1,30 +1,22 @@
 """What a request costs, relative to a typical one."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from service.engine.price import TYPICAL_LABELS, count_tokens, price, price_class
-from service.messages import DemoAttack, Ready, Task
-from service.settings import Settings
+from models.images.decode import DecodedImage
+from service.defaults import make_typical_task
+from service.engine.price import count_tokens, price, price_class
+from service.intake.options import resolve_options
+from service.intake.requests import ClassifyOptions
+from service.messages import DemoAttack, Ready
+from service.settings import Settings, Tier
 
 MODEL = Ready(info={"design": "vli"}, max_batch_tokens=10_000, image_tokens=50, context_length=77)
 SETTINGS = Settings()
-TYPICAL = Task(
-    id="x",
-    image=np.zeros((1, 1, 3), np.uint8),
-    labels=("typical label",) * TYPICAL_LABELS,
-    template=None,
-    method="tapt",
-    steps=SETTINGS.steps,
-    views=SETTINGS.views,
-    readout="all",
-    seed=0,
-    deadline=math.inf,
-)
+TYPICAL = make_typical_task(SETTINGS)
 
 
 def cost(model: Ready = MODEL, knobs: dict[str, Any] | None = None, **changes: Any) -> float:
@@ -35,6 +27,17 @@ def test_a_typical_request_costs_one_whatever_the_defaults() -> None:
     assert cost() == 1
     assert cost(knobs={"steps": 4, "views": 64}, steps=4, views=64) == 1
     assert cost(knobs={"method": "plain"}, method="plain", steps=0, views=1) == 1
+
+
+@pytest.mark.parametrize("tier", ["fast", "standard", "deep"])
+@pytest.mark.parametrize("method", ["tapt", "mac", "plain"])
+def test_a_request_without_options_costs_one_whatever_the_tier(tier: Tier, method: str) -> None:
+    settings = Settings(tier=tier, method=method, steps=2)
+    labels = list(make_typical_task(settings).labels)
+    image = DecodedImage(np.zeros((1, 1, 3), np.uint8))
+    options = ClassifyOptions(candidate_labels=labels)
+    task = resolve_options("x", image, options, settings, seed=0, since=0.0)
+    assert price(task, MODEL, settings) == 1
 
 
 @pytest.mark.parametrize(

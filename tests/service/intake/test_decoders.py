@@ -10,11 +10,13 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -484,6 +486,28 @@ def test_without_decoders_nothing_is_ready(monkeypatch: pytest.MonkeyPatch) -> N
         assert (await pool.decode(SMALL)).pixels.shape == (48, 64, 3)
 
     run(test, decoders=2)
+
+
+def test_a_shortage_of_threads_costs_no_decoder_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BACKOFF", 0.1)
+
+    class NoThread(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    async def test(pool: Pool) -> None:
+        (pid,) = pool.pids()
+        monkeypatch.setattr(decoder_process, "threading", SimpleNamespace(Thread=NoThread))
+        os.kill(pid, signal.SIGKILL)
+        await pool.until(lambda: not pool.decoders.ready)
+        assert not pool.pids()  # what was started without its thread has been ended
+        with pytest.raises(NotReady):
+            await pool.decode(SMALL)
+        monkeypatch.undo()
+        await pool.until(lambda: pool.decoders.ready)
+        assert (await pool.decode(SMALL)).pixels.shape == (48, 64, 3)
+
+    run(test, decoders=1)
 
 
 def test_who_waits_hears_when_no_decoder_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,9 +65,21 @@ def run(
     return settled, counts
 
 
-@pytest.mark.parametrize(("method", "steps", "views"), [("plain", 0, 1), ("tapt", 2, 16)])
+@pytest.mark.parametrize(
+    ("knobs", "expected"),
+    [
+        ({"method": "plain"}, ("plain", 0, 1)),
+        ({"method": "tapt"}, ("tapt", 2, 16)),
+        ({"method": "tapt", "tier": "deep"}, ("tapt", 4, 64)),
+        ({"method": "tapt", "tier": "fast"}, ("ensemble", 0, 8)),
+    ],
+    ids=["plain", "standard", "deep", "fast"],
+)
 def test_the_warm_up_measures_a_request_with_the_servers_defaults(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, method: str, steps: int, views: int
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    knobs: dict[str, Any],
+    expected: tuple[str, int, int],
 ) -> None:
     tasks: list[Task] = []
     original = Runner.run
@@ -77,10 +89,10 @@ def test_the_warm_up_measures_a_request_with_the_servers_defaults(
         return original(self, batch, *rest)
 
     monkeypatch.setattr(Runner, "run", record)
-    Runner(Settings(model=str(directory), device="cpu", method=method, steps=2), 0)
+    Runner(Settings(model=str(directory), device="cpu", steps=2, **knobs), 0)
     assert tasks[0].method == "tapt"
     for task in tasks[1:]:
-        assert (task.method, task.steps, task.views) == (method, steps, views)
+        assert (task.method, task.steps, task.views) == expected
 
 
 def test_an_answer_says_what_was_spent(runner: Runner) -> None:
