@@ -178,6 +178,6 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Fatal:
-    """The model cannot be served and trying again is useless: one sentence for the operator."""
+    """The model cannot be loaded: one sentence for the operator. The worker ends."""
 
     message: str

@@ -121,10 +121,10 @@ class FakeWorker:
         if self.automatic and waits:
             self._begin()
 
-    def die(self, restarting: bool = True) -> None:
+    def die(self, exhausted: bool = False) -> None:
         """Lose the batch; `be_ready` brings the next process up."""
         self._forget_batch()
-        self.deliver(Lost("killed by the test", restarting))
+        self.deliver(Lost("killed by the test", exhausted))
 
     def give_up(self, message: str) -> None:
         self.deliver(Fatal(message))

@@ -44,8 +44,8 @@ PATIENCE_MS = 3_600_000
 POLL = 0.05  # seconds
 
 Classify = Callable[[bytes], Awaitable[dict[str, Any]]]
-"""The answer to an image file, as the JSON of `Classification`. Raises ServiceError for what
-concerns this image, ConnectionError if no other image would fare better."""
+"""The answer to an image file, as the JSON of `Classification`. Raises ServiceError for an error of
+this image, ConnectionError for one that every other image would meet too."""
 
 
 def find_images(sources: Sequence[str], listed: Iterable[str]) -> list[str]:
@@ -77,8 +77,8 @@ async def local(settings: Settings, options: ClassifyOptions) -> AsyncIterator[C
     await decoders.start()
 
     async def classify(file: bytes) -> dict[str, Any]:
-        if engine.fatal or not engine.alive:
-            raise ConnectionError(engine.fatal or "The workers cannot be started again.")
+        if engine.fatal:
+            raise ConnectionError(engine.fatal)
         permit = engine.reserve(len(file))
         try:
             began = time.monotonic()

@@ -87,12 +87,12 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """False if no worker can be started again."""
-        return self._pool.alive
+        """False once no worker can be started."""
+        return self.fatal is None
 
     @property
     def fatal(self) -> str | None:
-        """Why the model cannot be served, in one sentence."""
+        """Why no worker can be started, in one sentence."""
         return self._pool.fatal
 
     @property
@@ -321,8 +321,7 @@ class Engine:
         self._scheduler.put_back([*again, *waiting])
 
     def on_event(self) -> None:
-        if model := self._pool.model:
-            budget = self._settings.max_batch_tokens or model.max_batch_tokens
+        if budget := self._settings.max_batch_tokens or self._pool.max_batch_tokens:
             self._scheduler.max_batch_tokens = budget
         if not self.alive:
             self._fail_all("No worker can be started.")

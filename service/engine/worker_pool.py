@@ -1,6 +1,7 @@
 """The workers: which are ready, and which batches each of them has."""
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from service.worker.supervisor import Backend, Event, Lost
 
 SMOOTHING = 0.2  # weight of the last batch in the means
 
+log = logging.getLogger("tapt.workers")
+
 
 class Listener(Protocol):
     """What is told about the batches; the engine."""
@@ -42,7 +45,7 @@ class Listener(Protocol):
         """A worker is lost, with the running items without a result and those not yet begun."""
 
     def on_event(self) -> None:
-        """Called after every event: a worker may have become free, ready or lost for good."""
+        """Called after every event: a worker may have become free, ready or lost."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,9 +68,13 @@ class _Worker:
 
     name: str
     backend: Backend
-    ready: bool = False
-    exhausted: bool = False
+    model: Ready | None = None  # None while the worker is not ready
+    exhausted: bool = False  # several starts in a row failed
     batches: deque[_Batch] = field(default_factory=deque)
+
+    @property
+    def ready(self) -> bool:
+        return self.model is not None
 
     @property
     def running(self) -> list[Item]:
@@ -81,8 +88,12 @@ class _Worker:
 class WorkerPool:
     """All workers; each runs one batch at a time and may hold the next.
 
-    `model` is the last Ready, `fatal` why the model cannot be served, `seconds_per_request` a
-    running mean of a batch's time divided by its size.
+    Attributes:
+        model: the last Ready.
+        fatal: why no worker will be ready, in one sentence: the model cannot be loaded, and no
+            worker ever had it; or several starts in a row have failed for every worker. The
+            service must then be started again.
+        seconds_per_request: a running mean of a batch's time divided by its size.
     """
 
     def __init__(
@@ -117,9 +128,10 @@ class WorkerPool:
         return any(worker.ready and len(worker.batches) < 2 for worker in self._workers)
 
     @property
-    def alive(self) -> bool:
-        """False if no worker can be started again."""
-        return self.fatal is None and not all(worker.exhausted for worker in self._workers)
+    def max_batch_tokens(self) -> int | None:
+        """The largest batch that every ready worker has memory for; None if none is ready."""
+        budgets = (worker.model.max_batch_tokens for worker in self._workers if worker.model)
+        return min(budgets, default=None)
 
     @property
     def running(self) -> int:
@@ -139,12 +151,12 @@ class WorkerPool:
 
     def start(self) -> None:
         for worker in self._workers:
-            self._set_ready(worker, False)
+            self._set_model(worker, None)
             worker.backend.start(partial(self._on_event, worker))
 
     async def stop(self) -> None:
         for worker in self._workers:
-            self._set_ready(worker, False)
+            self._set_model(worker, None)
         await asyncio.gather(*(worker.backend.stop() for worker in self._workers))
 
     def run(self, batch: list[Item]) -> None:
@@ -219,9 +231,22 @@ class WorkerPool:
         self._mean_seconds += SMOOTHING * (seconds - self._mean_seconds)
         self._mean_price += SMOOTHING * (batch.price - self._mean_price)
 
-    def _set_ready(self, worker: _Worker, ready: bool) -> None:
-        worker.ready = ready
-        self._metrics.worker_up.labels(worker.name).set(ready)
+    def _set_model(self, worker: _Worker, model: Ready | None) -> None:
+        worker.model = model
+        self._metrics.worker_up.labels(worker.name).set(worker.ready)
+
+    def _lose(self, worker: _Worker, event: Lost) -> None:
+        self._set_model(worker, None)
+        worker.exhausted = event.exhausted
+        if self.fatal is None:
+            log.error("worker %s was lost: %s", worker.name, event.reason)
+            if all(worker.exhausted for worker in self._workers):
+                self.fatal = f"No worker can be started: {event.reason}"
+            else:
+                self._metrics.worker_restarts.inc()
+        running, waiting = worker.running, worker.waiting
+        worker.batches.clear()
+        self._listener.on_lost(running, waiting)
 
     def _on_event(self, worker: _Worker, event: Event) -> None:
         match event:
@@ -232,7 +257,8 @@ class WorkerPool:
                     self._mean_seconds = event.typical_seconds
                 self.model = event
                 self._metrics.set_build(event.info)
-                self._set_ready(worker, True)
+                self._set_model(worker, event)
+                worker.exhausted = False
             case Progress(id=id, event=update):
                 if worker.batches and (item := worker.batches[0].items.get(id)):
                     self._listener.on_progress(item, update)
@@ -250,13 +276,10 @@ class WorkerPool:
                 if worker.batches:
                     self._begin(worker)
                 self._metrics.add_counts(counts)
-            case Lost(restarting=restarting):
-                self._set_ready(worker, False)
-                worker.exhausted = not restarting
-                self._metrics.worker_restarts.inc(restarting)
-                running, waiting = worker.running, worker.waiting
-                worker.batches.clear()
-                self._listener.on_lost(running, waiting)
-            case Fatal(message=message):
+            case Lost():
+                self._lose(worker, event)
+            case Fatal(message=message) if self.model is None:
+                # A model that was loaded once can be loaded again when the hub, the disk or the
+                # device recovers. Then this worker is like any other that is lost.
                 self.fatal = message
         self._listener.on_event()

@@ -17,7 +17,7 @@ from service.worker.process import EXIT_TIMEOUT, Message, Process
 BEATS = 10  # heartbeats that a process may miss in a row, `silence` seconds, before it is killed
 START_FACTOR = 12  # times as many before the first Ready: loading may hold the interpreter lock
 MIN_STALL = 30.0  # seconds without progress that are allowed at least
-MAX_FAILED_STARTS = 5  # in a row, before giving up
+MAX_FAILED_STARTS = 5  # in a row, before a worker counts as exhausted
 MAX_BACKOFF = 30.0  # seconds
 STEADY = 60.0  # seconds of uptime after which the backoff is reset
 
@@ -26,10 +26,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The worker is gone, with its batches. Another one starts unless `restarting` is False."""
+    """The worker is gone, with its batches, and is started again after a while. `exhausted`: its
+    last MAX_FAILED_STARTS starts or more have failed."""
 
     reason: str
-    restarting: bool
+    exhausted: bool = False
 
 
 Event = Message | Lost
@@ -55,9 +56,10 @@ class Backend(Protocol):
 class WorkerProcess:
     """A Backend in a process of its own.
 
-    The process is restarted when it dies, sends no heartbeat for `silence` seconds, or makes no
-    progress. The first restart waits for `backoff` seconds, and each further one twice as long, up
-    to MAX_BACKOFF. `runner` is the dotted path of the Runner class inside.
+    The process is restarted when it dies, cannot load its model, sends no heartbeat for `silence`
+    seconds, or makes no progress. The first restart waits for `backoff` seconds, and each further
+    one twice as long, up to MAX_BACKOFF. Restarts go on until `stop`. `runner` is the dotted path
+    of the Runner class inside.
     """
 
     def __init__(
@@ -140,36 +142,35 @@ class WorkerProcess:
                 # failed start: the worker was not begun.
                 reason = f"no process can be started: {error}"
             else:
-                last, reason = self._run_process(process)
-                if last is Fatal or self._stopping.is_set():
+                ready, reason = self._run_process(process)
+                if self._stopping.is_set():
                     return
-                failed_starts = 0 if last is Ready else failed_starts + 1
-            if time.monotonic() - began > STEADY:
-                delay = self._backoff
-            restarting = failed_starts < MAX_FAILED_STARTS
-            log.error("worker %d was lost: %s", self._index, reason)
-            self._post(Lost(reason, restarting), None)
-            if not restarting:
-                return
+                failed_starts = 0 if ready else failed_starts + 1
+                if ready and time.monotonic() - began > STEADY:
+                    delay = self._backoff
+            self._post(Lost(reason, failed_starts >= MAX_FAILED_STARTS), None)
             self._stopping.wait(delay)
             delay = min(2 * delay, MAX_BACKOFF)
 
-    def _run_process(self, process: Process) -> tuple[type[Ready] | type[Fatal] | None, str]:
-        """Run one process to its end: how far it came, and why it ended."""
-        reached: type[Ready] | type[Fatal] | None = None
+    def _run_process(self, process: Process) -> tuple[bool, str]:
+        """Run one process to its end: whether it was ready, and why it ended."""
+        ready, problem = False, ""
         self._missed_beats = 0
         self._process = process
         if self._stopping.is_set():
             process.close()
         for message in process.messages():
             self._missed_beats = 0
-            if isinstance(message, Ready | Fatal):
-                reached = type(message)
+            if isinstance(message, Ready):
+                ready = True
+            elif isinstance(message, Fatal):
+                problem = message.message
             elif isinstance(message, Heartbeat) and message.stalled_seconds > self._max_stall:
                 log.error("worker %d makes no progress; killing it", self._index)
                 process.kill()
             self._post(message, process)
-        return reached, f"exit code {process.end()}"
+        code = process.end()
+        return ready, problem or f"exit code {code}"
 
     def _post(self, event: Event, process: Process | None) -> None:
         # When the API process exits, the loop may be closed already.

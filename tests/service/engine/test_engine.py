@@ -84,6 +84,26 @@ async def test_the_budget_of_the_worker_holds_unless_the_operator_sets_one():
 
 
 @virtual
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_of_several_workers_the_smallest_budget_holds(order: tuple[int, int]):
+    small, large = (replace(READY, max_batch_tokens=requests * 52) for requests in (2, 3))
+    workers = by_hand(ready=small), by_hand(ready=large)
+    async with open_engine(*workers, max_queue_delay_ms=0) as harness:
+        for index in order:
+            workers[index].be_ready()
+        asked = [harness.asking(str(i)) for i in range(2 + 6)]
+        await asyncio.sleep(0.1)
+        assert max(size for worker in workers for size in sizes(worker)) == 2
+        workers[0].die()  # then the larger one counts alone
+        for _ in range(8):
+            if workers[1].busy:
+                workers[1].finish()
+            await asyncio.sleep(0.1)
+        assert max(sizes(workers[1])) == 3
+        await asyncio.gather(*asked)
+
+
+@virtual
 async def test_one_batch_runs_at_a_time_and_early_answers_do_not_wait():
     worker = by_hand()
     async with open_engine(worker, max_batch_size=2) as harness:
@@ -508,7 +528,7 @@ async def test_an_answer_in_time_outlives_its_worker():
         asked = harness.asking()
         await asyncio.sleep(0.1)
         worker.settle()
-        worker.die(restarting=False)
+        worker.die(exhausted=True)
         assert isinstance(await asked, Answer)
 
 
@@ -519,11 +539,55 @@ async def test_workers_that_never_come_back_end_the_waiting():
         worker.be_ready()
         running = harness.asking()
         await asyncio.sleep(0.1)
-        worker.die(restarting=False)
+        worker.die(exhausted=True)
         with pytest.raises(NotReady, match="started"):
             await running
         assert not harness.engine.alive
+        assert harness.engine.fatal == "No worker can be started: killed by the test"
+        assert harness.metric("worker_restarts_total") == 0
+
+
+@virtual
+async def test_a_worker_that_cannot_be_started_is_tried_again_while_another_is_ready():
+    steady, lost = by_hand(), by_hand()
+    async with open_engine(steady, lost) as harness:
+        engine = harness.engine
+        steady.be_ready()
+        lost.be_ready()
+        lost.die(exhausted=True)
+        assert engine.ready
+        assert engine.alive
+        lost.be_ready()
+        steady.die(exhausted=True)  # the other one has recovered
+        assert engine.ready
+        assert engine.alive
+        lost.die()
+        assert engine.alive  # and may recover again
+        lost.die(exhausted=True)
+        assert not engine.alive
+
+
+@virtual
+async def test_a_model_that_cannot_be_loaded_again_costs_no_other_worker_anything():
+    worker, other = by_hand(), by_hand()
+    async with open_engine(worker, other) as harness:
+        worker.be_ready()
+        asked = harness.asking()
+        await asyncio.sleep(0.1)
+        other.give_up("The hub does not answer.")
+        other.die()
         assert harness.engine.fatal is None
+        worker.finish()
+        assert isinstance(await asked, Answer)
+        worker.die()
+        worker.give_up("The disk is full.")
+        worker.die()
+        assert harness.engine.alive
+        worker.be_ready()
+        asked = harness.asking()
+        await asyncio.sleep(0.1)
+        worker.finish()
+        assert isinstance(await asked, Answer)
 
 
 @virtual

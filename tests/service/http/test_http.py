@@ -560,7 +560,7 @@ def test_health_follows_the_worker(start: START, photo: bytes) -> None:
     server.call(worker.be_ready)
     server.wait(lambda: server.app.state.intake.decoders.ready)
     assert codes() == [200, 200, 200, 200]
-    server.call(lambda: worker.die(restarting=False))
+    server.call(lambda: worker.die(exhausted=True))
     assert codes() == [503, 200, 503, 503]
 
 

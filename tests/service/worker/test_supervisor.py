@@ -147,7 +147,7 @@ def test_a_stopped_process_is_noticed_and_replaced():
             assert not any(isinstance(event, Lost) for event in watched.events)
             first = watched.worker.pid
             os.kill(first, signal.SIGSTOP)
-            assert (await watched.until(Lost))[0].restarting
+            assert not (await watched.until(Lost))[0].exhausted
             await watched.until(Ready, 2)
             assert not alive(first)
 
@@ -166,23 +166,23 @@ def test_a_batch_without_progress_is_ended(monkeypatch):
     asyncio.run(scenario())
 
 
-def test_crashes_at_the_start_are_given_up_after_five():
+def test_crashes_at_the_start_exhaust_a_worker_and_it_is_still_tried_again():
     async def scenario() -> None:
         async with Watched(runner=CRASHING) as watched:
-            lost = await watched.until(Lost, supervision.MAX_FAILED_STARTS)
-            assert [event.restarting for event in lost] == [True] * 4 + [False]
+            lost = await watched.until(Lost, supervision.MAX_FAILED_STARTS + 1)
+            failed = supervision.MAX_FAILED_STARTS
+            assert [event.exhausted for event in lost] == [False] * (failed - 1) + [True] * 2
             assert {event.reason for event in lost} == {"exit code 3"}
 
     asyncio.run(scenario())
 
 
-def test_a_model_that_cannot_be_served_is_not_tried_again():
+def test_a_model_that_cannot_be_served_is_told_in_its_sentence_and_tried_again():
     async def scenario() -> None:
         async with Watched(runner=FATAL) as watched:
-            (fatal,) = await watched.until(Fatal)
-            assert fatal.message == "There is no checkpoint in models/nowhere."
-            await reached(lambda: not watched.worker._supervisor.is_alive())
-            assert not any(isinstance(event, Lost | Ready) for event in watched.events)
+            sentence = "There is no checkpoint in models/nowhere."
+            assert [event.message for event in await watched.until(Fatal, 2)] == [sentence] * 2
+            assert (await watched.until(Lost))[0] == Lost(sentence)
 
     asyncio.run(scenario())
 
@@ -286,6 +286,6 @@ def test_a_machine_that_can_start_no_process_does_not_use_up_the_starts(
     async def scenario() -> None:
         async with Watched(backoff=0.001) as watched:
             await watched.until(Ready)
-            assert all(event.restarting for event in watched.events if isinstance(event, Lost))
+            assert not any(event.exhausted for event in watched.events if isinstance(event, Lost))
 
     asyncio.run(scenario())
