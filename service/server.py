@@ -16,6 +16,7 @@ from service.app import create_app
 from service.engine.engine import Engine
 from service.http.connections import BACKLOG, limit_connections, raise_descriptor_limit
 from service.http.root_path import mount
+from service.http.same_site import is_loopback
 from service.malloc import BODIES_BYTES, BODY_BYTES, keep_freed_memory, trim_regularly
 from service.settings import Settings
 from service.telemetry import logs
@@ -42,7 +43,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(settings: Settings, backend: Backend | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; the exit status, 1 if the model cannot be served.
+    """Serve until SIGTERM or SIGINT; the exit status, 1 if no worker can be started.
 
     Raises OSError if it cannot listen on the address. `backend` is for tests, as in `create_app`.
     """
@@ -51,7 +52,9 @@ def serve(settings: Settings, backend: Backend | None = None) -> int:
     keep_freed_memory(BODY_BYTES, BODIES_BYTES)
     trim_regularly()
     with listen(settings.host, settings.port) as listener:
-        return asyncio.run(_run(create_app(settings, backend), settings, listener))
+        app = create_app(settings, backend)
+        warn_of_open_access(app, *listener.getsockname()[:2])
+        return asyncio.run(_run(app, settings, listener))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -64,6 +67,16 @@ def listen(host: str, port: int) -> socket.socket:
     # Without it a response's body waits until the client acknowledges its head, often for 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
+
+
+def warn_of_open_access(app: FastAPI, host: str, port: int) -> None:
+    """Log a warning if the server has no keys and other machines can reach it."""
+    if not app.state.keys.needed and not is_loopback(host):
+        log.warning(
+            "No API keys are configured: every client that reaches %s may classify and see "
+            "diagnostics.",
+            _address(host, port),
+        )
 
 
 def configure(
@@ -85,18 +98,22 @@ def configure(
 
 
 async def _run(app: FastAPI, settings: Settings, listener: socket.socket) -> int:
-    server = _Server(configure(app, settings))
-    watch = asyncio.create_task(_watch(server, app.state.engine, settings, _url(listener)))
+    server, engine = _Server(configure(app, settings)), app.state.engine
+    url = f"http://{_address(*listener.getsockname()[:2])}"
+    watch = asyncio.create_task(_watch(server, engine, settings, url))
     try:
         await server.serve(sockets=[listener])
     finally:
         watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watch
-    if app.state.engine.fatal:
-        print(app.state.engine.fatal, file=sys.stderr)
-        return 1
-    return 0
+    if not engine.fatal:
+        return 0
+    if settings.log_format == "json":
+        log.critical(engine.fatal)
+    else:
+        print(engine.fatal, file=sys.stderr)
+    return 1
 
 
 async def _watch(server: _Server, engine: Engine, settings: Settings, url: str) -> None:
@@ -108,7 +125,7 @@ async def _watch(server: _Server, engine: Engine, settings: Settings, url: str) 
             await asyncio.sleep(TICK)
     if engine.ready:
         with contextlib.suppress(OSError):  # standard output may be closed
-            print(f"listening on {url}", flush=True)
+            print(announce(url, engine, settings), flush=True)
     while not _stopping(server, engine):
         await asyncio.sleep(TICK)
     try:
@@ -125,6 +142,23 @@ def _stopping(server: _Server, engine: Engine) -> bool:
     return server.stop_requested or server.should_exit or engine.fatal is not None
 
 
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def announce(url: str, engine: Engine, settings: Settings) -> str:
+    """The line on standard output once the model is ready."""
+    message = f"listening on {url}"
+    if settings.log_format == "text":
+        return message
+    model, bundle = engine.info["model"], engine.info.get("bundle") or {}
+    fields = {
+        "url": url,
+        "model": model["name"],
+        "model_sha256": model.get("sha256"),
+        "bundle_sha256": bundle.get("prompts_sha256"),
+        "dtype": model.get("dtype"),
+        "device": model.get("device"),
+    }
+    record = {"name": log.name, "levelname": "INFO", "msg": message, "fields": fields}
+    return logs.JSONFormatter().format(logging.makeLogRecord(record))
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -59,7 +59,7 @@ class Server:
             env=self._environment,
         )
         assert self.process.stdout is not None
-        found = re.search(r"http://\S+", self.process.stdout.readline())
+        found = re.search(r'http://[^\s"]+', self.process.stdout.readline())
         self.ready_at = time.monotonic()
         self.url = found.group() if found else ""
         self.http = httpx.Client(base_url=self.url, timeout=120)

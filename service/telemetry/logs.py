@@ -14,10 +14,13 @@ class _Text(logging.Formatter):
         return line if not fields else f"{line} {_pairs(fields)}"
 
 
-class _Json(logging.Formatter):
+class JSONFormatter(logging.Formatter):
+    """A record as one line of JSON, with the record's `fields` beside the usual ones."""
+
     def format(self, record: logging.LogRecord) -> str:
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -51,7 +54,7 @@ def configure(log_format: Literal["text", "json"]) -> None:
     """Log to standard error: our loggers from INFO, those of other packages from WARNING."""
     handler = logging.StreamHandler()
     text = _Text("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(_Json() if log_format == "json" else text)
+    handler.setFormatter(JSONFormatter() if log_format == "json" else text)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("tapt").setLevel(logging.INFO)
     for repetitive in ("asyncio", "uvicorn.error"):

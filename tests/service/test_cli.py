@@ -12,18 +12,21 @@ import threading
 import types
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from service.app import create_app
 from service.cli import main
 from service.errors import ModelError
 from service.messages import Answer, Failure, Task
+from service.server import announce, warn_of_open_access
 from service.settings import Settings, injected_variables
 from tests.conftest import Server
-from tests.fake_worker import READY, answer
+from tests.fake_worker import READY, FakeWorker, answer
 
 TESTS = Path(__file__).parents[1]
 
@@ -306,6 +309,7 @@ def test_a_long_value_stays_on_its_line(
 # serve, as a process of its own.
 
 SERVE = """
+import asyncio
 import sys
 sys.path.insert(0, sys.argv[1])
 from fake_worker import FakeWorker
@@ -316,14 +320,22 @@ class Doomed(FakeWorker):
     def be_ready(self):
         self.give_up("The model cannot be loaded.")
 
-worker = {"slow": lambda: FakeWorker(seconds=lambda batch: 5.0), "doomed": Doomed}[sys.argv[2]]()
-sys.exit(serve(Settings(port=0, log_format="json"), worker))
+class Exhausted(FakeWorker):
+    def run(self, batch):
+        asyncio.get_running_loop().call_later(0.5, self.die, True)
+
+workers = {
+    "slow": lambda: FakeWorker(seconds=lambda batch: 5.0),
+    "doomed": Doomed,
+    "exhausted": Exhausted,
+}
+sys.exit(serve(Settings(port=0, log_format=sys.argv[3]), workers[sys.argv[2]]()))
 """
 
 
-def serve(kind: str) -> subprocess.Popen[str]:
+def serve(kind: str, log_format: str = "json") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", SERVE, str(TESTS), kind],
+        [sys.executable, "-c", SERVE, str(TESTS), kind, log_format],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -333,7 +345,7 @@ def serve(kind: str) -> subprocess.Popen[str]:
 def test_sigterm_drains_and_ends_well(photo: bytes) -> None:
     with serve("slow") as process:
         assert process.stdout is not None
-        url = process.stdout.readline().removeprefix("listening on ").strip()
+        url = json.loads(process.stdout.readline())["url"]
         answers: list[httpx.Response] = []
 
         def ask() -> None:
@@ -366,11 +378,88 @@ def test_sigterm_drains_and_ends_well(photo: bytes) -> None:
 
 
 def test_a_model_that_cannot_be_served_ends_the_process() -> None:
-    with serve("doomed") as process:
+    with serve("doomed", "text") as process:
         out, err = process.communicate(timeout=20)
     assert process.returncode == 1
     assert err == "The model cannot be loaded.\n"
     assert out == ""
+
+
+def test_a_json_log_holds_only_json() -> None:
+    with serve("doomed") as process:
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    (line,) = (json.loads(line) for line in err.splitlines())
+    assert (line["level"], line["message"]) == ("critical", "The model cannot be loaded.")
+    assert out == ""
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_workers_that_cannot_be_started_end_the_process(photo: bytes, log_format: str) -> None:
+    with serve("exhausted", log_format) as process:
+        assert process.stdout is not None
+        found = re.search(r'http://[^\s"]+', process.stdout.readline())
+        assert found is not None
+        answer = httpx.post(
+            f"{found[0]}/v1/classify", files={"image": photo}, data={"labels": "a,b"}, timeout=20
+        )
+        assert answer.status_code == 503
+        assert "retry-after" in answer.headers
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    sentence = "No worker can be started: killed by the test"
+    last = err.splitlines()[-1]
+    assert (json.loads(last)["message"] if log_format == "json" else last) == sentence
+
+
+def test_a_text_log_says_where_it_listens() -> None:
+    with serve("slow", "text") as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+    assert re.fullmatch(r"listening on http://127\.0\.0\.1:\d+\n", line)
+
+
+def test_a_json_log_says_which_model_is_served() -> None:
+    facts = {"name": "m", "sha256": "ab", "dtype": "float32", "device": "cpu"}
+    engine = types.SimpleNamespace(info={"model": facts, "bundle": {"prompts_sha256": "cd"}})
+    line = json.loads(announce("http://h:1", engine, Settings(log_format="json")))  # type: ignore[arg-type]
+    assert datetime.fromisoformat(line.pop("time"))
+    assert line == {
+        "level": "info",
+        "logger": "tapt.server",
+        "message": "listening on http://h:1",
+        "url": "http://h:1",
+        "model": "m",
+        "model_sha256": "ab",
+        "bundle_sha256": "cd",
+        "dtype": "float32",
+        "device": "cpu",
+    }
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "told"),
+    [
+        ("127.0.0.1", (), ""),
+        ("::1", (), ""),
+        ("0.0.0.0", (), "0.0.0.0:8000"),
+        ("::", (), "[::]:8000"),
+        ("192.0.2.1", (), "192.0.2.1:8000"),
+        ("192.0.2.1", ("sha256:" + "0" * 64,), ""),
+    ],
+)
+def test_a_server_that_anybody_may_use_says_so(
+    host: str, keys: tuple[str, ...], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = create_app(Settings(api_keys=keys), FakeWorker())
+    warn_of_open_access(app, host, 8000)
+    expected = (
+        f"No API keys are configured: every client that reaches {told} may classify and see "
+        "diagnostics."
+    )
+    assert caplog.messages == ([expected] if told else [])
 
 
 def test_a_taken_port_is_one_sentence() -> None:
