@@ -240,9 +240,10 @@ class WorkerPool:
         worker.exhausted = event.exhausted
         if self.fatal is None:
             log.error("worker %s was lost: %s", worker.name, event.reason)
-            self._metrics.worker_restarts.inc()
             if all(worker.exhausted for worker in self._workers):
                 self.fatal = f"No worker can be started: {event.reason}"
+            else:
+                self._metrics.worker_restarts.inc()
         running, waiting = worker.running, worker.waiting
         worker.batches.clear()
         self._listener.on_lost(running, waiting)

@@ -124,13 +124,13 @@ def test_a_stopped_worker_is_replaced_and_loses_nothing(faulty: FakeServer) -> N
     assert not alive(worker)
 
 
-def test_a_worker_that_never_starts_is_tried_and_then_given_up() -> None:
-    """What clients and the orchestrator are told meanwhile: to come back, as long as it is tried;
-    and at the end that only a new process will do."""
+def test_a_worker_that_never_starts_is_tried_and_then_the_server_ends() -> None:
+    """Clients are told to come back as long as it is tried. Then the process ends, so that the
+    orchestrator starts another one."""
     port = free_port()
     command = [*fake_command("CrashingRunner"), "--port", str(port)]
     with (
-        subprocess.Popen(command, stderr=subprocess.DEVNULL) as process,
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as http,
     ):
 
@@ -140,23 +140,19 @@ def test_a_worker_that_never_starts_is_tried_and_then_given_up() -> None:
             except httpx.TransportError:
                 return None
 
-        def assert_refused() -> None:
+        try:
+            eventually(lambda: status("/livez"))
+            assert status("/livez") == 200  # five starts of a process take seconds
             answer = http.post("/v1/classify", json=body())
             assert (answer.status_code, answer.json()["error_type"]) == (503, "not_ready")
             assert int(answer.headers["retry-after"]) >= 1
             assert status("/readyz") == status("/startupz") == 503
-
-        try:
-            eventually(lambda: status("/livez"))
-            assert status("/livez") == 200  # five starts of a process take seconds
-            assert_refused()
-            eventually(lambda: status("/livez") == 503)
-            assert "tapt_worker_restarts_total 4.0" in http.get("/metrics").text
-            assert_refused()
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(PATIENCE) == 0
+            _, log = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
+    assert process.returncode == 1
+    assert log.count("worker 0 was lost: exit code 3\n") == 5
+    assert log.endswith("\nNo worker can be started: exit code 3\n")
 
 
 # The server.

@@ -544,6 +544,7 @@ async def test_workers_that_never_come_back_end_the_waiting():
             await running
         assert not harness.engine.alive
         assert harness.engine.fatal == "No worker can be started: killed by the test"
+        assert harness.metric("worker_restarts_total") == 0
 
 
 @virtual
