@@ -77,8 +77,8 @@ def cross_check(
     gradients, or else the first.
     """
     attack, budget = _repeated(protocol.attacks), protocol.budget
-    spent = "queries" if attack in BY_QUERIES else "steps"
-    twice = replace(protocol, budget=replace(budget, **{spent: 2 * getattr(budget, spent)}))
+    limit = "queries" if attack in BY_QUERIES else "steps"
+    twice = replace(protocol, budget=replace(budget, **{limit: 2 * getattr(budget, limit)}))
     for own in _checked(protocol.cells):
         doubled, large = _cells(own)
         standing = [subject for subject in subjects if journal.right(subject.name, own) > 0]
