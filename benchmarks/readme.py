@@ -23,6 +23,7 @@ from benchmarks.harness.report import DOCS, ROOT, make_parser, write_section
 from benchmarks.service import describe_requests
 from models.evaluation.scores import difference
 from models.evaluation.table import read_shares, tabulate
+from models.shipped import SHIPPED
 
 README, ROBUSTNESS, FIGURES = ROOT / "README.md", DOCS / "robustness.md", DOCS / "figures"
 PERFORMANCE = DOCS / "performance.md"
@@ -73,7 +74,7 @@ def accuracy_table(figures: dict[str, Any], short: bool = False) -> str:
     spent = [_count(attack["steps"], "step"), _count(attack["restarts"], "random start")]
     if "square" in figures["attacks"]:
         spent.append(f"{attack['queries']} queries of Square")
-    if figures.get("queried"):
+    if figures.get("queried") is not None:
         spent[-1] += f" and RayS on the first {figures['queried']} images"
     if any(row["threat"] == "adaptive" for row in rows):
         draws = _count(attack["draws"], "draw")
@@ -169,29 +170,46 @@ def detection_table(figures: dict[str, Any]) -> str:
 
 
 def headline(figures: dict[str, Any], others: dict[str, Any] | None) -> str:
-    """The README's first sentences about robustness: the served defense and undefended CLIP under
-    the adaptive attack, in images of 100; then those of a second model, if there is one."""
-
-    def count(run: dict[str, Any], defense: str, threat: str) -> str:
-        right = {(row["defense"], row["threat"]): 100 * row["accuracy"] for row in run["rows"]}
-        return f"{right[defense, threat]:.0f}"
-
-    def pair(run: dict[str, Any], defense: str) -> str:
-        return f"{count(run, defense, 'adaptive')} of {count(run, defense, 'clean')}"
-
+    """The README's first sentences about robustness: the served defense and undefended CLIP, under
+    the adaptive attack and without one; then those of a second model, if there is one."""
     (epsilon,) = {row["epsilon"] for row in figures["rows"] if row["threat"] == "adaptive"}
     text = (
-        f"The attacker knows the defense and may change each pixel by {epsilon:g}/255. With "
-        f"`{figures['checkpoint']}`, {count(figures, 'tapt', 'adaptive')} of 100 images keep the "
-        f"right label, of {count(figures, 'tapt', 'clean')} that are right without an attack; "
-        f"without the defense, {pair(figures, 'plain')}."
+        f"Top-1 accuracy of `{figures['checkpoint']}` on {figures['data']['n']} images when the "
+        f"attacker knows the defense and may change each pixel by {epsilon:g}/255: "
+        f"{_accuracies(figures)}"
     )
     if others is None:
         return text
-    return (
-        f"{text} With `{others['checkpoint']}` it is {pair(others, 'tapt')}, and without the "
-        f"defense {pair(others, 'plain')}."
+    return f"{text} With `{others['checkpoint']}`: {_accuracies(others)}"
+
+
+def _accuracies(run: dict[str, Any]) -> str:
+    """A model's figures for the headline, and what they do not hold for."""
+    rows = {(row["defense"], row["threat"]): row for row in run["rows"]}
+
+    def share(defense: str, threat: str) -> str:
+        return f"{100 * rows[defense, threat]['accuracy']:.0f}%"
+
+    attacked, alone = rows["tapt", "adaptive"], rows["plain", "adaptive"]
+    text = (
+        f"{share('tapt', 'adaptive')} ({share('tapt', 'clean')} without an attack); without "
+        f"the defense {share('plain', 'adaptive')} ({share('plain', 'clean')})."
     )
+    if (asked := attacked.get("answers", 1)) > 1:
+        kept = attacked["all_right"]["value"]
+        gain = "" if kept > alone["accuracy"] else ", no more than without the defense"
+        text += f" An attacker who may ask {asked} times gets it down to {100 * kept:.0f}%{gain}."
+    if (run["settings"]["bundle"] or {}).get("prompts_sha256") != _shipped(run["checkpoint"]):
+        text += " This was measured with another bundle than the one that ships."
+    return text
+
+
+def _shipped(model: str) -> str | None:
+    """The hash of the prompts that ship with a model; None if it is not part of the package."""
+    if model not in SHIPPED:
+        return None
+    bundle = json.loads((SHIPPED[model] / "bundle" / "bundle.json").read_text())
+    return str(bundle["prompts_sha256"])
 
 
 def speed_table(adaptation: dict[str, Any], service: dict[str, Any]) -> str:

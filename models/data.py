@@ -1,12 +1,13 @@
 """Labeled images from disk: `ImageFolder` directories and Hugging Face style parquet, streamed.
 
-Images are decoded on demand, and a parquet file is read one record batch at a time, so that a
-dataset may be larger than memory.
+Images are decoded on demand and parquet is read in parts, so that a dataset may be larger than
+memory. A shuffled read of parquet holds at most `HELD` encoded images and one row group; it passes
+over the files once for every `HELD` images.
 """
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,10 @@ from models.images.decode import SUFFIXES, DecodedImage, decode
 from models.images.preprocess import Preprocessing
 
 Pixels = npt.NDArray[np.uint8]
+Row = tuple[str, bytes, int]
+"""Where an image is from, its encoded bytes and its label."""
+
+HELD = 8192  # encoded images of a shuffled read in memory: about 1 GB of ImageNet's
 
 
 class DataError(Exception):
@@ -128,23 +133,24 @@ class ParquetDataset:
     def __init__(self, files: list[Path]) -> None:
         self._parquet = _import_parquet()
         self._files = files
-        self._lengths: list[int] = []
+        self._groups: list[list[int]] = []  # the number of rows of each row group, by file
         self._names: list[str] = []
         for file in files:
             opened = self._open(file)
             self._check(file, opened.schema_arrow)
             names = _class_names(opened.schema_arrow.metadata)
-            if self._lengths and names != self._names:
+            if self._groups and names != self._names:
                 raise DataError(f"{file} names other classes than {files[0]}")
             self._names = names
-            self._lengths.append(opened.metadata.num_rows)
+            parts = opened.metadata
+            self._groups.append([parts.row_group(i).num_rows for i in range(parts.num_row_groups)])
 
     @property
     def names(self) -> list[str]:
         return self._names
 
     def __len__(self) -> int:
-        return sum(self._lengths)
+        return sum(map(sum, self._groups))
 
     def __iter__(self) -> Iterator[Example]:
         return self.examples()
@@ -159,12 +165,12 @@ class ParquetDataset:
     ) -> Iterator[Example]:
         picked = order(len(self), limit, seed)[first::every]
         in_order = seed is None and every == 1 and first == 0
-        rows = self._stream(len(picked)) if in_order else self._pick(list(picked))
+        rows = self._stream(len(picked)) if in_order else self._pick(picked)
         for where, data, label in rows:
             image = decode_picture(data, where, preprocessing)
             yield Example(image.pixels, label, image.view)
 
-    def _stream(self, count: int) -> Iterator[tuple[str, bytes, int]]:
+    def _stream(self, count: int) -> Iterator[Row]:
         row = 0
         for file in self._files:
             opened = self._open(file)
@@ -175,26 +181,34 @@ class ParquetDataset:
                     yield self._row(file, record, row)
                     row += 1
 
-    def _pick(self, order: list[int]) -> Iterator[tuple[str, bytes, int]]:
-        # A shuffle visits every row group, so the encoded bytes (a few KB each) of the wanted rows
-        # are kept in memory; decoded images are not.
-        wanted, held, start = set(order), {}, 0
-        for file, length in zip(self._files, self._lengths, strict=True):
-            if any(row in wanted for row in range(start, start + length)):
-                opened = self._open(file)
-                row = start
-                for batch in opened.iter_batches(batch_size=256, columns=self._columns(opened)):
+    def _pick(self, order: Sequence[int]) -> Iterator[Row]:
+        """The rows in this order, of which at most `HELD` are in memory."""
+        for start in range(0, len(order), HELD):
+            part = order[start : start + HELD]
+            held = dict(self._find(set(part)))
+            for index in part:
+                yield held.pop(index)
+
+    def _find(self, wanted: set[int]) -> Iterator[tuple[int, Row]]:
+        """Some rows with their indices, in stored order, from the row groups that have any."""
+        row = 0
+        for file, groups in zip(self._files, self._groups, strict=True):
+            opened = None
+            for group, length in enumerate(groups):
+                if wanted.isdisjoint(range(row, row + length)):
+                    row += length
+                    continue
+                opened = opened or self._open(file)
+                columns = self._columns(opened)
+                for batch in opened.iter_batches(256, row_groups=[group], columns=columns):
                     chosen = [i for i in range(batch.num_rows) if row + i in wanted]
                     # An empty list has no type that arrow could take by.
                     records = batch.take(chosen).to_pylist() if chosen else []
                     for i, record in zip(chosen, records, strict=True):
-                        held[row + i] = self._row(file, record, row + i)
+                        yield row + i, self._row(file, record, row + i)
                     row += batch.num_rows
-            start += length
-        for index in order:
-            yield held.pop(index)
 
-    def _row(self, file: Path, record: dict[str, Any], row: int) -> tuple[str, bytes, int]:
+    def _row(self, file: Path, record: dict[str, Any], row: int) -> Row:
         data, label = record["image"]["bytes"], record.get("label")
         if data is None:
             raise DataError(f"{file} holds no bytes for picture {row}")
@@ -213,6 +227,33 @@ class ParquetDataset:
         image = schema.field("image").type if "image" in schema.names else None
         if image is None or image.num_fields == 0 or image.get_field_index("bytes") < 0:
             raise DataError(f"{file} has no column image.bytes, the Hugging Face picture layout")
+
+
+def class_names(data: Dataset, given: str, source: object) -> list[str]:
+    """The class names to classify into: those of `--labels`, or else the data's own.
+
+    Args:
+        given: the value of `--labels`, separated by commas, or nothing.
+        source: names the data, for errors.
+
+    Raises:
+        DataError: there are fewer than two, or fewer than the data has classes.
+    """
+    names = given.split(",") if given else data.names
+    if not names:
+        raise DataError(f"{source} has no labels; name some with --labels")
+    if len(names) < len(data.names):
+        raise DataError(f"--labels names {len(names)} of the {len(data.names)} classes of {source}")
+    if len(names) < 2:
+        raise DataError(f"{source} has one class; classification needs two; see --labels")
+    return names
+
+
+def check_labels(labels: Sequence[int], names: Sequence[str], source: object) -> None:
+    """Raises DataError if a label is no index into the names, which parquet without class names
+    does not tell beforehand; -1 is no label."""
+    if (highest := max(labels, default=-1)) >= len(names):
+        raise DataError(f"--labels names {len(names)} classes, and {source} has a label {highest}")
 
 
 def _import_parquet() -> Any:

@@ -64,7 +64,7 @@ class AttackableDefense:
     def __call__(self, pixels: Tensor) -> Tensor:
         return self.answer(pixels, self.draw_seeds())
 
-    def hold(self, images: int, draws: int) -> Model:
+    def hold(self, draws: int) -> Model:
         """The mean over `draws` draws of views, which stay the same for all calls."""
         if not self.random:
             return self

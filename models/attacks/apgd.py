@@ -54,7 +54,7 @@ def climb(
 ) -> tuple[Tensor, Tensor]:
     """One run from `start` (algorithm 1): per image the pixels that scored highest, and the last
     ones."""
-    held = hold(model, len(pixels), budget.draws)
+    held = hold(model, budget.draws)
 
     def look_around(here: Tensor) -> Slope:
         at = slope(model, here, labels, loss, budget.draws)

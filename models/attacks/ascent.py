@@ -66,7 +66,7 @@ class Ascent:
 
         @torch.no_grad()
         def look_at_clean() -> Tensor:
-            return hold(climbed, len(pixels), RESCORED)(pixels)
+            return hold(climbed, RESCORED)(pixels)
 
         losses = self.aims(look_at_clean, labels)
         steps = math.ceil(self.share * budget.steps)

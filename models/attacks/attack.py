@@ -28,8 +28,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Random(Protocol):
     """A random model whose draws can be fixed."""
 
-    def hold(self, images: int, draws: int) -> Model:
-        """The mean prediction over `draws` draws per image, drawn once, now."""
+    def hold(self, draws: int) -> Model:
+        """The mean prediction over `draws` draws per image, drawn once, now; itself where nothing
+        is random."""
 
 
 @runtime_checkable
@@ -145,10 +146,10 @@ def look(model: Model, pixels: Tensor, labels: Tensor, loss: Loss, draws: int) -
     return Slope(losses, mean.argmax(dim=1) != labels, torch.zeros_like(pixels))
 
 
-def hold(model: Model, images: int, draws: int) -> Model:
-    """The model with fixed draws if it is random and can fix them, else unchanged. A search cannot
-    compare scores that were each computed with other draws."""
-    return model.hold(images, draws) if isinstance(model, Random) else model
+def hold(model: Model, draws: int) -> Model:
+    """The model with fixed draws if it is random and can fix them, else the same object. A search
+    cannot compare scores that were each computed with other draws."""
+    return model.hold(draws) if isinstance(model, Random) else model
 
 
 def select(model: Model, rows: Sequence[int]) -> Model:
@@ -162,12 +163,14 @@ def strongest(
     """Of the candidates, per image, the one that fares worst after rounding to 8 bits.
 
     A random model scores all of them on the same `RESCORED` fresh draws: first by the share of
-    draws that are wrong, then by the mean cross-entropy.
+    draws that are wrong, then by the mean cross-entropy. Another model scores each once.
+
+    Raises:
+        ValueError: there is no candidate.
     """
-    held = [model]
-    if isinstance(model, Random):
-        held = [model.hold(len(pixels), 1) for _ in range(RESCORED)]
-    draws = budget.draws if held == [model] else 1
+    held, draws = [hold(model, 1)], budget.draws
+    if held[0] is not model:
+        held, draws = [*held, *(hold(model, 1) for _ in range(RESCORED - 1))], 1
 
     def judge(asked: Model, attacked: Tensor) -> Tensor:
         return look(asked, attacked, labels, cross_entropy, draws).score
@@ -182,19 +185,26 @@ def worst(
     candidates: Iterable[Tensor],
 ) -> Tensor:
     """Of the candidates, rounded to 8 bits, per image the one with the highest mean score, [N] in
-    fp64 from each judge."""
+    fp64 from each judge.
+
+    Raises:
+        ValueError: there is no candidate, so that the clean image would pass for an attacked one.
+    """
     most = torch.full((len(pixels),), -torch.inf, dtype=torch.float64, device=pixels.device)
-    best = pixels
+    best: Tensor | None = None
     for candidate in candidates:
         attacked = quantize(candidate, pixels, budget.epsilon)
         score = torch.stack([judge(attacked) for judge in judges]).mean(dim=0)
-        best = pick(score > most, attacked, best)
+        best = attacked if best is None else pick(score > most, attacked, best)
         most = torch.maximum(score, most)
+    if best is None:
+        raise ValueError("an attack needs a run: its budget has no restarts")
     return best
 
 
 def quantize(attacked: Tensor, pixels: Tensor, epsilon: float) -> Tensor:
-    """Round attacked pixels to multiples of 1/255 within the ball around 8-bit `pixels`.
+    """Round attacked pixels to multiples of 1/255 within the ball around 8-bit `pixels`: an
+    `epsilon` between two levels holds what the lower one holds.
 
     Raises:
         ValueError: the ball holds no other 8-bit image.
@@ -213,8 +223,13 @@ def draw_start(pixels: Tensor, epsilon: float, seeds: Sequence[int], run: int) -
     for seed in seeds:
         source = torch.Generator().manual_seed((seed * 1_000_003 + run) % 2**63)
         noise.append(torch.rand(pixels.shape[1:], generator=source))
-    shift = (2 * torch.stack(noise).to(pixels.device) - 1) * epsilon
-    return (pixels + shift).clamp(0, 1)
+    return start_at(pixels, epsilon, torch.stack(noise))
+
+
+def start_at(pixels: Tensor, epsilon: float, noise: Tensor) -> Tensor:
+    """Points at most `epsilon` from `pixels`, cut to [0, 1]: `noise` of the same shape in [0, 1),
+    scaled to the ball; 0.5 is the pixels themselves."""
+    return (pixels + (2 * noise.to(pixels.device) - 1) * epsilon).clamp(0, 1)
 
 
 def pick(choice: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -38,8 +38,9 @@ def autoattack(
 ) -> Tensor:
     """Attack one image at a time, because the package's seeds are global; see `Attack`.
 
-    The package does not attack images that the model already gets wrong. Another model may get
-    them right, so these are attacked by APGD instead.
+    Where the package returns the clean image, the result of one run of APGD on the cross-entropy is
+    taken instead. That is so if AutoAttack fails, and if the model is wrong without an attack: the
+    package skips such images, but another model may get them right.
 
     Raises:
         MissingExtra: pyautoattack is not installed.

@@ -5,7 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from models.attacks.attack import Budget, Model, cross_entropy, draw_start, pick, slope, strongest
+from models.attacks.attack import (
+    Budget,
+    Model,
+    cross_entropy,
+    draw_start,
+    pick,
+    slope,
+    start_at,
+    strongest,
+)
 
 REACH = 2.5  # total length of all steps, in epsilons, as published
 
@@ -49,8 +58,7 @@ def ascend(
     """
     start = pixels
     if generator is not None:
-        noise = torch.rand(pixels.shape, generator=generator).to(pixels.device)
-        start = (pixels + (2 * noise - 1) * epsilon).clamp(0, 1)
+        start = start_at(pixels, epsilon, torch.rand(pixels.shape, generator=generator))
     attacked = start
     for ahead in take_steps(pixels, loss, epsilon, steps, step_size, start):
         attacked = ahead

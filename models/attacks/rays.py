@@ -35,7 +35,8 @@ def search(model: Model, pixels: Tensor, label: Tensor, budget: Budget) -> tuple
     """The direction [1, 3, S, S] of signs with the nearest boundary, and its distance, infinite if
     none was found.
 
-    The draws of a random model are fixed while blocks have one size, and then drawn again.
+    The draws of a random model are fixed while blocks have one size, and then drawn again, which
+    moves the boundary in the best direction.
     """
     spent, held = 0, model
 
@@ -57,8 +58,9 @@ def search(model: Model, pixels: Tensor, label: Tensor, budget: Budget) -> tuple
 
     best, nearest, blocks = torch.ones_like(pixels), math.inf, 1
     while spent < budget.queries:
-        held = hold(model, 1, budget.draws)
-        nearest = distance(best, 1.0)
+        held = hold(model, budget.draws)
+        if not spent or held is not model:
+            nearest = distance(best, 1.0)
         for block in torch.arange(pixels.numel(), device=pixels.device).chunk(blocks):
             if spent >= budget.queries:
                 break

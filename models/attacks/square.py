@@ -45,7 +45,7 @@ def search(
     A random model's draws are fixed and drawn again every `REDRAW` queries. The best image so far
     is then scored again, which costs a query.
     """
-    size, asked = pixels.shape[-1], hold(model, len(pixels), budget.draws)
+    size, asked = pixels.shape[-1], hold(model, budget.draws)
     # A model that cannot fix its draws is averaged over calls.
     draws = budget.draws if asked is model else 1
 
@@ -57,7 +57,7 @@ def search(
     most = look(asked, best, labels, margin, draws).loss
     for query in range(1, budget.queries):
         if asked is not model and query % REDRAW == 0:
-            asked = hold(model, len(pixels), budget.draws)
+            asked = hold(model, budget.draws)
             most = look(asked, best, labels, margin, draws).loss
             continue
         side = side_of(query, budget.queries, size)

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from models.bundle import DefenseBundle, load_bundle
 from models.calibration import processes
-from models.calibration.options import make_parser
+from models.calibration.options import parse
 from models.calibration.progress import resume_progress, save_progress
 from models.calibration.prompt_tuning import Progress, Tuning, attack, begin, tune
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE, DefendedClassifier, ImageQuery
-from models.data import DataError, Dataset, open_dataset
+from models.data import DataError, Dataset, check_labels, class_names, open_dataset
 from models.device import pick_device
 from models.errors import LoadError
 from models.labels import LabelBatch, tokenize
@@ -182,9 +182,14 @@ def set_thresholds(
     rate: float,
     bar: Bar,
 ) -> dict[str, float]:
-    """The suspicion that a share `rate` of these clean pictures passes, by the prompts that their
-    views are read with."""
-    classifier = DefendedClassifier(checkpoint, bundle)
+    """The suspicion that a share `rate` of these clean pictures exceeds, by the prompts that their
+    views are read with.
+
+    Args:
+        pixels: view 0 of the pictures, uint8 [N, 3, S, S]. Views are cut from these pixels; the
+            service cuts them from the whole picture, where another share may exceed a threshold.
+    """
+    classifier = DefendedClassifier(checkpoint, bundle).without_resize()
     task = bar.add_task("setting the thresholds", total=len(pixels))
     doubts: dict[str, list[float]] = {"learned": [], "none": []}
     for number, picture in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
@@ -209,23 +214,19 @@ def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle | None:
     if options.depth > deepest and options.depth != Tuning().depth:
         raise ValueError(f"--depth {options.depth}: {checkpoint.name} has {deepest} layers")
     data = open_dataset(options.data)
-    names = options.labels.split(",") if options.labels else data.names
-    if not names:
-        raise DataError(f"{options.data} has no labels; name some with --labels")
+    names = class_names(data, options.labels, options.data)
     tuning = Tuning(**{name: getattr(options, name) for name in asdict(Tuning())})
     if not (options.prompts or data.names):
         raise DataError(f"{options.data} has no labels to learn from; see --prompts")
-    if len(names) < len(data.names):
-        message = f"--labels names {len(names)} of the {len(data.names)} classes of {options.data}"
-        raise DataError(message)
     shots = 0 if options.prompts else options.shots
     taught, others, again = gather(checkpoint, data, shots, options.images, tuning.seed, bar)
+    check_labels([*taught.labels, *others.labels], names, options.data)
     if options.prompts:
         old = load_bundle(options.prompts, checkpoint.clip, checkpoint.sha256)
         prompts, template, layers = old.prompts, old.template, old.layers
         # Statistics of the attack that the prompts were learned against.
-        taught_by = old.provenance.get("tuning", asdict(tuning))
-        tuning = replace(tuning, **{n: taught_by[n] for n in ("epsilon", "attack_steps")})
+        known = {**asdict(tuning), **old.provenance, **old.provenance.get("tuning", {})}
+        tuning = replace(tuning, **{n: known[n] for n in ("epsilon", "attack_steps")})
         made: dict[str, Any] = {
             "prompts_from": old.describe(),
             "epsilon": tuning.epsilon,
@@ -288,7 +289,7 @@ def _tokenize(checkpoint: Checkpoint, names: list[str], template: str, slots: in
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = make_parser().parse_args(argv)
+    options = parse(argv)
     if options.out.exists() and not options.force:
         print(f"{options.out} exists; name another --out or add --force", file=sys.stderr)
         return 1

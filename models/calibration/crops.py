@@ -15,7 +15,7 @@ ASPECT = 4 / 3  # crops are at most this much wider or taller than the picture
 
 def draw_crops(count: int, area: tuple[float, float], source: torch.Generator) -> Tensor:
     """Affine maps [count, 2, 3] of crops that cover a share of the picture within `area`, in
-    (0, 1], at aspect ratios from 3/4 to 4/3; every second one is mirrored."""
+    (0, 1], at aspect ratios from 3/4 to 4/3; each is mirrored with probability 1/2."""
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(count, generator=source) * (high - low) + low

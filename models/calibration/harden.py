@@ -21,11 +21,11 @@ import transformers
 from rich.progress import Progress as Bar
 from torch import Tensor
 
+from models.arguments import read_number
 from models.calibration import processes
 from models.calibration.decoded import decode_once
 from models.calibration.hardening import Hardening, HardeningTrainer, image_parameters
 from models.calibration.hardening_run import Run, Validation
-from models.calibration.options import read_number
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import DEFAULT_TEMPLATE
 from models.clip import PromptedCLIP

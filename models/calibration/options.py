@@ -1,50 +1,16 @@
-"""The flags of `tapt-serve calibrate`, with their ranges; `read_number` is for `harden` too."""
+"""The flags of `tapt-serve calibrate`, with their ranges."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from fractions import Fraction
 from pathlib import Path
 
+from models.arguments import number, whole
 from models.calibration.prompt_tuning import Tuning
 from models.prompts import DESIGNS
 from models.shipped import DEFAULT_MODEL, SHIPPED
 
 Kind = Callable[[str], str | float]
-
-
-def read_number(text: str) -> float:
-    """A number, or a fraction such as 2/255. Raises ValueError."""
-    try:
-        return float(Fraction(text))
-    except ZeroDivisionError as error:
-        raise ValueError(str(error)) from error
-
-
-def whole(least: int, most: int | None = None) -> Kind:
-    """A whole number in a range, ends included."""
-
-    def read(text: str) -> int:
-        number = int(text)
-        if number < least or (most is not None and number > most):
-            span = f"at least {least}" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number {span}")
-        return number
-
-    return read
-
-
-def share(name: str = "in [0, 1)", *, zero: bool = True, one: bool = False) -> Kind:
-    """A number or fraction from 0 to 1, such as 2/255; 0 only if `zero`, 1 only if `one`."""
-
-    def read(text: str) -> float:
-        number = read_number(text)
-        if not (0 <= number <= 1) or (number == 0 and not zero) or (number == 1 and not one):
-            raise argparse.ArgumentTypeError(f"{text} is not {name}")
-        return number
-
-    return read
-
 
 PIXELS = "of [0, 1] pixels and below 1: write 2/255 for 2 levels of 255"
 
@@ -59,19 +25,43 @@ TUNING: dict[str, tuple[Kind, str]] = {
     ),
     "steps": (whole(1), "steps of AdamW"),
     "batch": (whole(2), "images in a step"),
-    "rate": (share("a learning rate in (0, 1)", zero=False), "learning rate of AdamW"),
+    "rate": (number("in (0, 1), a learning rate", lambda n: 0 < n < 1), "learning rate of AdamW"),
     "warm_up": (whole(0), "steps in which the learning rate rises"),
-    "weight_decay": (share(), "weight decay of AdamW"),
-    "epsilon": (share(PIXELS), "radius of the attack, of [0, 1] pixels; 1/255 is one level"),
+    "weight_decay": (number("in [0, 1)", lambda n: 0 <= n < 1), "weight decay of AdamW"),
+    "epsilon": (
+        number(PIXELS, lambda n: 0 <= n < 1),
+        "radius of the attack, of [0, 1] pixels; 1/255 is one level",
+    ),
     "attack_steps": (whole(1), "PGD steps in each step"),
     "attack_views": (whole(1, 256), "views that the attack's loss is the mean over"),
-    "clean_share": (share("in [0, 1]", one=True), "share of a batch that is not attacked"),
+    "clean_share": (
+        number("in [0, 1]", lambda n: 0 <= n <= 1),
+        "share of a batch that is not attacked",
+    ),
     "views": (whole(1, 256), "views that the loss is the mean over"),
     "seed": (whole(0), "draws the images, the views and the first prompts"),
 }
 """The type and help of each field of `Tuning`."""
 
 CHOICES = {"design": sorted(DESIGNS.keys() - {"text"}), "learns": ["all", "vision"]}
+
+LEARNING = [*(name for name in TUNING if name != "seed"), "shots"]
+"""What only learning prompts reads: not to be given with `--prompts`."""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; exits with an error if some do not go together."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.prompts:
+        # Again without these defaults, to tell what was given from what was not.
+        bare = make_parser()
+        bare.set_defaults(**dict.fromkeys(LEARNING))
+        given = vars(bare.parse_args(arguments))
+        if useless := [name for name in LEARNING if given[name] is not None]:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
+            parser.error(f"--prompts takes prompts and attack from that bundle: leave out {flags}")
+    return options
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -104,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--threshold-views", type=whole(2, 256), default=16, help="views of an image")
     add(
         "--false-positive-rate",
-        type=share("in (0, 1)", zero=False),
+        type=number("in (0, 1)", lambda n: 0 < n < 1),
         default=0.05,
         help="share of clean images that count as suspected",
     )

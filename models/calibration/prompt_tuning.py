@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import adamw
+from models.attacks.attack import start_at
 from models.attacks.pgd import take_steps
 from models.blocks import run_block
 from models.calibration import processes
@@ -144,9 +145,7 @@ def attack(
         views = attacked.unsqueeze(1) if cut is None else cut(attacked)
         return _mean_loss(_logits(clip, views, text, visual), targets, "sum")
 
-    attacked = pixels
-    if noise is not None:
-        attacked = (pixels + (2 * noise.to(pixels.device) - 1) * epsilon).clamp(0, 1)
+    attacked = pixels if noise is None else start_at(pixels, epsilon, noise)
     stride = 2 * epsilon / max(2, steps)
     for ahead in take_steps(pixels, loss, epsilon, steps, stride, attacked):
         attacked = ahead
@@ -182,7 +181,7 @@ class _Draws:
             shape = (number if views > 1 else 0,)
             return torch.randint(2**31, shape, generator=source)
 
-        hurt, through = int(tuning.batch * (1 - tuning.clean_share)), tuning.attack_views
+        hurt, through = round(tuning.batch * (1 - tuning.clean_share)), tuning.attack_views
         return cls(
             torch.randint(len(pixels), (tuning.batch,), generator=source),
             torch.rand(tuning.batch, 1, 1, 1, generator=source) < 0.5,
@@ -275,11 +274,12 @@ def _spread(
     batch: Tensor, views: int, preprocessing: Preprocessing, seeds: Sequence[int]
 ) -> Tensor:
     """Views [N, views, 3, S, S] of pictures [N, 3, S, S] in [0, 1], with a gradient; view 0 is the
-    picture itself, the others are drawn by a seed for each picture."""
+    picture itself, the others are cut from it as drawn by its seed."""
     if views == 1:
         return batch.unsqueeze(1)
     pictures = list(round_levels(batch * 255))
-    return make_batch_views(pictures, views, seeds, preprocessing, batch.device)
+    unresized = preprocessing.without_resize()
+    return make_batch_views(pictures, views, seeds, unresized, batch.device)
 
 
 def _mean_loss(logits: Tensor, goals: Tensor, reduction: str) -> Tensor:

@@ -1,7 +1,7 @@
 """Checks of the adaptive attack after an evaluation: a weak attack makes defenses look good.
 
-More steps should break hardly any more images, and a large epsilon should leave none. The outcomes
-are in the journal but count in no row.
+More steps or queries should break hardly any more images, and a large epsilon should leave none.
+The outcomes are in the journal but count in no row.
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,20 @@ from typing import Any
 from models.classifier import DefendedClassifier
 from models.evaluation.journal import DOUBLED, LARGE, Cell, Journal
 from models.evaluation.sample import Subject
-from models.evaluation.trial import Protocol, Trial
+from models.evaluation.trial import BY_QUERIES, Protocol, Trial
 
-MORE = 0.02  # share of the images that twice the steps may break beyond the evaluation
+MORE = 0.02  # share of the images that twice the budget may break beyond the evaluation
 LARGE_EPSILON = 128.0  # levels at which no image should stay right
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What twice the steps and a large epsilon did to a defense.
+    """What twice the budget and a large epsilon did to a defense.
 
     Attributes:
         attack: the attack that was repeated.
-        more: the share of images that twice the steps break beyond all attacks of the evaluation;
-            also what one more restart would.
+        more: the share of images that twice the steps, or queries, break beyond all attacks of the
+            evaluation; also what one more restart would.
         left: the share of images that stay right at the large epsilon.
     """
 
@@ -49,9 +49,12 @@ class Check:
         """A sentence for each check that failed."""
         found = []
         if self.more >= MORE:
+            spent, flag = "steps", "--attack-steps"
+            if self.attack in BY_QUERIES:
+                spent, flag = "queries", "--queries"
             found.append(
-                f"{self.defense}: twice the steps of {self.attack} break {100 * self.more:.1f} "
-                "points more, so the attack has not converged; try more --attack-steps."
+                f"{self.defense}: twice the {spent} of {self.attack} break {100 * self.more:.1f} "
+                f"points more, so the attack has not converged; try more {flag}."
             )
         if self.left > 0:
             found.append(
@@ -70,11 +73,12 @@ def cross_check(
 ) -> None:
     """Check the adaptive attack on each defense at the largest epsilon, if there is that threat.
 
-    The attack that is repeated is the recipe's `prediction-margin`, or else the first.
+    The attack that is repeated is the recipe's `prediction-margin`, or else the first that follows
+    gradients, or else the first.
     """
-    budget = protocol.budget
-    twice = replace(protocol, budget=replace(budget, steps=2 * budget.steps))
-    attack = _repeated(protocol.attacks)
+    attack, budget = _repeated(protocol.attacks), protocol.budget
+    limit = "queries" if attack in BY_QUERIES else "steps"
+    twice = replace(protocol, budget=replace(budget, **{limit: 2 * getattr(budget, limit)}))
     for own in _checked(protocol.cells):
         doubled, large = _cells(own)
         standing = [subject for subject in subjects if journal.right(subject.name, own) > 0]
@@ -103,7 +107,9 @@ def read_checks(
 
 
 def _repeated(attacks: Sequence[str]) -> str:
-    return "prediction-margin" if "prediction-margin" in attacks else attacks[0]
+    if "prediction-margin" in attacks:
+        return "prediction-margin"
+    return next((name for name in attacks if name not in BY_QUERIES), attacks[0])
 
 
 def _checked(cells: Sequence[Cell]) -> list[Cell]:

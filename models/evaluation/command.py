@@ -27,7 +27,7 @@ from models.attacks.attack import LEVELS, Budget
 from models.attacks.autoattack import MissingExtra, require
 from models.attacks.preflight import preflight
 from models.classifier import DefendedClassifier
-from models.data import DataError
+from models.data import DataError, check_labels, class_names
 from models.errors import LoadError
 from models.evaluation.check import cross_check
 from models.evaluation.hub import open_anywhere
@@ -55,9 +55,7 @@ def evaluate(options: argparse.Namespace, command: str) -> int:
     """
     classifier = load(options)
     data = open_anywhere(options.data)
-    names = options.labels.split(",") if options.labels else data.names
-    if len(names) < 2:
-        raise DataError(f"{options.data} has no labels; name some with --labels")
+    names = class_names(data, options.labels, options.data)
     protocol = read_protocol(options)
     for defense in protocol.defenses:
         if defense not in classifier.methods:
@@ -68,6 +66,7 @@ def evaluate(options: argparse.Namespace, command: str) -> int:
         require()  # now, not after hours
     shard = options.shard
     subjects = gather(classifier, data, options.limit, options.seed, shard)
+    check_labels([subject.label for subject in subjects], names, options.data)
     settings = describe_settings(classifier, names, protocol)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     journal = Journal(options.json.with_suffix(".jsonl"), key)

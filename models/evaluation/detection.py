@@ -13,14 +13,16 @@ RATES = (0.01, 0.05)
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """A cell's attacked images against all clean ones of the same defense.
+    """A cell's attacked images against all clean ones of the same defense, by the suspicion of one
+    answer to each, which is what a client sees.
 
     Attributes:
         attacked: number of images that are right when clean. Each counts once, under the attack
             that hurt it most, or the last one if none did.
         clean: number of clean images, including those that are answered wrongly, as in traffic.
         found: for each of `RATES` (shares of clean images above the threshold), the share of
-            attacked images above it.
+            attacked images above it. The intervals leave out that the threshold, too, is estimated
+            from these clean images.
     """
 
     cell: Cell
@@ -34,6 +36,7 @@ class Detection:
         return {
             "attacked": self.attacked,
             "clean": self.clean,
+            "answers": 1,  # files without it may have the mean over several answers
             "auroc": round(self.auroc, 4),
             "true_positive_rate_at": {
                 f"{rate:g}": {"value": share.value, "interval": [share.low, share.high]}
@@ -43,18 +46,25 @@ class Detection:
 
 
 def detect(cells: Sequence[Cell], names: Sequence[str], journal: Journal) -> list[Detection]:
-    """Every attacked cell whose defense has a score; `plain` has none."""
+    """Every attacked cell whose defense has a score; `plain` has none. Cells of which the journal
+    does not have the score of one answer are left out."""
     found = []
     for cell in cells:
         unhurt = Cell(cell.defense, CLEAN, 0)
-        clean = [o.doubt for name in names for o in journal.seen(name, unhurt).values()]
-        doubts = [o.doubt for name in names if (o := _decisive(journal, name, cell))]
-        if cell == unhurt or not doubts or not any(clean):
+        clean = _scores([o for name in names for o in journal.seen(name, unhurt).values()])
+        attacked = _scores([o for name in names if (o := _decisive(journal, name, cell))])
+        if cell == unhurt or not attacked or not any(clean):
             continue
-        above = (sum(doubt > threshold(clean, rate) for doubt in doubts) for rate in RATES)
-        shares = tuple(wilson(hits, len(doubts)) for hits in above)
-        found.append(Detection(cell, len(doubts), len(clean), auroc(doubts, clean), shares))
+        above = (sum(score > threshold(clean, rate) for score in attacked) for rate in RATES)
+        shares = tuple(wilson(hits, len(attacked)) for hits in above)
+        found.append(Detection(cell, len(attacked), len(clean), auroc(attacked, clean), shares))
     return found
+
+
+def _scores(outcomes: Sequence[Outcome]) -> list[float]:
+    """The suspicion of each outcome; none if one is unknown."""
+    known = [o.suspicion for o in outcomes if o.suspicion is not None]
+    return known if len(known) == len(outcomes) else []
 
 
 def _decisive(journal: Journal, name: str, cell: Cell) -> Outcome | None:
@@ -78,6 +88,7 @@ def write_detection(detections: Sequence[Detection]) -> str:
         for d in detections
     ]
     return (
-        "Suspicion of attacked images against all clean ones of the same defense. A hint, not a "
+        "Suspicion of one answer to each attacked image, against one answer to each clean image of "
+        "the same defense. The intervals leave out the uncertainty of the threshold. A hint, not a "
         "guarantee.\n\n" + tabulate(heads, lines) + "\n"
     )

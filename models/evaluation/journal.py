@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 CLEAN = "clean"
 DOUBLED, LARGE = "doubled", "large"
@@ -26,7 +27,8 @@ class Outcome:
 
     Attributes:
         right: how many of the answers were right, of `asked`. A random defense draws anew for each.
-        doubt: the mean suspicion in [0, 1].
+        suspicion: of the first answer, in [0, 1]; None in journals that have only the mean over
+            several answers.
         ms, attack_ms: the defense's time per answer and the attack's per image.
     """
 
@@ -34,7 +36,7 @@ class Outcome:
     cell: Cell
     attack: str
     right: int
-    doubt: float
+    suspicion: float | None
     ms: float
     attack_ms: float
     asked: int = 1
@@ -109,4 +111,12 @@ class Journal:
         for line in data.decode("utf-8").splitlines():
             values = json.loads(line)
             if values.pop("key") == self._key:
-                self._keep(Outcome(**{**values, "cell": Cell(**values["cell"])}))
+                self._keep(_read_outcome(values))
+
+
+def _read_outcome(values: dict[str, Any]) -> Outcome:
+    """The outcome of a line. Older lines have `doubt`, the mean suspicion of all answers."""
+    if "doubt" in values:
+        mean = values.pop("doubt")
+        values["suspicion"] = mean if values.get("asked", 1) == 1 else None
+    return Outcome(**{**values, "cell": Cell(**values["cell"])})

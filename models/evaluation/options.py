@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from models.arguments import number, whole
 from models.attacks import ATTACKS, strong
 from models.attacks.attack import LEVELS, Budget
 from models.attacks.threats import THREATS
@@ -13,10 +14,19 @@ from models.classifier import DEFAULT_TEMPLATE
 from models.defenses.catalog import DEFENSES, READOUTS
 from models.evaluation.journal import CLEAN
 from models.evaluation.sample import Shard
-from models.evaluation.trial import Protocol
+from models.evaluation.trial import BY_QUERIES, Protocol
 from models.images.preprocess import AREA
 from models.shipped import DEFAULT_MODEL, SHIPPED
 from models.tapt import ADAPTS
+
+DEFAULTS: dict[str, Any] = {"attack_steps": 20, "queries": 500, "answers": 1, "queried": None}
+STRONG_DEFAULTS: dict[str, Any] = {
+    "attack_steps": strong.STEPS,
+    "queries": strong.QUERIES,
+    "answers": strong.ANSWERS,
+    "queried": strong.QUERIED,
+}
+"""Defaults of these options without the recipe `strong`, and with it."""
 
 
 def read_area(given: Sequence[str]) -> tuple[float, float]:
@@ -28,7 +38,11 @@ def read_area(given: Sequence[str]) -> tuple[float, float]:
 
 
 def read_protocol(options: argparse.Namespace) -> Protocol:
-    """Raises ValueError for an unknown name or a number out of range."""
+    """The protocol that the options describe.
+
+    Raises:
+        ValueError: a name is unknown, an epsilon out of range, or images would not be attacked.
+    """
     known = {
         "--defenses": (options.defenses, list(DEFENSES)),
         "--threats": (options.threats, [CLEAN, *THREATS]),
@@ -37,40 +51,68 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
     for flag, (given, names) in known.items():
         if strange := [name for name in given if name not in names]:
             raise ValueError(f"{flag}: unknown {', '.join(strange)}; known: {', '.join(names)}")
-    try:
-        epsilons = [float(Fraction(text) * LEVELS) for text in options.eps]
-    except ZeroDivisionError:
-        raise ValueError("--eps: a fraction by zero") from None
-    if min(epsilons) < 1:
-        raise ValueError("--eps: below 1/255, one level of an 8-bit picture")
-    if max(epsilons) >= LEVELS:
-        raise ValueError("--eps: of [0, 1] pixels and below 1: write 2/255 for 2 levels of 255")
-    recipe = "strong" in options.attacks
     attacks = [
         n for name in options.attacks for n in (strong.RECIPE if name == "strong" else [name])
     ]
-    budget = Budget(
-        epsilon=0,
-        steps=options.attack_steps or (strong.STEPS if recipe else 20),
-        restarts=options.restarts,
-        draws=options.eot,
-        targets=options.targets,
-        queries=options.queries or (strong.QUERIES if recipe else 500),
-    )
-    return Protocol(
+    defaults = STRONG_DEFAULTS if "strong" in options.attacks else DEFAULTS
+    chosen = defaults | {n: value for n in defaults if (value := getattr(options, n)) is not None}
+    protocol = Protocol(
         options.defenses,
         options.threats,
         list(dict.fromkeys(attacks)),
-        epsilons,
-        budget,
+        [read_levels(text) for text in options.eps],
+        Budget(
+            epsilon=0,
+            steps=chosen["attack_steps"],
+            restarts=options.restarts,
+            draws=options.eot,
+            targets=options.targets,
+            queries=chosen["queries"],
+        ),
         options.views,
         options.steps,
         options.readout,
         options.seed,
         options.batch,
-        options.answers or (strong.ANSWERS if recipe else 1),
-        options.queried or (strong.QUERIED if recipe else None),
+        chosen["answers"],
+        chosen["queried"],
     )
+    check_attacks(protocol)
+    return protocol
+
+
+def check_attacks(protocol: Protocol) -> None:
+    """Raises ValueError if a threat's attacks leave images out, which would count as robust."""
+    given = ", ".join(protocol.attacks)
+    for threat in protocol.threats:
+        if threat == CLEAN:
+            continue
+        attacks = protocol.attacks_of(threat)
+        if not attacks:
+            alone = [name for name, part in strong.STRONG.items() if part.alone]
+            raise ValueError(
+                f"--threats {threat}: none of the attacks {given} is made on a single view; add "
+                f"{' or '.join(alone)} to --attacks, or leave out {threat}"
+            )
+        if protocol.queried is not None and all(attack in BY_QUERIES for attack in attacks):
+            raise ValueError(
+                f"--threats {threat}: of the attacks {given}, only {', '.join(attacks)} would be "
+                f"made, and only on {protocol.queried} images; leave out --queried or add an attack"
+            )
+
+
+def read_levels(text: str) -> float:
+    """An epsilon of `--eps` in levels of 1/255. Raises ValueError unless it is a whole number."""
+    try:
+        levels = Fraction(text) * LEVELS
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"--eps: {text} is not a number") from None
+    if levels.denominator > 1 or not 1 <= levels < LEVELS:
+        raise ValueError(
+            f"--eps: {text} is not a whole number of levels of an 8-bit image, from 1/{LEVELS} to "
+            f"{LEVELS - 1}/{LEVELS}: write 2/{LEVELS} for two levels"
+        )
+    return float(levels)
 
 
 def read_shard(text: str) -> Shard:
@@ -114,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
         help="make one evaluation of shards: their JSON files or directories; takes only --json",
     )
     add("--json", type=Path, required=True, metavar="OUT", help="JSON file to write")
-    add("--limit", type=int, help="size of a random sample of the images; all if absent")
+    add("--limit", type=whole(1), help="size of a random sample of the images; all if absent")
     add(
         "--shard",
         type=read_shard,
@@ -135,12 +177,12 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--eps",
         default="2/255",
-        help="of [0, 1] pixels",
+        help="whole levels of 8-bit images",
         **{**lists, "metavar": "E,..."},
     )
-    add("--seed", type=int, default=0, help="draws the sample, starting points and views")
-    add("--batch", type=int, default=8, help="images in one batch")
-    add("--preflight", type=int, default=0, help="images to check for masked gradients first")
+    add("--seed", type=whole(0), default=0, help="draws the sample, starting points and views")
+    add("--batch", type=whole(1), default=8, help="images in one batch")
+    add("--preflight", type=whole(0), default=0, help="images to check for masked gradients first")
     pair: dict[str, Any] = {**lists, "metavar": "LEAST,MOST"}
     model = flags.add_argument_group("model and defense").add_argument
     model(
@@ -159,11 +201,12 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="precision"
     )
     model("--template", default=DEFAULT_TEMPLATE, help="template without learned prompts")
-    model("--views", type=int, default=16, help="views per image")
+    model("--views", type=whole(1), default=16, help="views per image")
     model("--view-area", default=AREA, help="share of the image in a view", **pair)
-    model("--steps", type=int, default=1, help="adaptation steps")
+    model("--steps", type=whole(0), default=1, help="adaptation steps")
     model("--readout", default="all", choices=READOUTS, help="views that the answer is read from")
-    model("--learning-rate", type=float, default=5e-4, help="AdamW's learning rate")
+    above = number("above 0", lambda n: n > 0)
+    model("--learning-rate", type=above, default=5e-4, help="AdamW's learning rate")
     model(
         "--entropy",
         default="of-mean",
@@ -171,49 +214,54 @@ def parser() -> argparse.ArgumentParser:
         help="over kept views",
     )
     model("--adapts", default="vision", choices=ADAPTS, help="which prompts adapt")
-    model("--selection-ratio", type=float, default=0.1, help="share of the views kept for the loss")
+    model(
+        "--selection-ratio",
+        type=number("in (0, 1]", lambda n: 0 < n <= 1),
+        default=0.1,
+        help="share of the views kept for the loss",
+    )
     model(
         "--alignment-weight",
-        type=float,
+        type=number("of at least 0", lambda n: n >= 0),
         default=100.0,
         help="against the entropy",
     )
     model(
         "--gamma",
-        type=float,
+        type=number("in [0, 1]", lambda n: 0 <= n <= 1),
         default=0.5,
         help="share of the adversarial statistics",
     )
     attack = flags.add_argument_group("attack").add_argument
     attack(
         "--attack-steps",
-        type=int,
+        type=whole(1),
         help=f"steps of a gradient attack; 20, or {strong.STEPS} with strong",
     )
     attack(
         "--answers",
-        type=int,
+        type=whole(1),
         help="answers of a random defense to each image, with other draws; 1, or "
         f"{strong.ANSWERS} with strong",
     )
-    attack("--restarts", type=int, default=1, help="random restarts of an attack")
-    attack("--eot", type=int, default=1, help="draws of views to average gradients over")
-    attack("--targets", type=int, default=3, help="classes that APGD aims at")
+    attack("--restarts", type=whole(1), default=1, help="random restarts of an attack")
+    attack("--eot", type=whole(1), default=1, help="draws of views to average gradients over")
+    attack("--targets", type=whole(0), default=3, help="classes that APGD aims at")
     attack(
         "--queries",
-        type=int,
+        type=whole(1),
         help=f"queries of square and rays; 500, or {strong.QUERIES} with strong",
     )
     attack(
         "--queried",
-        type=int,
+        type=whole(0),
         metavar="N",
         help=f"images that square and rays attack; all, or {strong.QUERIED} with strong",
     )
     attack(
         "--check",
         action="store_true",
-        help="afterwards, check that twice the steps break less than 2 points more and that a "
-        "large epsilon leaves nothing",
+        help="afterwards, check that twice the steps (of square or rays, the queries) break "
+        "less than 2 points more and that a large epsilon leaves nothing",
     )
     return flags

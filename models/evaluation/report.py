@@ -31,7 +31,7 @@ def report(
     checks = read_checks(attacks, cells, pictures, journal) if facts["checked"] else []
     warnings = [
         *warnings,
-        *suspect(attacks, cells, pictures, journal),
+        *suspect(cells, pictures, journal),
         *(sentence for check in checks for sentence in check.warnings()),
     ]
     found = {"checks": [check.describe() for check in checks], "warnings": warnings}

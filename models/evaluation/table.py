@@ -147,7 +147,8 @@ def write_markdown(rows: Sequence[Row]) -> str:
     ]:
         heads = ("defense", "under", "compared with", "points, paired 95% interval")
         parts += [
-            "Differences on the same images. An interval that contains 0 shows no difference.",
+            "Differences on the same images. If an interval contains 0, the sign of the "
+            "difference is not established.",
             tabulate(heads, differences),
         ]
     return "\n\n".join(parts) + "\n"

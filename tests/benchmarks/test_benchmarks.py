@@ -18,6 +18,7 @@ from benchmarks.harness.requests import draw_requests
 from benchmarks.isolated import serve_instantly
 from benchmarks.sides import Bench, Case
 from models.prompts import DefensePrompts
+from models.shipped import SHIPPED
 from research import reset
 
 CASE = Case("embedded", "cpu", "fp32", labels=4, batch=2, views=20, steps=1)
@@ -197,6 +198,36 @@ def test_the_headline_names_both_models() -> None:
     text = readme.headline(*runs)
     assert [f"`{run['checkpoint']}`" in text for run in runs] == [True, True]
     assert readme.headline(runs[0], None) in text
+
+
+def test_the_headline_says_what_a_repeated_question_leaves_and_which_bundle_it_is_of() -> None:
+    def run(bundle: str, every: float) -> dict[str, Any]:
+        rows = [
+            {"defense": defense, "threat": threat, "epsilon": 2.0, "accuracy": share}
+            for defense, threat, share in (
+                ("tapt", "clean", 0.5),
+                ("tapt", "adaptive", 0.33),
+                ("plain", "clean", 0.47),
+                ("plain", "adaptive", 0.22),
+            )
+        ]
+        rows[1] |= {"answers": 10, "all_right": {"value": every}}
+        return {
+            "rows": rows,
+            "checkpoint": "embedded",
+            "data": {"n": 210},
+            "settings": {"bundle": {"prompts_sha256": bundle}},
+        }
+
+    shipped = json.loads((SHIPPED["embedded"] / "bundle" / "bundle.json").read_text())
+    text = readme.headline(run(shipped["prompts_sha256"], 0.21), None)
+    assert text == (
+        "Top-1 accuracy of `embedded` on 210 images when the attacker knows the defense and may "
+        "change each pixel by 2/255: 33% (50% without an attack); without the defense 22% (47%). "
+        "An attacker who may ask 10 times gets it down to 21%, no more than without the defense."
+    )
+    text = readme.headline(run("another", 0.3), None)
+    assert "down to 30%. This was measured with another bundle than the one that ships." in text
 
 
 def test_a_table_of_shards_names_no_times() -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -12,7 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import ExifTags, Image
 
-from models.data import DataError, ParquetDataset, decode_picture, open_dataset
+from models.data import (
+    DataError,
+    ParquetDataset,
+    check_labels,
+    class_names,
+    decode_picture,
+    open_dataset,
+    order,
+)
 from models.images.preprocess import BICUBIC, Preprocessing
 from service.intake.decode import decode
 from service.settings import Settings
@@ -116,6 +125,46 @@ def test_every_nth_is_read_alone(
 def test_shuffled_pictures_keep_their_labels(shards: Path) -> None:
     for example in open_dataset(shards).examples(seed=3):
         assert (example.pixels[..., 0] == 10 * example.label).all()
+
+
+@pytest.mark.parametrize("held", [1, 2, 3, 100])
+def test_a_shuffled_read_holds_few_rows(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    """In the order that the seed draws, whatever is held."""
+    expected = list(order(COUNT, None, 3))  # row n has label n
+    row, read = ParquetDataset._row, []
+
+    def note(*arguments: Any) -> Any:
+        read.append(arguments[-1])
+        return row(*arguments)
+
+    monkeypatch.setattr("models.data.HELD", held)
+    monkeypatch.setattr(ParquetDataset, "_row", note)
+    for given, example in enumerate(open_dataset(shards).examples(seed=3)):
+        assert example.label == expected[given]
+        assert len(read) - given <= held
+    assert sorted(read) == list(range(COUNT))
+
+
+def test_class_names_fit_the_data(folder: Path) -> None:
+    data, bare = open_dataset(folder), open_dataset(folder / "ant")
+    assert class_names(data, "", folder) == ["ant", "bee"]
+    assert class_names(data, "an ant,a bee,a cat", folder) == ["an ant", "a bee", "a cat"]
+    assert class_names(bare, "ant,bee", folder) == ["ant", "bee"]
+    for dataset, given, reason in (
+        (data, "ant", "--labels names 1 of the 2 classes of"),
+        (bare, "", "has no labels; name some with --labels"),
+        (bare, "ant", "classification needs two"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            class_names(dataset, given, folder)
+
+
+def test_labels_without_a_name_are_refused() -> None:
+    check_labels([0, -1, 1], ["ant", "bee"], "data")
+    with pytest.raises(DataError, match="names 2 classes, and data has a label 2"):
+        check_labels([0, 2], ["ant", "bee"], "data")
 
 
 def test_palette_pictures_come_as_rgb(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ class Noisy:
     def __init__(self, net: Net, holds: bool) -> None:
         self.net, self.source = net, torch.Generator().manual_seed(2)
         if holds:
-            self.hold = lambda images, draws: self.with_noise(self.draw(draws, images))
+            self.hold = lambda draws: self.with_noise(self.draw(draws, 40))
 
     def draw(self, draws: int, images: int) -> Tensor:
         return torch.randn(4 * draws, images, 3, 8, 8, generator=self.source) / 100

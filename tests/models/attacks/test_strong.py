@@ -38,12 +38,14 @@ NET = Net()
 class Masked:
     """A mean over views, here two noisy copies, whose prediction is made flat on purpose."""
 
-    def __init__(self, mask: Callable[[Tensor], Tensor], of_logits: bool = False) -> None:
-        self.mask, self.of_logits = mask, of_logits
+    def __init__(
+        self, mask: Callable[[Tensor], Tensor], of_logits: bool = False, images: int = 24
+    ) -> None:
+        self.mask, self.of_logits, self.images = mask, of_logits, images
         self.source = torch.Generator().manual_seed(1)
 
-    def hold(self, images: int, draws: int) -> Model:
-        noise = torch.randn(2, images, 3, 8, 8, generator=self.source) / 500
+    def hold(self, draws: int) -> Model:
+        noise = torch.randn(2, self.images, 3, 8, 8, generator=self.source) / 500
 
         def held(pixels: Tensor) -> Tensor:
             logits = torch.stack([NET(pixels + each) for each in noise])
@@ -54,7 +56,7 @@ class Masked:
         return held
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        return self.hold(len(pixels), 1)(pixels)
+        return self.hold(1)(pixels)
 
     def averaging_logits(self) -> Model:
         return Masked(self.mask, of_logits=True)
@@ -139,11 +141,11 @@ def test_a_result_does_not_depend_on_its_company(pixels: Tensor, name: str) -> N
 class Lucky:
     """Wrong (class 1) more often the brighter an image is, by the luck of a draw."""
 
-    def __init__(self) -> None:
-        self.source = torch.Generator().manual_seed(0)
+    def __init__(self, images: int) -> None:
+        self.source, self.images = torch.Generator().manual_seed(0), images
 
-    def hold(self, images: int, draws: int) -> Model:
-        luck = torch.rand(images, generator=self.source)
+    def hold(self, draws: int) -> Model:
+        luck = torch.rand(self.images, generator=self.source)
 
         def held(pixels: Tensor) -> Tensor:
             lead = pixels.mean(dim=(1, 2, 3)) - luck
@@ -152,7 +154,7 @@ class Lucky:
         return held
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        return self.hold(len(pixels), 1)(pixels)
+        return self.hold(1)(pixels)
 
 
 def test_results_are_compared_on_many_draws() -> None:
@@ -160,8 +162,37 @@ def test_results_are_compared_on_many_draws() -> None:
     pixels, labels = torch.full((100, 3, 4, 4), 0.5), torch.zeros(100, dtype=torch.long)
     weak, strong = (pixels + shift for shift in (-0.3, 0.3))
     for candidates in ([weak, strong], [strong, weak]):
-        found = strongest(Lucky(), pixels, labels, Budget(1.0), candidates)
+        found = strongest(Lucky(100), pixels, labels, Budget(1.0), candidates)
         assert (found.mean(dim=(1, 2, 3)) > 0.5).all()
+
+
+class Fixed:
+    """The net as a defense without random draws, which counts the images that it is asked about."""
+
+    asked = 0
+
+    def hold(self, draws: int) -> Model:
+        return self
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        self.asked += len(pixels)
+        return NET(pixels)
+
+
+def test_a_model_without_draws_is_scored_once_for_each_candidate(pixels: Tensor) -> None:
+    labels, model = NET(pixels).argmax(dim=1), Fixed()
+    candidates = [(pixels + shift).clamp(0, 1) for shift in (EPSILON, -EPSILON)]
+    found = strongest(model, pixels, labels, BUDGET, candidates)
+    assert model.asked == 2 * len(pixels)
+    assert torch.equal(found, strongest(NET, pixels, labels, BUDGET, candidates))
+
+
+def test_an_attack_without_a_run_is_refused(pixels: Tensor) -> None:
+    """Its result would be the clean images."""
+    labels, budget = NET(pixels).argmax(dim=1), replace(BUDGET, restarts=0)
+    for name in ("pgd", "apgd", "square", "logits-margin"):
+        with pytest.raises(ValueError, match="no restarts"):
+            ATTACKS[name](NET, pixels, labels, budget, range(len(pixels)))
 
 
 class Shifted:
@@ -170,13 +201,13 @@ class Shifted:
     def __init__(self, labels: Tensor) -> None:
         self.source, self.labels = torch.Generator().manual_seed(0), labels
 
-    def hold(self, images: int, draws: int) -> Model:
-        noise = torch.randn(images, generator=self.source)
+    def hold(self, draws: int) -> Model:
+        noise = torch.randn(len(self.labels), generator=self.source)
         true = torch.nn.functional.one_hot(self.labels, 6)
         return lambda pixels: NET(pixels) + noise.unsqueeze(1) * true
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        return self.hold(len(pixels), 1)(pixels)
+        return self.hold(1)(pixels)
 
 
 def test_apgd_decides_on_held_draws(pixels: Tensor) -> None:
@@ -237,12 +268,29 @@ def test_rays_finds_the_nearest_boundary() -> None:
     assert radius == pytest.approx(6 / weights.abs().sum().item(), abs=0.01)
 
 
+def test_rays_looks_for_a_boundary_again_only_where_it_moved() -> None:
+    """Only the first bisection queries the radii 1 and 0.5, which make a gray image black or white.
+    Others start from the nearest boundary so far."""
+    extreme = 0
+
+    def linear(x: Tensor) -> Tensor:
+        nonlocal extreme
+        extreme += bool(((x == 0) | (x == 1)).all())
+        lead = (x - 0.5).sum(dim=(1, 2, 3)) - 6.0
+        return torch.stack([-lead, lead], dim=1)
+
+    pixels, label = torch.full((1, 3, 4, 4), 0.5), torch.tensor(0)
+    _, radius = search(linear, pixels, label, Budget(1.0, queries=300))
+    assert radius == pytest.approx(6 / 48, abs=0.01)
+    assert extreme == 2
+
+
 def test_the_recipe_costs_what_is_told(pixels: Tensor) -> None:
     passes = {True: 0, False: 0}  # with a backward pass, without
 
     class Counted(Masked):
-        def hold(self, images: int, draws: int) -> Model:
-            held = super().hold(images, 1)
+        def hold(self, draws: int) -> Model:
+            held = super().hold(1)
 
             def counted(pixels: Tensor) -> Tensor:
                 passes[pixels.requires_grad] += draws
@@ -251,14 +299,14 @@ def test_the_recipe_costs_what_is_told(pixels: Tensor) -> None:
             return counted
 
         def averaging_logits(self) -> Model:
-            return Counted(self.mask, of_logits=True)
+            return Counted(self.mask, of_logits=True, images=1)
 
         def weaker(self, threat: str) -> Model:
             return self.averaging_logits() if threat == "stepless" else NET
 
     labels, budget = NET(pixels[:1]).argmax(dim=1), Budget(EPSILON, steps=STEPS)
     for part in STRONG.values():
-        part.attack(Counted(lambda p: p.log()), pixels[:1], labels, budget, [0])
+        part.attack(Counted(lambda p: p.log(), images=1), pixels[:1], labels, budget, [0])
     lacking = 9 - 5  # the recipe aims at nine classes, of which the net has five others
     told = [passes[True] + lacking * STEPS // 4, passes[False] + lacking * RESCORED]
     assert [int(word) for word in COST.split() if word.isdigit()] == told

@@ -3,6 +3,7 @@
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,14 @@ from models.attacks.pgd import ascend
 from models.bundle import DefenseBundle, load_bundle
 from models.calibration import calibrate
 from models.calibration.options import make_parser
-from models.calibration.prompt_tuning import Tuning, _logits, _mean_loss, _spread, attack
+from models.calibration.prompt_tuning import (
+    Tuning,
+    _Draws,
+    _logits,
+    _mean_loss,
+    _spread,
+    attack,
+)
 from models.checkpoint import Checkpoint
 from models.data import open_dataset
 from tests import tiny
@@ -226,13 +234,67 @@ def test_unlabelled_pictures_take_statistics_for_known_prompts(
 ) -> None:
     tiny.make_bundle(checkpoint).save(tmp_path / "old")
     old = load_bundle(tmp_path / "old", checkpoint.clip, checkpoint.sha256)
-    more = ["--prompts", str(tmp_path / "old"), "--labels", ",".join(NAMES)]
-    assert run(directory, folder / "cat", tmp_path / "new", *more) == 0
+    assert refresh(directory, folder / "cat", tmp_path / "old", tmp_path / "new") == 0
     new = load_bundle(tmp_path / "new", checkpoint.clip, checkpoint.sha256)
     assert new.prompts_sha256 == old.prompts_sha256
     assert new.statistics is not None
     assert old.statistics is not None
     assert not torch.equal(new.statistics.clean_mean, old.statistics.clean_mean)
+
+
+def refresh(directory: Path, folder: Path, old: Path, new: Path, *more: str) -> int:
+    """Take statistics anew for the prompts of a bundle."""
+    flags = f"--prompts {old} --labels {','.join(NAMES)} --images 12 --threshold-views 4 \
+        --model {directory} --data {folder} --out {new}"
+    return calibrate.main([*flags.split(), *more])
+
+
+@pytest.mark.parametrize("option", ["--epsilon 1/255", "--attack-steps 3", "--shots 16"])
+def test_options_of_learning_do_not_go_with_prompts_that_are_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    """Not even their defaults, which may differ from what the bundle says."""
+    with pytest.raises(SystemExit, match="2"):
+        refresh(tmp_path, tmp_path, tmp_path / "old", tmp_path / "new", *option.split())
+    assert f"leave out {option.split()[0]}\n" in capsys.readouterr().err
+
+
+def test_statistics_keep_to_the_attack_of_the_prompts(
+    directory: Path, checkpoint: Checkpoint, folder: Path, tmp_path: Path
+) -> None:
+    """Also where they were taken anew before."""
+    assert run(directory, folder, tmp_path / "0", "--steps", "2", "--attack-steps", "3") == 0
+    for number in (1, 2):
+        assert refresh(directory, folder, tmp_path / str(number - 1), tmp_path / str(number)) == 0
+        made = load_bundle(tmp_path / str(number), checkpoint.clip, checkpoint.sha256).provenance
+        assert made["epsilon"] == pytest.approx(2 / 255)
+        assert made["attack_steps"] == 3
+
+
+def test_pictures_are_resized_and_cropped_once(checkpoint: Checkpoint) -> None:
+    """Calibration holds view 0: the checkpoint's resize, here to twice the size, is done."""
+    other = replace(checkpoint.preprocessing, short_side=64)
+    side = checkpoint.preprocessing.crop
+    pictures = torch.stack([torch.from_numpy(tiny.draw_image(n)[:side, :side]) for n in range(3)])
+    pixels = pictures.permute(0, 3, 1, 2).contiguous()
+    views = _spread(pixels / 255, 2, other, [0, 1, 2])
+    torch.testing.assert_close(views[:, 0], pixels / 255)
+    bundle, found = tiny.make_bundle(checkpoint), []
+    for preprocessing in (checkpoint.preprocessing, other):
+        model = replace(checkpoint, preprocessing=preprocessing)
+        with Progress(disable=True) as bar:
+            names = list(NAMES)
+            found.append(calibrate.set_thresholds(model, bundle, names, pixels, 4, 0.3, bar))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "share", "attacked"), [(10, 0.9, 1), (10, 0.3, 7), (64, 0.5, 32), (12, 1.0, 0)]
+)
+def test_the_attacked_share_of_a_batch_is_rounded(batch: int, share: float, attacked: int) -> None:
+    """10 * (1 - 0.9) is just below 1."""
+    draws = _Draws.of(Tuning(batch=batch, clean_share=share), 0, torch.zeros(5, 3, 4, 4))
+    assert len(draws.noise) == attacked
 
 
 @pytest.mark.parametrize(("shots", "learned", "again"), [(4, 12, 0), (6, 18, 6), (0, 0, 0)])

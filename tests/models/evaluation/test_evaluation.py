@@ -5,12 +5,14 @@ import json
 import math
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +23,7 @@ from models.checkpoint import Checkpoint
 from models.classifier import DefendedClassifier
 from models.data import DataError
 from models.defenses import ttc
-from models.evaluation import command, options, sample, trial
+from models.evaluation import command, options, trial
 from models.evaluation.check import Check
 from models.evaluation.detection import detect, write_detection
 from models.evaluation.hub import open_anywhere
@@ -244,6 +246,7 @@ def test_the_recipe_is_a_list_of_attacks_with_settings_of_its_own() -> None:
     assert (strong.budget.steps, strong.answers, strong.queried) == (STEPS, ANSWERS, QUERIED)
     own = protocol("--attacks", "strong", "--attack-steps", "7", "--answers", "3")
     assert (own.budget.steps, own.answers) == (7, 3)
+    assert protocol("--attacks", "strong", "--queried", "0").queried == 0  # not the default
     # On one view the losses on mean logits and on the mean prediction are the same.
     assert strong.attacks_of("transfer") == ["logits-entropy", "dlr", "square", "rays"]
     assert strong.attacks_of("stealthy") == ["stealthy"]
@@ -285,10 +288,44 @@ def test_the_attack_itself_is_checked(
     assert "the attack does not work on this defense" in " ".join(facts["warnings"])
 
 
+@pytest.mark.parametrize(
+    ("attacks", "repeated", "spent"),
+    [("square", "square", "queries"), ("square,pgd", "pgd", "steps"), ("rays", "rays", "queries")],
+)
+def test_the_check_repeats_what_more_can_change(
+    directory: Path,
+    folder: Path,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    attacks: str,
+    repeated: str,
+    spent: str,
+) -> None:
+    """An attack by queries takes no steps: twice as many would change nothing."""
+    budgets = []
+
+    def note(model: Any, pixels: Any, labels: Any, budget: Any, seeds: Any) -> Any:
+        budgets.append(budget)
+        return pixels
+
+    for name in attacks.split(","):
+        monkeypatch.setitem(ATTACKS, name, note)
+    flags = ["--check", "--defenses", "plain", "--threats", "adaptive", "--attacks", attacks]
+    flags += ["--eps", "2/255", "--limit", "1"]
+    assert run(directory, folder, bundle, tmp_path / "out.json", *flags) == 0
+    assert read(tmp_path / "out.json")[0]["checks"][0]["attack"] == repeated
+    first, *_, doubled, _ = budgets
+    assert doubled == replace(first, **{spent: 2 * getattr(first, spent)})
+
+
 def test_twice_the_steps_must_not_break_many_more() -> None:
     assert Check("tapt", "pgd", 2, more=0.019, left=0).warnings() == []
     (sentence,) = Check("tapt", "pgd", 2, more=0.02, left=0).warnings()
     assert "twice the steps of pgd break 2.0 points more" in sentence
+    (sentence,) = Check("tapt", "rays", 2, more=0.02, left=0).warnings()
+    assert "twice the queries of rays" in sentence
+    assert "--queries" in sentence
 
 
 def test_checks_of_an_attack_count_in_no_row(tmp_path: Path) -> None:
@@ -329,6 +366,39 @@ def test_each_attacked_picture_is_suspected_once(tmp_path: Path) -> None:
     journal.add([Outcome("a", cell, "square", True, 0.1, 1.0, 1.0)])  # it stood to the last
     (found,) = detect([cell], ["a", "b"], journal)
     assert (found.attacked, found.auroc) == (2, 0.5)
+
+
+def test_suspicion_is_that_of_one_answer(
+    directory: Path, folder: Path, bundle: Path, tmp_path: Path
+) -> None:
+    """The mean over several answers varies less than what a client sees."""
+
+    def suspicions(*more: str) -> dict[str, float]:
+        out = tmp_path / f"{len(more)}.json"
+        flags = ["--defenses", "ensemble", "--threats", "clean", *more]
+        assert run(directory, folder, bundle, out, *flags) == 0
+        lines = map(json.loads, out.with_suffix(".jsonl").read_text().splitlines())
+        return {line["picture"]: line["suspicion"] for line in lines}
+
+    assert suspicions() == suspicions("--answers", "4")
+
+
+def test_means_of_older_journals_are_not_taken_for_single_answers(tmp_path: Path) -> None:
+    path, cells = tmp_path / "out.jsonl", [Cell("tapt", CLEAN, 0), Cell("tapt", "adaptive", 2)]
+
+    def found(asked: int) -> list[Any]:
+        with path.open("w") as file:
+            for cell, attack, doubt in zip(cells, (CLEAN, "pgd"), (0.2, 0.9), strict=True):
+                line = {"key": "key", "picture": "a", "cell": asdict(cell), "attack": attack}
+                line |= {"right": asked, "doubt": doubt, "ms": 1.0, "attack_ms": 1.0}
+                file.write(json.dumps({**line, "asked": asked}) + "\n")
+        journal = Journal(path, "key")
+        assert journal.right("a", cells[1]) == 1
+        return detect(cells, ["a"], journal)
+
+    (one,) = found(asked=1)
+    assert one.auroc == 1
+    assert found(asked=10) == []
 
 
 def test_pictures_that_are_decided_are_left_alone(
@@ -372,26 +442,58 @@ def test_an_adaptive_row_counts_the_worse_way(
     assert row["right"] + sum(row["broken_first_by"].values()) == rows["tapt", CLEAN, 0]["right"]
 
 
-def test_a_row_that_only_square_breaks_is_pointed_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("attacks", "warned"),
+    [
+        (("pgd", "square"), True),
+        (("pgd", "rays"), True),
+        (("pgd", "square", "rays"), True),  # as the recipe ends
+        (("square", "rays"), False),  # no gradients to suspect
+    ],
+)
+def test_a_row_that_queries_break_and_gradients_do_not_is_pointed_out(
+    tmp_path: Path, attacks: tuple[str, ...], warned: bool
+) -> None:
     journal, cell = Journal(tmp_path / "out.jsonl", "key"), Cell("tapt", "adaptive", 2)
-    subjects = [sample.Subject(tiny.draw_image(number), 0) for number in range(10)]
-    for number, subject in enumerate(subjects):
-        for attack, right in ((CLEAN, True), ("pgd", True), ("square", number > 3)):
-            where = Cell("tapt", CLEAN, 0) if attack == CLEAN else cell
-            journal.add([Outcome(subject.name, where, attack, right, 0.0, 1.0, 1.0)])
-    pictures = [subject.name for subject in subjects]
-    (sentence,) = trial.suspect(["pgd", "square"], [cell], pictures, journal)
-    assert "Square breaks 4 of the 10" in sentence
+    *others, last = attacks
+    for number in range(12):
+        name = str(number)
+        journal.add([Outcome(name, Cell("tapt", CLEAN, 0), CLEAN, 1, 0.0, 1.0, 1.0)])
+        # The first two are broken by PGD, if it is there, and left alone from then on.
+        rights = {attack: int(attack != "pgd" or number > 1) for attack in others}
+        if all(rights.values()):
+            rights[last] = int(number > 5)
+        journal.add(Outcome(name, cell, a, right, 0.0, 1.0, 1.0) for a, right in rights.items())
+    found = list(trial.suspect([cell], [str(number) for number in range(12)], journal))
+    assert len(found) == warned
+    if warned:
+        assert "queries break 4 of the 10 images that attacks by gradients leave" in found[0]
+
+
+def test_what_queries_break_first_tells_nothing_about_later_gradients(tmp_path: Path) -> None:
+    """An image that is broken is not attacked again, so gradients never had a try."""
+    journal, cell = Journal(tmp_path / "out.jsonl", "key"), Cell("tapt", "adaptive", 2)
+    for number in range(10):
+        rights = {"square": int(number > 3)} | ({"pgd": 1} if number > 3 else {})
+        for attack, right in rights.items():
+            journal.add([Outcome(str(number), cell, attack, right, 0.0, 1.0, 1.0)])
+    assert not list(trial.suspect([cell], [str(number) for number in range(10)], journal))
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         ("--defenses plain,nothing", "--defenses: unknown nothing"),
-        ("--eps 1/510", "below 1/255"),
-        ("--eps 1/0", "a fraction by zero"),
+        ("--eps 1/510", "1/510 is not a whole number of levels"),
+        ("--eps 1/255,0.01", "0.01 is not a whole number of levels"),  # 2.55 of them
+        ("--eps 1/0", "1/0 is not a number"),
         ("--eps 2", "write 2/255"),
-        ("--labels x", "name some with --labels"),
+        ("--labels x", "--labels names 1 of the 3 classes"),
+        ("--labels cat,dog", "--labels names 2 of the 3 classes"),
+        ("--attacks quick", "--threats transfer: none of the attacks quick is made on"),
+        ("--attacks quick,feature --threats static", "static: none of the attacks quick, feature"),
+        ("--attacks square --queried 3", "only square would be made, and only on 3 images"),
+        ("--attacks quick,rays --queried 0", "only rays would be made, and only on 0 images"),
         ("--data nowhere", "no data at nowhere"),
         ("--view-area 0.5", "--view-area: two shares"),
         ("--view-area 0.5,0.2", "--view-area: two shares"),
@@ -408,6 +510,51 @@ def test_mistakes_are_one_sentence(
 ) -> None:
     assert run(directory, folder, bundle, tmp_path / "out.json", *flags.split()) == 1
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--attack-steps 0",
+        "--queries 0",
+        "--answers 0",
+        "--restarts 0",
+        "--eot 0",
+        "--targets -1",
+        "--queried -1",
+        "--limit 0",
+        "--batch 0",
+        "--views 0",
+        "--steps -1",
+        "--preflight -1",
+        "--seed -1",
+        "--learning-rate 0",
+        "--selection-ratio 0",
+        "--alignment-weight -1",
+        "--gamma 1.5",
+    ],
+)
+def test_numbers_out_of_range_are_refused_at_once(
+    flags: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--data", "x", "--json", "y", *flags.split()])
+    assert f"argument {flags.split()[0]}:" in capsys.readouterr().err
+
+
+def test_labels_that_lack_names_are_refused(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parquet may have labels without the names of their classes."""
+    file = io.BytesIO()
+    Image.fromarray(tiny.draw_image(0)).save(file, "PNG")
+    images = [{"bytes": file.getvalue(), "path": None}] * 3
+    pq.write_table(pa.table({"image": images, "label": [0, 1, 2]}), tmp_path / "data.parquet")
+    flags = f"--model {directory} --data {tmp_path}/data.parquet --json {tmp_path}/out.json"
+    quick = "--defenses plain --threats clean --labels"
+    assert command.main([*flags.split(), *quick.split(), "cat,dog"]) == 1
+    assert "--labels names 2 classes" in capsys.readouterr().err
+    assert command.main([*flags.split(), *quick.split(), "cat,dog,lemon"]) == 0
 
 
 def test_the_static_threat_needs_learned_prompts(
@@ -451,7 +598,7 @@ def test_a_counterattack_takes_its_own_steps(
     step = ttc._step
     monkeypatch.setattr(ttc, "_step", lambda *given: taken.append(1) or step(*given))
     monkeypatch.setattr(ttc, "PUBLISHED", replace(ttc.PUBLISHED, tau=1e9))  # nobody is spared
-    protocol = trial.Protocol(["ttc"], [], [], [], trial.Budget(0), steps=5)
+    protocol = trial.Protocol(["ttc"], [], [], [], trial.Budget(0), views=4, steps=5)
     trial.answers(classifier, NAMES, [tiny.draw_image(0)], "ttc", protocol, [0])
     assert len(taken) == 2
 
