@@ -358,6 +358,9 @@ def test_the_gate_adapts_the_suspects_and_passes_the_rest(classifier: DefendedCl
     adapted = classify(classifier, queries, "tapt", [2] * 8)
     expected = [p if free else a for free, p, a in zip(passed, plain, adapted, strict=True)]
     assert largest_gap(probabilities(gated), probabilities(expected)) < 1e-5
+    assert [prediction.readout for prediction in gated] == [
+        "single" if free else query.readout for free, query in zip(passed, queries, strict=True)
+    ]
 
 
 def test_thrift_stops_where_a_few_views_agree(
@@ -371,9 +374,10 @@ def test_thrift_stops_where_a_few_views_agree(
     spared = classify(classifier, queries, "thrift", [2] * 8)
     short = [len(prediction.views) == few for prediction in spared]
     assert 0 < sum(short) < 8
-    for stopped, found, whole in zip(short, spared, adapted, strict=True):
+    for query, stopped, found, whole in zip(queries, short, spared, adapted, strict=True):
         expected = whole.views[:few].mean(dim=0) if stopped else whole.probabilities
         assert found.steps == (0 if stopped else 2)
+        assert found.readout == ("all" if stopped else query.readout)
         torch.testing.assert_close(found.probabilities, expected, atol=1e-5, rtol=0)
 
 
