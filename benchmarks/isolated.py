@@ -39,9 +39,9 @@ class Instant:
             scores = [1.0, *[0.0] * (len(work.labels) - 1)]
             answer = Answer(
                 scores=scores, undefended_scores=scores, design="vli", steps=work.steps,
-                views=work.views, views_kept=1, entropy_before=0.1, entropy_after=0.1,
-                agreement=1.0, suspicion=0.0, suspected=False, truncated=None, labels_truncated=0,
-                adapt_seconds=0.0, predict_seconds=0.0,
+                views=work.views, views_kept=1, readout=work.readout, entropy_before=0.1,
+                entropy_after=0.1, agreement=1.0, suspicion=0.0, suspected=False, truncated=None,
+                labels_truncated=0, adapt_seconds=0.0, predict_seconds=0.0,
             )  # fmt: skip
             self._deliver(Settled(work.id, answer))
         self._deliver(Finished())

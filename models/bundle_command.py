@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from models.bundle import FOLDER, JSON, TENSORS, find_bundle, read_bundle
-from models.errors import LoadError
+from models.errors import LoadError, first_line
 
 
 def show(options: argparse.Namespace) -> str:
@@ -41,8 +41,9 @@ def push(options: argparse.Namespace) -> str:
             revision=options.revision or None,
         )
     except Exception as error:  # of the hub, of its client, and of the network below it
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LoadError(f"the bundle cannot be pushed to {options.repository}: {reason}") from error
+        raise LoadError(
+            f"the bundle cannot be pushed to {options.repository}: {first_line(error)}"
+        ) from error
     return f"TAPT_BUNDLE={options.repository}@{commit.oid}"
 
 

@@ -10,7 +10,7 @@ from transformers import CLIPConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from models.clip import PromptedCLIP
-from models.errors import LoadError
+from models.errors import LoadError, first_line
 from models.formats import FORMATS
 from models.formats.checkpoint_format import CheckpointFormat, read_config
 from models.hub import find_directory
@@ -140,8 +140,7 @@ def build_clip(
     except LoadError:
         raise
     except Exception as error:  # transformers fails with whatever a config makes it trip over
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LoadError(f"{source.name} cannot be loaded as a CLIP: {reason}") from error
+        raise LoadError(f"{source.name} cannot be loaded as a CLIP: {first_line(error)}") from error
     scale = model.logit_scale.detach().clone()
     model.to(device, dtype)
     # Rounding this exponent to bfloat16 would change every logit by about 1%.

@@ -104,6 +104,7 @@ class Prediction:
         undefended: [C], what undefended CLIP says of the image.
         views: probabilities [V, C] of all views before any adaptation.
         kept: number of views that the loss looked at, or the answer where there is no loss.
+        readout: views that the answer was read from, see `readout.view_weights`.
         steps: optimization steps taken.
         entropy_before, entropy_after: of the kept views' mean prediction, nats.
         suspicion: attack score in [0, 1], see `readout.suspicion`.
@@ -117,6 +118,7 @@ class Prediction:
     undefended: Tensor
     views: Tensor
     kept: int
+    readout: str
     steps: int
     entropy_before: float
     entropy_after: float
@@ -322,6 +324,7 @@ class DefendedClassifier:
                 undefended=alone,
                 views=views,
                 kept=len(views) if kept is None else kept.shape[1],
+                readout=output.readout or batch.spec.readout or batch.queries[row].readout,
                 steps=output.steps,
                 entropy_before=before[place],
                 entropy_after=after[place],

@@ -1,9 +1,14 @@
-"""The error of everything that is loaded at startup, and how to install what is missing."""
+"""Errors of models, checkpoints and images, and what to tell users about errors of libraries."""
 
 
 def install_extra(extra: str) -> str:
     """The command that installs an optional set of packages, to be run in a checkout."""
     return f"run `.venv/bin/python -m pip install -c constraints.txt -e '.[{extra}]'`"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; the name of its class if it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class LoadError(ValueError):

@@ -49,7 +49,7 @@ def write_checkpoint(
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """The narrowest dtype that holds every weight of a checkpoint's files exactly."""
+    """The dtype of a checkpoint's weights; float32 if they have several."""
     found: set[torch.dtype] = set()
     for file in directory.glob("*.safetensors"):
         with safe_open(file, framework="pt") as stored:

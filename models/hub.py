@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from models.errors import LoadError
+from models.errors import LoadError, first_line
 
 
 def find_directory(name: str, revision: str, patterns: Sequence[str]) -> Path:
@@ -34,8 +34,7 @@ def find_directory(name: str, revision: str, patterns: Sequence[str]) -> Path:
             f"{name} is not a local directory and not on the hub or in its cache"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LoadError(f"{name} cannot be fetched: {reason}") from error
+        raise LoadError(f"{name} cannot be fetched: {first_line(error)}") from error
 
 
 def split_revision(name: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as transformers_logging
 
-from models.errors import LoadError
+from models.errors import LoadError, first_line
 from models.file_schemas import ImageProcessorConfig, ImageProcessorFile, check, read_json
 from models.images.preprocess import BICUBIC, Preprocessing
 from models.views import KNOWN_FILTERS, make_views
@@ -59,7 +59,7 @@ def read_preprocessing(directory: Path, name: str, side: int) -> Preprocessing:
             _compare(image, theirs["pixel_values"][0], preprocessing)
         return preprocessing
     except Exception as error:
-        raise LoadError(f"{name}: image preprocessing: {_first_line(error)}") from error
+        raise LoadError(f"{name}: image preprocessing: {_reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -68,11 +68,12 @@ def _naming(file: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"transformers cannot use {file}: {_first_line(error)}") from error
+        raise ValueError(f"transformers cannot use {file}: {_reason(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
+def _reason(error: Exception) -> str:
+    """The first line of an error, cut: it may hold the whole configuration."""
+    return first_line(error)[:300]
 
 
 def _load_processor(directory: Path) -> BaseImageProcessor:

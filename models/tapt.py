@@ -10,13 +10,14 @@ batch.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from models import adamw
+from models.backward import differentiate, make_leaves
 from models.clip import PromptedCLIP
 from models.labels import LabelBatch
 from models.prompts import DefensePrompts
@@ -61,7 +62,11 @@ def leaves_after(steps: int | Sequence[int]) -> Leaving:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What a step minimizes and how it moves; the defaults are the paper's.
+    """What a step minimizes and how it moves.
+
+    The defaults are the paper's. Serving differs in one: `load_classifier` adapts `vision`, not
+    `all`. If a single view is kept, as at the defaults (16 views, `selection_ratio` 0.1), its
+    variance is 0: the variance part of the alignment is a constant, and `of_mean` has no effect.
 
     Attributes:
         reference: token statistics to align with; None for the entropy alone.
@@ -75,7 +80,8 @@ class Objective:
         adapts: which prompts move. While the text's stay, so do the labels' features, and a step
             does not pass through the text tower.
         early_stop: stop adapting once a step changes the entropy by less than this (nats); 0
-            disables.
+            disables. The change is known when the next step begins, so the first step is always
+            taken, and with one step allowed nothing changes.
     """
 
     reference: TokenStatistics | None = None
@@ -149,7 +155,8 @@ def token_moments(inputs: Sequence[Tensor]) -> list[Moments]:
 
 
 def alignment_loss(moments: Sequence[Moments], mean: Tensor, variance: Tensor) -> Tensor:
-    """Distance [B] of the views' token moments from reference ones, summed over layers.
+    """Distance [B] of the views' token moments from reference ones: half of the mean absolute
+    difference over tokens and width, summed over both moments and all layers.
 
     Args:
         moments: as returned by `token_moments`.
@@ -207,29 +214,15 @@ def prompt_gradients(
 ) -> dict[str, Tensor]:
     """The gradient of a loss at the moving prompts, by name; prompts it does not reach are absent.
 
-    The backward pass through the text tower runs in chunks of labels, which is exact: first from
-    the loss to the label features, then from them to the prompts.
-
     Args:
         text: the labels' features [R, D] at `prompts`.
         loss: maps prompts and label features to a scalar.
     """
-    values = {k: v.detach() for k, v in prompts.tensors.items()}
-    leaves = {k: v.requires_grad_() for k, v in values.items() if k in moving}
-    text = text.detach().requires_grad_("text" in leaves)
-    value = loss(prompts.map(values), text)
-    if not value.requires_grad:
-        return {}
-    inputs = [*leaves.values(), *([text] if text.requires_grad else [])]
-    found = torch.autograd.grad(value, inputs, allow_unused=True)
-    reached = {k: g for k, g in zip(leaves, found, strict=False) if g is not None}
-    text_gradient = found[-1] if text.requires_grad else None
-    if prompts.text is not None and text_gradient is not None:
-        through_text = clip.text_gradient(labels, prompts.text, text_gradient)
-        reached["text"] = reached["text"] + through_text if "text" in reached else through_text
-    return reached
+    leaves, features = make_leaves(prompts, text, moving)
+    return differentiate(clip, labels, leaves, features, loss(leaves, features))
 
 
+@torch.enable_grad()
 def gradients(
     clip: PromptedCLIP,
     views: Tensor,
@@ -240,35 +233,58 @@ def gradients(
     images: Tensor | None = None,
 ) -> tuple[Losses, dict[str, Tensor]]:
     """One step's losses and its gradients by prompt name; arguments as in `losses`."""
-    terms: list[Losses] = []
+    leaves, features = make_leaves(prompts, text, objective.moving(prompts))
+    terms, loss = losses(clip, views, labels, features, leaves, objective, images)
+    return terms, differentiate(clip, labels, leaves, features, loss.sum())
 
-    def loss(leaves: DefensePrompts, features: Tensor) -> Tensor:
-        term, each = losses(clip, views, labels, features, leaves, objective, images)
-        terms.append(term)
-        return each.sum()
 
-    found = prompt_gradients(clip, labels, text, prompts, loss, objective.moving(prompts))
-    return terms[0], found
+@dataclass(frozen=True, slots=True)
+class _Requests:
+    """The requests in the loop, as indices into the batch, and their values as in `adapt`."""
+
+    rows: list[int]
+    views: Tensor
+    labels: LabelBatch
+    text: Tensor
+    prompts: DefensePrompts
+    images: Tensor | None
+    moments: adamw.Moments
+
+    def depart(self, leaving: AbstractSet[int], steps: int) -> Iterator[Departure]:
+        """Those that leave, together, if there are any."""
+        if out := [place for place, row in enumerate(self.rows) if row in leaving]:
+            yield Departure([self.rows[place] for place in out], self.prompts.select(out), steps)
+
+    def without(self, gone: AbstractSet[int]) -> "_Requests":
+        stay = [place for place, row in enumerate(self.rows) if row not in gone]
+        if len(stay) == len(self.rows):
+            return self
+        return _Requests(
+            rows=[self.rows[place] for place in stay],
+            views=self.views[stay],
+            labels=self.labels.select(stay),
+            text=self.labels.take(self.text, stay),
+            prompts=self.prompts.select(stay),
+            images=None if self.images is None else self.images[stay],
+            moments={k: (first[stay], second[stay]) for k, (first, second) in self.moments.items()},
+        )
 
 
 class EarlyStopping:
-    """Which requests a step hardly moves any more.
-
-    `rows` holds those whose entropy changed by less than `threshold` nats between the last two
-    updates; none where `threshold` is 0.
-    """
+    """Finds the requests whose last step changed their entropy by less than `threshold` nats; none
+    if the threshold is 0."""
 
     def __init__(self, threshold: float) -> None:
-        self.rows: set[int] = set()
         self._threshold, self._entropy = threshold, dict[int, float]()
 
-    def update(self, rows: list[int], terms: Losses) -> None:
-        """Take the losses [n] of the requests `rows` before a step."""
-        if self._threshold:
-            before, now = self._entropy, dict(zip(rows, terms.entropy.tolist(), strict=True))
-            change = {row: abs(now[row] - before.get(row, math.inf)) for row in rows}
-            self.rows = {row for row in rows if change[row] < self._threshold}
-            self._entropy = now
+    def update(self, rows: list[int], entropy: Tensor) -> set[int]:
+        """Take the entropies [n] of the requests `rows` after a step, or before the first one, and
+        return those of them that stop."""
+        if not self._threshold:
+            return set()
+        before, self._entropy = self._entropy, dict(zip(rows, entropy.tolist(), strict=True))
+        change = {row: abs(now - before.get(row, math.inf)) for row, now in self._entropy.items()}
+        return {row for row in rows if change[row] < self._threshold}
 
 
 def adapt(
@@ -291,31 +307,38 @@ def adapt(
         images: the views' features [B, k, D] at `prompts`, if known. Where no step changes them,
             the views are not encoded again.
     """
-    views = views.detach()
     images = None if images is None or objective.moves_images(prompts) else images.detach()
-    rows, steps, moments = list(range(len(views))), 0, adamw.begin(prompts.tensors)
-    stopping = EarlyStopping(objective.early_stop)
-    while rows:
-        leave = leaving(steps, rows)
-        done = (leave.done | stopping.rows) - leave.dropped
-        if out := [place for place, row in enumerate(rows) if row in done]:
-            yield Departure([rows[place] for place in out], prompts.select(out), steps)
-        gone = done | leave.dropped
-        stay = [place for place, row in enumerate(rows) if row not in gone]
-        if len(stay) < len(rows):
-            rows, views, prompts = [rows[i] for i in stay], views[stay], prompts.select(stay)
-            images = None if images is None else images[stay]
-            text, labels = labels.take(text, stay), labels.select(stay)
-            moments = {k: (first[stay], second[stay]) for k, (first, second) in moments.items()}
-        if rows:
-            if steps and "text" in objective.moving(prompts):
-                text = clip.encode_labels(labels, prompts.text)
-            terms, found = gradients(clip, views, labels, text, prompts, objective, images)
-            stopping.update(rows, terms)
-            steps += 1
-            rate, decay = objective.learning_rate, objective.weight_decay
-            moved, moments = adamw.advance(prompts.tensors, found, moments, steps, rate, decay)
-            prompts = prompts.map(moved)
+    rows, moments = list(range(len(views))), adamw.begin(prompts.tensors)
+    here = _Requests(rows, views.detach(), labels, text, prompts, images, moments)
+    moves_text, stopping = "text" in objective.moving(prompts), EarlyStopping(objective.early_stop)
+    steps, rate, decay = 0, objective.learning_rate, objective.weight_decay
+    while here.rows:
+        leave = leaving(steps, here.rows)
+        yield from here.depart(leave.done - leave.dropped, steps)
+        here = here.without(leave.done | leave.dropped)
+        if not here.rows:
+            return
+        if steps and moves_text:
+            here = replace(here, text=clip.encode_labels(here.labels, here.prompts.text))
+        stopped, found = _prepare_step(clip, here, objective, stopping)
+        yield from here.depart(stopped, steps)
+        steps += 1
+        moved, after = adamw.advance(here.prompts.tensors, found, here.moments, steps, rate, decay)
+        here = replace(here, prompts=here.prompts.map(moved), moments=after).without(stopped)
+
+
+@torch.enable_grad()
+def _prepare_step(
+    clip: PromptedCLIP, here: _Requests, objective: Objective, stopping: EarlyStopping
+) -> tuple[set[int], dict[str, Tensor]]:
+    """The requests that stop before the next step, and the step's gradients by prompt name. If all
+    stop, the backward pass is skipped and there are no gradients."""
+    leaves, features = make_leaves(here.prompts, here.text, objective.moving(here.prompts))
+    terms, loss = losses(clip, here.views, here.labels, features, leaves, objective, here.images)
+    stopped = stopping.update(here.rows, terms.entropy)
+    if len(stopped) == len(here.rows):
+        return stopped, {}
+    return stopped, differentiate(clip, here.labels, leaves, features, loss.sum())
 
 
 Adapt = Callable[

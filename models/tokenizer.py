@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 
-from models.errors import LoadError
+from models.errors import LoadError, first_line
 from models.hub import find_directory, split_revision
 
 FILES = ("*.json", "*.txt", "*.model")
@@ -45,8 +45,7 @@ def load_tokenizer(
         ids = tokenizer(SAMPLE)["input_ids"]
         largest = max(tokenizer.get_vocab().values())
     except Exception as error:  # a tokenizer's own code may raise anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LoadError(f"{where} has no usable tokenizer: {reason}") from error
+        raise LoadError(f"{where} has no usable tokenizer: {first_line(error)}") from error
     # If the files are missing, transformers makes up a tokenizer without any words.
     if len(set(ids)) < 4:
         raise LoadError(f"{where} has a tokenizer without a vocabulary")

@@ -88,6 +88,7 @@ class Answer:
     steps: int
     views: int
     views_kept: int
+    readout: str
     entropy_before: float
     entropy_after: float
     agreement: float

@@ -103,7 +103,8 @@ class Settings(BaseSettings):
     max_views: int = Field(64, ge=1)
     """Maximum number of views; higher requests are lowered to it."""
     selection_ratio: float = Field(0.1, gt=0, le=1)
-    """Share of the views that the loss is computed on, the most confident ones."""
+    """Share of the views that the loss is computed on, the most confident ones; at least one view.
+    The variance part of the alignment needs at least two."""
     learning_rate: float = Field(5e-4, gt=0)
     """Learning rate of AdamW."""
     alignment_weight: float = Field(100.0, ge=0)
@@ -113,7 +114,8 @@ class Settings(BaseSettings):
     adapts: Literal["all", "vision", "text"] = "vision"
     """Which prompts adapt. `vision` is cheapest; if the bundle has none of that kind, all adapt."""
     early_stop: float = Field(0.0, ge=0)
-    """Stop adapting once a step changes the entropy by less than this (nats); 0 disables."""
+    """Stop adapting prompts once a step changes the entropy by less than this (nats); 0 disables.
+    No effect on requests with one step: the first is always taken."""
     readout: Readout = "all"
     """Views that the prediction is computed from after adapting."""
     hypothesis_template: Annotated[str | tuple[str, ...], NoDecode] = "a photo of a {}."
@@ -124,7 +126,8 @@ class Settings(BaseSettings):
     max_batch_size: int = Field(16, ge=1)
     """Maximum number of requests in a batch."""
     max_batch_tokens: int = Field(0, ge=0)
-    """Maximum number of image and text tokens in a batch; 0: set by free memory."""
+    """Maximum number of image and text tokens in a batch; 0: set by free memory. See
+    [memory](performance.md#memory)."""
     max_queue_delay_ms: float = Field(0.0, ge=0)
     """How long an idle worker waits for a batch to fill (ms). Requests that arrive while a batch
     runs share the next one in any case."""

@@ -6,7 +6,8 @@ import torch
 
 from benchmarks.parity.figures import VALUE_TOLERANCE, Difference, Figures
 from models.clip import PromptedCLIP
-from models.defenses.ttc import Counterattack, counterattack, drift_ratio, step_weights
+from models.defenses.counterattack import drift_ratio
+from models.defenses.ttc import Counterattack, counterattack, step_weights
 from models.tapt import leaves_after
 
 

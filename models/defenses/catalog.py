@@ -22,7 +22,7 @@ class DefenseSpec:
 
     Attributes:
         name: what a request's `method` says; the module is named alike, with `_` for `-`.
-        description: one sentence for users.
+        description: what it does, for users.
         prompts: what it starts from: no prompts, the template's leading words, or the bundle's
             learned prompts. Without a bundle the words stand in for learned prompts.
         views: whether it looks at the image alone or at all random views.

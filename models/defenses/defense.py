@@ -13,7 +13,7 @@ from importlib import import_module
 from torch import Tensor
 
 from models.clip import PromptedCLIP
-from models.defenses.catalog import DefenseSpec
+from models.defenses.catalog import DefenseSpec, Readout
 from models.labels import LabelBatch
 from models.prompts import DefensePrompts
 from models.tapt import Adapt, Exit, Leaving, Objective, adapt
@@ -108,6 +108,8 @@ class DefenseOutput:
         kept: indices [n, k] of the views that the loss looked at; None: all.
         averages_logits: average the views' logits, not their predictions.
         steps: optimization steps taken.
+        readout: the views that the answer was read from, where the defense ignores the request's
+            readout; None: as asked.
         adapted: `time.perf_counter()` when adapting ended and reading out began.
     """
 
@@ -119,6 +121,7 @@ class DefenseOutput:
     kept: Tensor | None = None
     averages_logits: bool = False
     steps: int = 0
+    readout: Readout | None = None
 
     def renumber(self, rows: list[int]) -> "DefenseOutput":
         """The output for a selection of requests, `rows`, numbered as in the whole batch."""

@@ -2,11 +2,12 @@
 
 Padding moves the features of an attacked image far more than those of a clean one (test-time
 padding, arXiv 2512.16523). An image whose features stay close gets CLIP's undefended prediction,
-at a fraction of the cost. This can only lower robustness: an attacker who knows the gate needs
-only to stay below its threshold. It is offered for its price.
+at a fraction of the cost. Expect it to lower robustness: an attacker who keeps the cosine above the
+threshold faces undefended CLIP.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ def defend(clip: PromptedCLIP, inputs: DefenseInput) -> Iterator[DefenseOutput]:
         rows = [row for row, suspicious in enumerate(suspect) if suspicious == attacked]
         if rows:
             for output in defense.defend(clip, inputs.select(rows)):
-                yield output.renumber(rows)
+                yield replace(output.renumber(rows), readout=defense.SPEC.readout)
 
 
 @torch.no_grad()

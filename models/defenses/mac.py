@@ -1,16 +1,16 @@
 """Multi-view guided adaptive counterattack (MAC, Kim and Um, CVPR 2026, arXiv 2606.06938).
 
 As `ttc`, this defense moves pixels within a small ball so that the features end far from where an
-attack may have put them. It does so for the image and for an augmented view of it. A view that
-another augmentation moves far counts as attacked, and only as far as it does is its delta added.
+attack may have put them. It does so for the image and for an augmented view of it. A view counts
+as attacked if another augmentation moves its features far, and its delta is weighted accordingly.
 The views' logits are averaged.
 
 From the paper and its code (github.com/sunoh-kim/MAC): two views, four signed steps up the squared
 distance of the unnormalized features from a uniform start, a ball of 8/255, the degree of
 corruption and its sigmoid with threshold 0.7 and temperature 0.01 (chosen there for ViT-B/32), the
-mean of logits, and the augmentations but for what `augmentation` names. Ours: a request takes no
-step where every weight is negligible; and where an attacker differentiates the answer, the deltas
-and their weights are constants (BPDA).
+mean of logits, and the augmentations, except for the differences listed in `augmentation`. Ours: a
+request takes no step where every weight is negligible; and where an attacker differentiates the
+answer, the deltas and their weights are constants (BPDA).
 """
 
 import time
@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.augmentation import augment
 from models.clip import PromptedCLIP
+from models.defenses.augmentation import augment
 from models.defenses.catalog import DefenseSpec
+from models.defenses.counterattack import MovedPixels, climb, draw_noise, drift_ratio
 from models.defenses.defense import DefenseInput, DefenseOutput
-from models.defenses.ttc import MovedPixels, climb, draw_noise, drift_ratio
 from models.tapt import Leaving
 
 SPEC = DefenseSpec(

@@ -25,8 +25,9 @@ SPEC = DefenseSpec(
     order=6,
 )
 
-OBJECTIVE = Objective(of_mean=False, learning_rate=5e-3)
+OBJECTIVE = Objective(of_mean=False, learning_rate=5e-3)  # as published
 
 
 def defend(clip: PromptedCLIP, inputs: DefenseInput) -> Iterator[DefenseOutput]:
-    return tapt.tune(clip, replace(inputs, objective=OBJECTIVE), averages_logits=True)
+    objective = replace(OBJECTIVE, early_stop=inputs.objective.early_stop)
+    return tapt.tune(clip, replace(inputs, objective=objective), averages_logits=True)

@@ -1,8 +1,8 @@
 """TAPT that looks at a few views first and stops if they agree.
 
-If a quarter of the views all name the same label with confidence, their mean is the answer, without
-a step; every other image is adapted as usual. An attacker has fewer views to win over on the short
-way. It is offered for its price.
+If a quarter of the views all give the same label with confidence, their mean is the answer, without
+a step. Every other image is adapted as usual. An attacker has fewer views to fool on the short way,
+so expect lower robustness for the time it saves.
 """
 
 import time
@@ -17,7 +17,8 @@ from models.defenses.defense import DefenseInput, DefenseOutput
 
 SPEC = DefenseSpec(
     name="thrift",
-    description="TAPT for images on which a quarter of the views disagree; else their mean.",
+    description="Looks at a quarter of the views. If they agree confidently, their mean is the "
+    "answer; otherwise TAPT.",
     prompts="learned",
     views="all",
     adapts=True,
@@ -35,7 +36,7 @@ def defend(clip: PromptedCLIP, inputs: DefenseInput) -> Iterator[DefenseOutput]:
     logits = clip.class_logits(features, labels.features, labels.batch)
     done = agree(logits.softmax(dim=-1)).tolist()
     if rows := [row for row, enough in enumerate(done) if enough]:
-        yield DefenseOutput(rows, logits[rows], logits[rows], adapted=start)
+        yield DefenseOutput(rows, logits[rows], logits[rows], adapted=start, readout="all")
     if rows := [row for row, enough in enumerate(done) if not enough]:
         for output in tapt.defend(clip, inputs.select(rows)):
             yield output.renumber(rows)

@@ -23,8 +23,9 @@ SPEC = DefenseSpec(
     order=5,
 )
 
-OBJECTIVE = Objective(learning_rate=5e-3)
+OBJECTIVE = Objective(learning_rate=5e-3)  # as published
 
 
 def defend(clip: PromptedCLIP, inputs: DefenseInput) -> Iterator[DefenseOutput]:
-    return tapt.tune(clip, replace(inputs, objective=OBJECTIVE))
+    objective = replace(OBJECTIVE, early_stop=inputs.objective.early_stop)
+    return tapt.tune(clip, replace(inputs, objective=objective))

@@ -1,13 +1,13 @@
 """Test-time counterattack (TTC, Xing et al., CVPR 2025, arXiv 2503.03613).
 
 Noise hardly moves the features of an attacked image. Where it moves them little, this defense
-moves the image's own pixels, within a small ball, so that the features end as far away as possible;
-no prompt and no label takes part. Plain CLIP classifies the result. An image that takes no step
+moves the image's own pixels within a small ball, so that the features end as far away as possible.
+It uses neither prompts nor labels. Plain CLIP classifies the result. An image that takes no step
 keeps its noise, as published.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.clip import PromptedCLIP
 from models.defenses.catalog import DefenseSpec
+from models.defenses.counterattack import MovedPixels, climb, draw_noise, drift_ratio
 from models.defenses.defense import DefenseInput, DefenseOutput
 from models.tapt import Leaving
 
@@ -46,15 +47,6 @@ class Counterattack:
     beta: float = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class MovedPixels:
-    """Requests that leave together: indices, what is added to their pixels, steps taken."""
-
-    rows: list[int]
-    deltas: Tensor
-    steps: int
-
-
 PUBLISHED = Counterattack()
 
 
@@ -73,25 +65,6 @@ def defend(clip: PromptedCLIP, inputs: DefenseInput) -> Iterator[DefenseOutput]:
         own = labels.select(rows)
         logits = clip.class_logits(features, own.features, own.batch)
         yield DefenseOutput(rows, initial[rows], logits, adapted, steps=moved.steps)
-
-
-def draw_noise(pixels: Tensor, seeds: Sequence[int], eps: float) -> Tensor:
-    """Uniform noise in [-eps, eps] that keeps pixels [B, ..., 3, S, S] in [0, 1], one seed per
-    request; drawn on the host, so that device and batch do not change it."""
-    shape = pixels.shape[1:]
-    drawn = [torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return _confine(eps * (2 * torch.stack(drawn).to(pixels.device) - 1), pixels, eps)
-
-
-def drift_ratio(projected: Tensor) -> Tensor:
-    """How far noise moves the features, [B], as a share of their length.
-
-    Args:
-        projected: unnormalized features [B, 2, D] of the image, and of the image with noise.
-    """
-    still, shaken = projected.unbind(dim=1)
-    ratio: Tensor = (shaken - still).norm(dim=-1) / still.norm(dim=-1)
-    return ratio
 
 
 def counterattack(
@@ -118,51 +91,6 @@ def counterattack(
         yield MovedPixels(out, _settle(trail[:, :, 0], recipe.beta), len(trail) - 1)
 
 
-def climb(
-    clip: PromptedCLIP,
-    pixels: Tensor,
-    start: Tensor,
-    still: Tensor,
-    eps: float,
-    stride: float,
-    rows: list[int],
-    leaving: Leaving,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Move views up the squared distance of their features from the original ones.
-
-    Args:
-        pixels, start: views [B, V, 3, S, S] in [0, 1], and the deltas that the steps start from.
-        still: the unnormalized features [B, V, D] to move away from.
-        eps, stride: radius of the ball and length of a step, of [0, 1] pixels.
-        rows: the requests to move, as indices into B.
-
-    Yields:
-        Requests as they leave, and their deltas [steps + 1, n, V, 3, S, S]: the start, and those
-        after each step.
-    """
-    trail = [start]
-    while rows:
-        leave = leaving(len(trail) - 1, rows)
-        if out := [row for row in rows if row in leave.done]:
-            yield out, torch.stack([delta[out] for delta in trail])
-        rows = [row for row in rows if row not in leave.done | leave.dropped]
-        if rows:
-            delta = trail[-1].clone()
-            delta[rows] = _step(clip, pixels[rows], trail[-1][rows], still[rows], eps, stride)
-            trail.append(delta)
-
-
-@torch.enable_grad()
-def _step(
-    clip: PromptedCLIP, pixels: Tensor, delta: Tensor, still: Tensor, eps: float, stride: float
-) -> Tensor:
-    """The next deltas [n, V, 3, S, S]: one stride up the squared distance from `still`."""
-    delta = delta.detach().requires_grad_()
-    moved = clip.encode_images(pixels + delta).projected
-    (gradient,) = torch.autograd.grad((moved - still).square().sum(), delta)
-    return _confine(delta.detach() + stride * gradient.sign(), pixels, eps)
-
-
 def step_weights(steps: int, beta: float) -> Tensor:
     """Weights of the noise and of each step's delta, [steps + 1]; they sum to 1."""
     return (beta * torch.arange(steps + 1.0)).softmax(dim=0)
@@ -172,8 +100,3 @@ def _settle(trail: Tensor, beta: float) -> Tensor:
     """The weighted mean [n, 3, S, S] of all steps' deltas [steps + 1, n, 3, S, S]."""
     weights = step_weights(len(trail) - 1, beta).to(trail.device)
     return (weights.view(-1, 1, 1, 1, 1) * trail).sum(dim=0)
-
-
-def _confine(delta: Tensor, pixels: Tensor, eps: float) -> Tensor:
-    """Deltas within eps whose pixels stay in [0, 1]."""
-    return delta.clamp(-eps, eps).clamp(-pixels, 1 - pixels)

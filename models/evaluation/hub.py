@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from models.data import DataError, Dataset, Example, decode_picture, open_dataset, order, read_file
+from models.errors import first_line
 from models.images.preprocess import Preprocessing
 
 IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label")
@@ -31,7 +32,7 @@ def open_anywhere(name: str) -> Dataset:
         loaded = datasets.load_dataset(path, split=split or "test")
         return HubDataset(loaded, datasets.Image(decode=False), name)
     except Exception as error:  # the package's readers may raise anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise DataError(f"{name} cannot be loaded as a data set: {reason}") from error
 
 

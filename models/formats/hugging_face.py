@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from models.errors import LoadError
+from models.errors import LoadError, first_line
 from models.file_schemas import CheckpointConfig, read_json
 from models.formats.checkpoint_format import (
     Architecture,
@@ -37,8 +37,7 @@ def read_architecture(directory: Path, files: Sequence[Path], name: str) -> Arch
     try:
         config = CLIPConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # transformers fails with whatever a config makes it trip over
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LoadError(f"{name} cannot be loaded as a CLIP: {reason}") from error
+        raise LoadError(f"{name} cannot be loaded as a CLIP: {first_line(error)}") from error
     side: int = config.vision_config.image_size
     return Architecture(config, read_preprocessing(directory, name, side))
 

@@ -212,7 +212,7 @@ class Engine:
             raise NotReady("The server is not ready.", retry_after=_jitter(RECOVERY))
         # Clients choose request ids, so two may be equal.
         queued = replace(task, id=f"{task.id}/{next(self._serial)}")
-        tokens = count_tokens(task, model, self._settings.hypothesis_template)
+        tokens = count_tokens(task, model, self._settings)
         if task.attack or not permit.priced:
             self.claim(permit, task)
         shared = task.method, task.views, price_class(permit.price)

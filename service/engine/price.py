@@ -33,10 +33,20 @@ def price_class(price: float) -> int:
     return int(math.log(max(price, 1.0), CLASS_RATIO))
 
 
-def count_tokens(task: Task, model: Ready, default: str | tuple[str, ...]) -> int:
-    """Estimate the tokens that a task takes in a batch: of all views and all labels
-    in all templates."""
-    return _count_image_tokens(task, model) + sum(_count_text_tokens(task, model, default))
+def count_tokens(task: Task, model: Ready, settings: Settings) -> int:
+    """Estimate the tokens that a task takes in a batch: of all views, and of all labels in all
+    templates.
+
+    The memory of an image token (`models.memory.Footprint`) assumes that a step keeps the
+    activations of `selection_ratio` of the views for its backward pass. It keeps those of at least
+    one view, so with fewer than 1 / `selection_ratio` views it counts as that many.
+    """
+    views: float = task.views
+    if task.steps:
+        views = max(views, _count_kept_views(task, settings) / settings.selection_ratio)
+    images = views * DEFENSES[task.method].images
+    text = _count_text_tokens(task, model, settings.hypothesis_template)
+    return round(images * model.image_tokens) + sum(text)
 
 
 def _count_text_tokens(task: Task, model: Ready, default: str | tuple[str, ...]) -> list[int]:
@@ -56,11 +66,11 @@ def _count_text_tokens(task: Task, model: Ready, default: str | tuple[str, ...])
 def _count_work(task: Task, model: Ready, settings: Settings, encoded: bool) -> float:
     """Tokens through an encoder: the first look, each step, and the readout after the steps."""
     spec = DEFENSES[task.method]
-    image = _count_image_tokens(task, model)
+    image = task.views * spec.images * model.image_tokens
     text = _count_text_tokens(task, model, settings.hypothesis_template)
     first = image + (0 if encoded else sum(text))
     if task.steps:
-        kept = max(1, int(task.views * settings.selection_ratio))
+        kept = _count_kept_views(task, settings)
         read = {"single": 1, "kept": kept}.get(task.readout, task.views)
         moving = max(text) if _text_adapts(task, model, settings) else 0  # one template adapts
         tokens = spec.images * model.image_tokens  # of one view
@@ -74,8 +84,9 @@ def _count_work(task: Task, model: Ready, settings: Settings, encoded: bool) -> 
     return work * (1 + task.attack.steps * (1 + STEP_COST * (task.attack.adaptive and spec.adapts)))
 
 
-def _count_image_tokens(task: Task, model: Ready) -> int:
-    return task.views * DEFENSES[task.method].images * model.image_tokens
+def _count_kept_views(task: Task, settings: Settings) -> int:
+    """Views that a step differentiates through, as in `models.tapt.select_confident`."""
+    return max(1, int(task.views * settings.selection_ratio))
 
 
 def _text_adapts(task: Task, model: Ready, settings: Settings) -> bool:

@@ -185,7 +185,7 @@ def build_response(
             steps=answer.steps,
             views=answer.views,
             views_kept=answer.views_kept,
-            readout=task.readout,
+            readout=answer.readout,
             truncated=answer.truncated,
             labels_truncated=answer.labels_truncated,
             entropy_before=measurement(answer.entropy_before),

@@ -92,7 +92,7 @@ def trace_answer(task: Task, answer: Answer, enqueued: float, queue_seconds: flo
         "predict",
         predicting,
         now,
-        readout=task.readout,
+        readout=answer.readout,
         agreement=answer.agreement,
         suspicion=answer.suspicion,
         **judged,

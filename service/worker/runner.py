@@ -222,6 +222,7 @@ class Runner:
             steps=prediction.steps,
             views=len(prediction.views),
             views_kept=prediction.kept,
+            readout=prediction.readout,
             entropy_before=prediction.entropy_before,
             entropy_after=prediction.entropy_after,
             agreement=float(agreeing.float().mean()),

@@ -1,5 +1,6 @@
 """What must stay true of the method in a batch: isolation, exactness, the learned prompts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -161,13 +162,31 @@ def test_a_request_that_no_longer_moves_takes_no_further_step(checkpoint: Checkp
     early = DefendedClassifier(checkpoint, classifier.bundle, stopping, selection_ratio=0.3)
     together = classify(early, queries, [4] * 4)
     taken = [prediction.steps for prediction in together]
-    assert min(taken) >= 2  # a change needs two losses
     assert [p.steps for p in full] == [4] * 4
     assert taken == [classify(early, [p], [4])[0].steps for p in queries]
     assert len(set(taken)) > 1, taken
     exact = probabilities(classify(classifier, queries, taken))
     for one, other in zip(probabilities(together), exact, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["tapt", "tpt", "rtpt"])
+def test_a_request_stops_before_the_step_that_follows_a_small_change(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    classifier, queries = make_classifier(checkpoint), make_queries(4)
+    stopping = replace(classifier.objective, early_stop=math.inf)  # any change is small
+    early = DefendedClassifier(checkpoint, classifier.bundle, stopping, selection_ratio=0.3)
+    one_step = probabilities(classify(classifier, queries, [1] * 4, method))
+    passes, differentiate = [], tapt.differentiate
+    monkeypatch.setattr(
+        tapt, "differentiate", lambda *given: passes.append(given) or differentiate(*given)
+    )
+    found = classify(early, queries, [2] * 4, method)
+    assert [prediction.steps for prediction in found] == [1] * 4
+    assert len(passes) == 1  # none for the step that nobody takes
+    for one, other in zip(probabilities(found), one_step, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_chunks_are_exact(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What every defense in the table owes: isolation, honest starting points, a way out."""
+"""What every defense must have: isolation in a batch, the right starting point, cancellation."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,12 +13,13 @@ from torch import Tensor
 from models.attacks.attack import Budget
 from models.attacks.pgd import pgd
 from models.attacks.threats import transfer
-from models.augmentation import augment
 from models.checkpoint import Checkpoint
 from models.classifier import DefendedClassifier, ImageQuery, Prediction
 from models.clip import ImageFeatures
 from models.defenses import gate, mac, rtpt, thrift, ttc
+from models.defenses.augmentation import augment
 from models.defenses.catalog import DEFENSES
+from models.defenses.counterattack import draw_noise, drift_ratio
 from models.loading import load_classifier
 from models.tapt import Adapts, Exit, Objective, entropies, gradients, leaves_after
 from models.views import make_views
@@ -248,7 +249,7 @@ def test_the_counterattack_stays_within_its_ball(classifier: DefendedClassifier)
     recipe = replace(ttc.PUBLISHED, tau=1e9)  # nobody is spared
     gray = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
     pixels = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32), gray])
-    noise = ttc.draw_noise(pixels, [1, 2, 3], recipe.eps)
+    noise = draw_noise(pixels, [1, 2, 3], recipe.eps)
     clip = classifier.checkpoint.clip
     with torch.no_grad():
         seen = clip.encode_images(torch.stack([pixels, pixels + noise], dim=1)).projected
@@ -258,8 +259,8 @@ def test_the_counterattack_stays_within_its_ball(classifier: DefendedClassifier)
     assert float((pixels + moved.deltas).max()) <= 1 + 1e-6
     with torch.no_grad():
         after = clip.encode_images((pixels + moved.deltas).unsqueeze(1)).projected
-    further = ttc.drift_ratio(torch.cat([seen[:, :1], after], dim=1))
-    assert bool((further > ttc.drift_ratio(seen)).all())
+    further = drift_ratio(torch.cat([seen[:, :1], after], dim=1))
+    assert bool((further > drift_ratio(seen)).all())
 
 
 def test_the_adaptive_counterattack_stays_within_its_ball(classifier: DefendedClassifier) -> None:
@@ -357,6 +358,9 @@ def test_the_gate_adapts_the_suspects_and_passes_the_rest(classifier: DefendedCl
     adapted = classify(classifier, queries, "tapt", [2] * 8)
     expected = [p if free else a for free, p, a in zip(passed, plain, adapted, strict=True)]
     assert largest_gap(probabilities(gated), probabilities(expected)) < 1e-5
+    assert [prediction.readout for prediction in gated] == [
+        "single" if free else query.readout for free, query in zip(passed, queries, strict=True)
+    ]
 
 
 def test_thrift_stops_where_a_few_views_agree(
@@ -370,9 +374,10 @@ def test_thrift_stops_where_a_few_views_agree(
     spared = classify(classifier, queries, "thrift", [2] * 8)
     short = [len(prediction.views) == few for prediction in spared]
     assert 0 < sum(short) < 8
-    for stopped, found, whole in zip(short, spared, adapted, strict=True):
+    for query, stopped, found, whole in zip(queries, short, spared, adapted, strict=True):
         expected = whole.views[:few].mean(dim=0) if stopped else whole.probabilities
         assert found.steps == (0 if stopped else 2)
+        assert found.readout == ("all" if stopped else query.readout)
         torch.testing.assert_close(found.probabilities, expected, atol=1e-5, rtol=0)
 
 

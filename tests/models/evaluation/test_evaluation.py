@@ -22,7 +22,7 @@ from models.attacks.strong import ANSWERS, QUERIED, RECIPE, STEPS
 from models.checkpoint import Checkpoint
 from models.classifier import DefendedClassifier
 from models.data import DataError
-from models.defenses import ttc
+from models.defenses import counterattack, ttc
 from models.evaluation import command, options, trial
 from models.evaluation.check import Check
 from models.evaluation.detection import detect, write_detection
@@ -595,8 +595,8 @@ def test_a_counterattack_takes_its_own_steps(
 ) -> None:
     """However many the prompts take: its steps move pixels."""
     taken = []
-    step = ttc._step
-    monkeypatch.setattr(ttc, "_step", lambda *given: taken.append(1) or step(*given))
+    step = counterattack._step
+    monkeypatch.setattr(counterattack, "_step", lambda *given: taken.append(1) or step(*given))
     monkeypatch.setattr(ttc, "PUBLISHED", replace(ttc.PUBLISHED, tau=1e9))  # nobody is spared
     protocol = trial.Protocol(["ttc"], [], [], [], trial.Budget(0), views=4, steps=5)
     trial.answers(classifier, NAMES, [tiny.draw_image(0)], "ttc", protocol, [0])

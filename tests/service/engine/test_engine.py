@@ -75,9 +75,10 @@ async def test_company_shares_a_batch_but_not_across_keys():
 
 @virtual
 async def test_the_budget_of_the_worker_holds_unless_the_operator_sets_one():
-    # Four views of 10 tokens and two labels of 6 are 52 tokens a request.
+    # One of four views is kept, so they count as ten of 10 tokens. With two labels of 6 tokens, a
+    # request has 112.
     for knobs, expected in (({}, [2, 1]), ({"max_batch_tokens": 1000}, [3])):
-        worker = FakeWorker(ready=replace(READY, max_batch_tokens=2 * 52))
+        worker = FakeWorker(ready=replace(READY, max_batch_tokens=2 * 112))
         async with open_engine(worker, **knobs) as harness:
             await asyncio.gather(*(harness.ask(str(i)) for i in range(3)))
             assert sizes(worker) == expected

@@ -74,8 +74,10 @@ def test_a_defense_pays_for_the_views_that_it_makes_itself() -> None:
     """Two images and ten labels at first, two images in each of four steps and two to read."""
     own = cost(method="mac", views=1, steps=4, readout="all")
     assert own == pytest.approx((100 + 130 + 4 * 3 * 100 + 100) / (930 + 150 + 800), rel=0.01)
-    task = replace(TYPICAL, views=1)
-    alone, more = (count_tokens(replace(task, method=name), MODEL, "{}") for name in ("ttc", "mac"))
+    task = replace(TYPICAL, views=1, steps=0)
+    alone, more = (
+        count_tokens(replace(task, method=name), MODEL, SETTINGS) for name in ("ttc", "mac")
+    )
     assert more == alone + MODEL.image_tokens
 
 
@@ -98,19 +100,37 @@ def test_classes_are_powers_of_eight() -> None:
 def test_tokens_count_every_view_and_the_longest_label_up_to_the_context(
     labels: tuple[str, ...], expected: int
 ) -> None:
-    task = replace(TYPICAL, labels=labels, template="a {}", views=4)
-    assert count_tokens(task, MODEL, "") == expected
+    task = replace(TYPICAL, labels=labels, template="a {}", views=4, steps=0)
+    assert count_tokens(task, MODEL, SETTINGS) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "counted"),
+    [
+        ({"views": 16}, 16),
+        ({"views": 4}, 10),
+        ({"views": 4, "steps": 0}, 4),
+        ({"views": 1, "method": "ttc"}, 10),
+        ({"views": 1, "method": "mac"}, 20),
+    ],
+)
+def test_a_step_on_few_views_counts_as_on_those_of_which_one_is_the_kept_share(
+    changes: dict[str, Any], counted: int
+) -> None:
+    """A tenth is kept by default, and at least one view."""
+    task = replace(TYPICAL, labels=("cat", "dog"), template="a {}", **changes)
+    assert count_tokens(task, MODEL, SETTINGS) == counted * 50 + 2 * 5
 
 
 def test_each_template_counts_its_own_texts() -> None:
     labels = ("cat", "dog")
     one, two = (
-        replace(TYPICAL, labels=labels, template=template, views=4)
+        replace(TYPICAL, labels=labels, template=template, views=4, steps=0)
         for template in ("a {}", ("a {}", "a photo of a {}"))
     )
     other = replace(one, template="a photo of a {}")
     image = 4 * MODEL.image_tokens
-    texts = [count_tokens(task, MODEL, "{}") - image for task in (one, other, two)]
+    texts = [count_tokens(task, MODEL, SETTINGS) - image for task in (one, other, two)]
     assert texts[0] < texts[1]
     assert texts[2] == texts[0] + texts[1]
 
@@ -121,10 +141,12 @@ def test_the_default_templates_count_where_the_request_names_none() -> None:
     assert cost(knobs=knobs) == 1
     assert cost(knobs=knobs, template="a photo of a {}.") < 1
     assert cost(template=several) > 1
-    text = count_tokens(TYPICAL, MODEL, several) - TYPICAL.views * MODEL.image_tokens
-    assert text == sum(
-        count_tokens(TYPICAL, MODEL, each) - TYPICAL.views * MODEL.image_tokens for each in several
+    image = TYPICAL.views * MODEL.image_tokens
+    text, *alone = (
+        count_tokens(TYPICAL, MODEL, Settings(hypothesis_template=template)) - image
+        for template in (several, *several)
     )
+    assert text == sum(alone)
 
 
 def test_a_step_adapts_one_template() -> None:

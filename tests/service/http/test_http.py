@@ -246,6 +246,15 @@ def test_a_method_gets_only_what_it_uses(
     assert (work.method, (work.steps, work.views, work.readout)) == (method, given)
 
 
+def test_the_readout_that_was_used_is_reported(start: START, photo: bytes) -> None:
+    """A defense may leave the request's on some images."""
+    server = start(FakeWorker(lambda work: replaced(answer(work), readout="single")))
+    defense = {"method": "gate", "readout": "kept"}
+    got = server.http.post("/v1/classify", json=as_json(photo, defense=defense))
+    assert server.worker.batches[-1][0].readout == "kept"
+    assert got.json()["defense"]["readout"] == "single"
+
+
 def test_views_are_secret_unless_the_operator_says_otherwise(start: START, photo: bytes) -> None:
     seeded = as_json(photo, defense={"seed": 7})
     server = start()

@@ -12,7 +12,7 @@ import torch
 
 from models.blocks import run_block
 from models.clip import PromptedCLIP
-from models.defenses import tapt
+from models.defenses import gate, tapt
 from models.defenses.defense import DefenseInput
 from models.labels import tokenize
 from models.views import make_views
@@ -294,6 +294,17 @@ def test_running_out_after_the_last_answer_harms_nobody(
     monkeypatch.setattr(Runner, "_run", late)
     settled, _ = run(runner, [make_work(0), make_work(1)])
     assert all(isinstance(result, Answer) for result in settled.values())
+
+
+@pytest.mark.parametrize(("threshold", "readout"), [(-2.0, "single"), (2.0, "kept")])
+def test_an_answer_names_the_readout_that_was_used(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, threshold: float, readout: str
+) -> None:
+    monkeypatch.setattr(gate, "THRESHOLD", threshold)  # a cosine: all images pass, or none
+    settled, _ = run(runner, [make_work(0, method="gate", readout="kept")])
+    result = settled["work-0"]
+    assert isinstance(result, Answer)
+    assert result.readout == readout
 
 
 def test_without_a_bundle_zero_steps_equal_plain_and_one_step_adapts(tmp_path: Path) -> None:

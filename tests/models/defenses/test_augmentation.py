@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from models import augmentation
-from models.augmentation import Draw, augment
+from models.defenses import augmentation
+from models.defenses.augmentation import Draw, augment
 
 
 def sources(*seeds: int) -> list[np.random.Generator]:
