@@ -56,7 +56,10 @@ export function setUpPicture(onPick, onRefuse) {
     const image = make("img", { src: source, alt: name, width: 64, height: 64 });
     const button = make("button", { type: "button", value: name }, image);
     button.setAttribute("aria-pressed", "false");
-    button.addEventListener("click", async () => pick(await rasterize(source), name));
+    button.addEventListener("click", async () => {
+      if (button.getAttribute("aria-pressed") === "true") return; // its answer stays
+      pick(await rasterize(source), name);
+    });
     find("examples").append(make("li", {}, button));
   }
   const first = EXAMPLES[0];

@@ -87,7 +87,7 @@ async def test_the_budget_of_the_worker_holds_unless_the_operator_sets_one():
 @virtual
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 async def test_of_several_workers_the_smallest_budget_holds(order: tuple[int, int]):
-    small, large = (replace(READY, max_batch_tokens=requests * 52) for requests in (2, 3))
+    small, large = (replace(READY, max_batch_tokens=requests * 112) for requests in (2, 3))
     workers = by_hand(ready=small), by_hand(ready=large)
     async with open_engine(*workers, max_queue_delay_ms=0) as harness:
         for index in order:
