@@ -121,20 +121,19 @@ def headline(figures: dict[str, Any], size: str) -> str:
 
     def faster(row: Row) -> str:
         one, many = (f"{median(ratios(plain, row, load)):.1f}" for load in (ONE, MANY))
-        return f"{one} and {many} times those of {row['title']}"
+        return f"{one} and {many} times {row['title']}"
 
     def price(row: Row) -> str:
         return f"{1 / median(ratios(row, base, MANY)):.1f} with `{row['name']}`"
 
     own, theirs = plain["runs"][0]["precision"], base["runs"][0]["precision"]
-    chosen = "" if own == theirs else f", computed in {own} where the others take {theirs}"
+    chosen = "" if own == theirs else f" (tapt-serve in {own}, the others in {theirs})"
     measured = [row for row in rows if not row["error"]]
     others = "; ".join(faster(row) for row in measured if row["own_environment"])
     prices = ", ".join(price(row) for row in measured if row["defended"])
     failed = "".join(f"{row['title']}: {row['error']}. " for row in rows if row["error"])
     return (
-        f"Answers per second of undefended tapt-serve with {ONE} and with {MANY}, on the same "
-        f"machine with the same checkpoint (`{size}`{chosen}): {others}. With {MANY}, one defended "
-        f"answer takes the time of this many undefended ones of {base['title']}: {prices}. {failed}"
-        "[More](docs/performance.md#beside-other-servers)."
+        f"Checkpoint `{size}`{chosen}: undefended, with {ONE} and with {MANY}, tapt-serve gives "
+        f"this many times the answers per second: {others}. With {MANY}, a defended answer takes "
+        f"the time of this many undefended ones of {base['title']}: {prices}. {failed}".strip()
     )
