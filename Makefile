@@ -5,6 +5,9 @@ PORT ?= 8000
 # The page's attack demonstration, which is offered on a loopback address only.
 DEMO ?= $(if $(filter 127.% localhost ::1,$(HOST)),--enable-attack-demo)
 BIN := .venv/bin
+# Not xdist's `auto`, which counts the machine's physical cores, whatever this process may use.
+CORES = $(shell $(BIN)/python -c 'import os; print(min(4, len(os.sched_getaffinity(0)) \
+    if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))')
 FIGURES ?= tests/figures
 
 .PHONY: serve test setup check format parity embedded embedded-bundle harden bundle picture robustness static search image image-local smoke release lock audit sbom clean benchmark benchmark-gpu low-precision lone capacity peers heavy load faults soak fuzz mutants
@@ -12,10 +15,11 @@ FIGURES ?= tests/figures
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
 
-# All tests, on all cores, with their coverage, which may not fall; or some: make test ARGS=tests/models.
+# All tests, on up to four cores, with their coverage, which may not fall; or some: make test
+# ARGS=tests/models.
 # What is not covered: .venv/bin/coverage report --show-missing --skip-covered
 test: setup
-	$(BIN)/python -m pytest $(or $(ARGS),--numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=)
+	$(BIN)/python -m pytest $(or $(ARGS),--numprocesses $(CORES) --dist loadfile --cov --cov-report=)
 
 setup: .venv/dev
 

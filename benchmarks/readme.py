@@ -199,7 +199,8 @@ def _accuracies(run: dict[str, Any]) -> str:
         kept = attacked["all_right"]["value"]
         gain = "" if kept > alone["accuracy"] else ", no more than without the defense"
         text += f" An attacker who may ask {asked} times gets it down to {100 * kept:.0f}%{gain}."
-    if (run["settings"]["bundle"] or {}).get("prompts_sha256") != _shipped(run["checkpoint"]):
+    shipped = _shipped(run["checkpoint"])
+    if shipped and (run["settings"]["bundle"] or {}).get("prompts_sha256") != shipped:
         text += " This was measured with another bundle than the one that ships."
     return text
 

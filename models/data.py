@@ -245,7 +245,8 @@ def class_names(data: Dataset, given: str, source: object) -> list[str]:
     if len(names) < len(data.names):
         raise DataError(f"--labels names {len(names)} of the {len(data.names)} classes of {source}")
     if len(names) < 2:
-        raise DataError(f"{source} has one class; classification needs two; see --labels")
+        where = "--labels names" if given else f"{source} has"
+        raise DataError(f"{where} one class; classification needs two")
     return names
 
 

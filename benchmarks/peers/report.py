@@ -121,7 +121,7 @@ def headline(figures: dict[str, Any], size: str) -> str:
 
     def faster(row: Row) -> str:
         one, many = (f"{median(ratios(plain, row, load)):.1f}" for load in (ONE, MANY))
-        return f"{one} and {many} times {row['title']}"
+        return f"{one} and {many} times as many as {row['title']}"
 
     def price(row: Row) -> str:
         return f"{1 / median(ratios(row, base, MANY)):.1f} with `{row['name']}`"
@@ -133,7 +133,7 @@ def headline(figures: dict[str, Any], size: str) -> str:
     prices = ", ".join(price(row) for row in measured if row["defended"])
     failed = "".join(f"{row['title']}: {row['error']}. " for row in rows if row["error"])
     return (
-        f"Checkpoint `{size}`{chosen}: undefended, with {ONE} and with {MANY}, tapt-serve gives "
-        f"this many times the answers per second: {others}. With {MANY}, a defended answer takes "
+        f"Checkpoint `{size}`{chosen}: answers per second of undefended tapt-serve with {ONE} and "
+        f"with {MANY}: {others}. With {MANY}, a defended answer takes "
         f"the time of this many undefended ones of {base['title']}: {prices}. {failed}".strip()
     )

@@ -46,8 +46,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Ready",
             "Replicas that serve requests: they need a worker with a loaded model and a decoder "
-            "process. A replica whose key file cannot be read is not counted under key files: it "
-            "applies no key changes.",
+            "process. `key files` counts the replicas that can read their key file; the others apply "
+            "no key changes.",
             "none",
             (
                 Query(HERE.over("sum", "tapt_ready"), "replicas"),

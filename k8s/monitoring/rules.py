@@ -125,7 +125,9 @@ def alerts(namespace: str) -> list[dict[str, Any]]:
         ),
         alert(
             "TaptUnreadyReplica",
-            "tapt_ready == 0",
+            # The longest backoff of Kubernetes is 5 minutes: a replica that ends and starts again is
+            # not scraped meanwhile.
+            "max_over_time(tapt_ready[6m]) == 0",
             "10m",
             "warning",
             "A replica has not been ready for 10 minutes.",

@@ -77,13 +77,17 @@ def read_protocol(options: argparse.Namespace) -> Protocol:
         chosen["answers"],
         chosen["queried"],
     )
-    check_attacks(protocol)
+    check_attacks(protocol, options.limit)
     return protocol
 
 
-def check_attacks(protocol: Protocol) -> None:
-    """Raises ValueError if a threat's attacks leave images out, which would count as robust."""
+def check_attacks(protocol: Protocol, limit: int | None) -> None:
+    """Raises ValueError if a threat's attacks leave images out, which would count as robust.
+
+    `limit` is the size of the sample, None for all images.
+    """
     given = ", ".join(protocol.attacks)
+    some = protocol.queried is not None and (limit is None or protocol.queried < limit)
     for threat in protocol.threats:
         if threat == CLEAN:
             continue
@@ -94,7 +98,7 @@ def check_attacks(protocol: Protocol) -> None:
                 f"--threats {threat}: none of the attacks {given} is made on a single view; add "
                 f"{' or '.join(alone)} to --attacks, or leave out {threat}"
             )
-        if protocol.queried is not None and all(attack in BY_QUERIES for attack in attacks):
+        if some and all(attack in BY_QUERIES for attack in attacks):
             raise ValueError(
                 f"--threats {threat}: of the attacks {given}, only {', '.join(attacks)} would be "
                 f"made, and only on {protocol.queried} images; leave out --queried or add an attack"

@@ -9,6 +9,7 @@ const UNSHOWN = /\.(tiff?|hei[cf]|avif)$/i;
 
 let current = null;
 let picks = 0;
+let asked = null; // the example that was asked for last, unless a file was since
 
 // The chosen file, or null.
 export const picture = () => current;
@@ -20,6 +21,7 @@ export function setUpPicture(onPick, onRefuse) {
 
   const pick = async (file, origin = null) => {
     if (!file) return;
+    asked = origin;
     const mine = (picks += 1);
     const sound = await isPicture(file);
     if (mine !== picks) return; // another one was picked meanwhile
@@ -57,8 +59,10 @@ export function setUpPicture(onPick, onRefuse) {
     const button = make("button", { type: "button", value: name }, image);
     button.setAttribute("aria-pressed", "false");
     button.addEventListener("click", async () => {
-      if (button.getAttribute("aria-pressed") === "true") return; // its answer stays
-      pick(await rasterize(source), name);
+      if (name === asked) return; // its answer stays
+      asked = name;
+      const file = await rasterize(source);
+      if (name === asked) pick(file, name);
     });
     find("examples").append(make("li", {}, button));
   }

@@ -91,7 +91,7 @@ def test_the_command_measures_every_peer_or_says_why_not(
     written, sentence = (page.read_text() for page in pages.values())
     assert "| fake ending |  | 0 | cannot be started: Error: no such model / here |" in written
     assert "Made by `python -m benchmarks.peers --sizes embedded" in written
-    assert "times fake pipeline" in sentence
+    assert "times as many as fake pipeline" in sentence
     assert "fake absent: cannot be installed" in sentence
     assert all(text.startswith("before\n") and "old" not in text for text in (written, sentence))
 
@@ -209,8 +209,8 @@ def test_speeds_are_medians_and_labels_are_compared() -> None:
 def test_the_sentence_gives_speed_and_price() -> None:
     failed = row("infinity", [], own=True) | {"error": "cannot be started: no"}
     text = report.headline({"sizes": {"embedded": [*ROWS, failed]}}, "embedded")
-    assert "`embedded` (tapt-serve in bfloat16, the others in float32): undefended" in text
-    assert "4.0 and 4.0 times the pipeline" in text
+    assert "`embedded` (tapt-serve in bfloat16, the others in float32): answers per second" in text
+    assert "4.0 and 4.0 times as many as the pipeline" in text
     assert "undefended ones of the pipeline: 8.0 with `tapt`." in text
     assert "the infinity: cannot be started: no." in text
     with pytest.raises(ValueError, match="plain"):

@@ -15,8 +15,9 @@ RETRY_AFTER = 5.0  # seconds
 @router.head("/livez", include_in_schema=False)
 @router.get("/livez", summary="Whether the process should keep running")
 async def livez(request: Request) -> Status:
-    """Fails only when no worker can be started again. A server that recovers is alive."""
-    return _status(_engine(request).alive, "The workers cannot be started again.")
+    """Fails only when no worker can be started; the process is about to end. A server that recovers
+    is alive."""
+    return _status(_engine(request).alive, "No worker can be started.")
 
 
 @router.head("/readyz", include_in_schema=False)
