@@ -46,8 +46,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Ready",
             "Replicas that serve requests: they need a worker with a loaded model and a decoder "
-            "process. `key files` counts the replicas that can read their key file; the others apply "
-            "no key changes.",
+            "process. `key files` counts the replicas that can read their key file; the others "
+            "apply no key changes.",
             "none",
             (
                 Query(HERE.over("sum", "tapt_ready"), "replicas"),

@@ -125,8 +125,8 @@ def alerts(namespace: str) -> list[dict[str, Any]]:
         ),
         alert(
             "TaptUnreadyReplica",
-            # The longest backoff of Kubernetes is 5 minutes: a replica that ends and starts again is
-            # not scraped meanwhile.
+            # A replica that ends and starts again is not scraped meanwhile, on Kubernetes for up to
+            # 5 minutes.
             "max_over_time(tapt_ready[6m]) == 0",
             "10m",
             "warning",
