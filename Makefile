@@ -15,11 +15,17 @@ FIGURES ?= tests/figures
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
 
-# All tests, on up to four cores, with their coverage, which may not fall; or some: make test
-# ARGS=tests/models.
+# All tests, with their coverage, which may not fall; or some: make test ARGS=tests/models. Those of
+# the service measure time, so they run alone; the others run on up to four cores.
 # What is not covered: .venv/bin/coverage report --show-missing --skip-covered
 test: setup
-	$(BIN)/python -m pytest $(or $(ARGS),--numprocesses $(CORES) --dist loadfile --cov --cov-report=)
+ifdef ARGS
+	$(BIN)/python -m pytest $(ARGS)
+else
+	$(BIN)/python -m pytest --ignore tests/service --numprocesses $(CORES) --dist loadfile \
+	    --cov --cov-report= --cov-fail-under 0
+	$(BIN)/python -m pytest tests/service --cov --cov-append --cov-report=
+endif
 
 setup: .venv/dev
 

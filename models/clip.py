@@ -273,7 +273,7 @@ def gpu_chunk_tokens(memory: int, text_graph_bytes: int) -> int:
 def _embed_patches(pixels: Tensor, weight: Tensor) -> Tensor:
     """The patches of pixels [N, 3, S, S] as [N, patches, width].
 
-    A matrix product instead of CLIP's convolution: it is faster in bfloat16 and for few images.
+    A matrix product instead of CLIP's convolution, which is slow in bfloat16 on a CPU.
 
     Args:
         weight: [width, 3, P, P] of the convolution, whose stride is P and which has no bias.

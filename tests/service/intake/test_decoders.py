@@ -251,7 +251,7 @@ def test_waiting_for_a_decoder_counts_against_the_time() -> None:
         errors = await asyncio.gather(
             *(pool.decode(file) for file in (SMALL, LARGE, SMALL, SMALL)), return_exceptions=True
         )
-        assert 0.75 <= time.monotonic() - began < 5
+        assert 0.75 <= time.monotonic() - began < 2
         assert [type(error) for error in errors] == [ImageTooCostly, *[QueueFull] * 3]
         assert all(isinstance(error, QueueFull) and error.retry_after for error in errors[1:])
         assert pool.count("rejected_total", reason="decoders") == 3
@@ -643,7 +643,7 @@ def test_a_decoder_ends_with_its_parent(tmp_path: Path) -> None:
         (child,) = [int(pid) for task in tasks for pid in task.read_text().split()]
         time.sleep(0.1)
         parent.kill()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 2
     while b"service.intake.decoder" in command(child):
         assert time.monotonic() < until
         time.sleep(0.01)

@@ -306,7 +306,7 @@ def test_a_compression_bomb_ends_at_the_limit_and_lets_others_through(server: Se
         while not sent.done():
             began = time.monotonic()
             assert httpx.get(f"{server.url}/livez").status_code == 200
-            assert time.monotonic() < began + 5
+            assert time.monotonic() < began + 1
     assert sent.result().status_code == 413
     server.wait(lambda: not server.app.state.intake.uploads.bytes)
 
