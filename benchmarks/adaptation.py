@@ -234,11 +234,11 @@ def write_page(figures: dict[str, Any]) -> str:
         "Where the published side runs in chunks of labels, the extra pass is not counted."
     )
     if figures["agreement"] is not None:
-        pictures = "synthetic" if settings["data"] is None else f"`{Path(settings['data']).name}`"
+        images = "synthetic" if settings["data"] is None else f"`{Path(settings['data']).name}`"
         caption += (
             f" Our defense gives the same label in {settings['dtype']} as in "
             f"{settings['published_dtype']} for {figures['agreement']:.1%} of "
-            f"{settings['agreement']} images ({pictures}, at most 16 views)."
+            f"{settings['agreement']} images ({images}, at most 16 views)."
         )
     made = f"Made by `{figures['command']}`."
     return (
@@ -269,9 +269,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="compare the labels of ours in both precisions on N pictures",
+        help="compare the labels of ours in both precisions on N images",
     )
-    add("--data", help="data set of those pictures; else drawn ones")
+    add("--data", help="data set of those images; else drawn ones")
     add("--json", type=Path, metavar="OUT", default=Path("runs/benchmarks/adaptation.json"))
     add("--section", help="of docs/performance.md, to be written from this run")
     options = parser.parse_args(arguments)

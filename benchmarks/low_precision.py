@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness.machine import machine
 from benchmarks.harness.report import DOCS, command_line, make_parser, write_section
-from benchmarks.sides import build_classifier, draw_picture
+from benchmarks.sides import build_classifier, draw_image
 from models.attacks.attack import Budget
 from models.attacks.pgd import pgd
 from models.attacks.threats import transfer
@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = open_dataset(options.data).names if options.data else ["a cat", "a dog"]
     subject = Subject(classifier, names, options.variants)
     checkpoint = classifier.checkpoint
-    picture = draw_picture(0, checkpoint.preprocessing.crop)
+    picture = draw_image(0, checkpoint.preprocessing.crop)
     views = make_views(picture, options.views, 0, checkpoint.preprocessing, CPU)
     seconds = time_variants(subject, views, options.rounds)
     heads = ["variant", "seconds", "float32's seconds / its own"]

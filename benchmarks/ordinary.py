@@ -27,14 +27,14 @@ def different(photos: Sequence[Pixels], source: np.random.Generator) -> Iterator
 
 
 def retries(photos: Sequence[Pixels], source: np.random.Generator) -> Iterator[Pixels]:
-    """Each picture five times, the same."""
+    """Each image five times, the same."""
     for photo in photos[: FRAMES // 5]:
         for _ in range(5):
             yield photo
 
 
 def copies(photos: Sequence[Pixels], source: np.random.Generator) -> Iterator[Pixels]:
-    """Each picture as five files: other qualities, other sizes."""
+    """Each image as five files: other qualities, other sizes."""
     for photo in photos[: FRAMES // 5]:
         for quality, scale in ((95, 1.0), (75, 1.0), (50, 1.0), (85, 0.75), (85, 0.5)):
             yield encode(photo, quality, scale)
@@ -48,7 +48,7 @@ def still(photos: Sequence[Pixels], source: np.random.Generator) -> Iterator[Pix
 
 
 def passing(photos: Sequence[Pixels], source: np.random.Generator) -> Iterator[Pixels]:
-    """The same camera, before which something as large as a tenth of the picture moves about."""
+    """The same camera, before which something as large as a tenth of the image moves about."""
     height, width, _ = photos[0].shape
     side = int((height * width / 10) ** 0.5)
     for frame in range(FRAMES):
@@ -61,7 +61,7 @@ def passing(photos: Sequence[Pixels], source: np.random.Generator) -> Iterator[P
 
 
 def panning(photos: Sequence[Pixels], source: np.random.Generator) -> Iterator[Pixels]:
-    """A camera that turns by three percent of its view a frame, over one picture after another."""
+    """A camera that turns by three percent of its view a frame, over one image after another."""
     for frame in range(FRAMES):
         photo = photos[frame // 20 % len(photos)]
         width = photo.shape[1]
@@ -102,7 +102,7 @@ def send(stream: Iterator[Pixels], limit: int) -> dict[str, Any]:
 
 
 def clock() -> dict[str, float]:
-    """Median microseconds of processor time: of a fingerprint, by the picture's side, and of a
+    """Median microseconds of processor time: of a fingerprint, by the image's side, and of a
     look at a full hour."""
     similarity = Similarity(Settings(key_similar_per_hour=1000), Metrics(), lambda: 0.0)
     source = np.random.default_rng(0)

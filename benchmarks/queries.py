@@ -3,7 +3,7 @@
     python -m benchmarks.queries --data tiny_imagenet_val.parquet --json OUT.json
 
 starts the service for every setting and runs the Square attack on it over HTTP, with one key for
-each picture, until the first label is wrong. Then it runs ordinary traffic through the same
+each image, until the first label is wrong. Then it runs ordinary traffic through the same
 fingerprints. The tables go into SECURITY.md. With `--attacks OUT.json` only the ordinary traffic is
 run, and the attacks of that earlier run are shown again.
 """
@@ -37,8 +37,8 @@ from service.http.authentication import entry
 from service.settings import Settings
 
 PAGE = ROOT / "SECURITY.md"
-LABELS = 10  # a picture's own and others, drawn
-CLIENTS = 4  # pictures asked for at once
+LABELS = 10  # an image's own and others, drawn
+CLIENTS = 4  # images asked for at once
 DIGITS = ("all digits", "all digits, throttled")
 """The settings that every defense is attacked in: those that tell an attacker most. The others are
 about the answers and not about the defense, and are tried on the first one alone."""
@@ -46,7 +46,7 @@ about the answers and not about the defense, and are tried on the first one alon
 
 @dataclass(slots=True)
 class Target:
-    """One picture under attack, with its queries and their outcome."""
+    """One image under attack, with its queries and their outcome."""
 
     pixels: Tensor
     label: int
@@ -85,8 +85,8 @@ def attack(
     method: str,
     *knobs: str,
 ) -> list[Target]:
-    """The Square attack on every picture that the service first gets right; with an `epsilon` of 0
-    the same picture again and again."""
+    """The Square attack on every image that the service first gets right; with an `epsilon` of 0
+    the same image again and again."""
     source = np.random.default_rng(options.seed)
     targets = []
     for number, (image, name) in enumerate(examples):
@@ -103,7 +103,7 @@ def attack(
         list(pool.map(lambda target: target.ask(http, method, target.pixels), targets))
         correct = [target for target in targets if not target.broken][: options.limit]
         if not correct:
-            raise SystemExit("no picture is right at first")
+            raise SystemExit("no image is right at first")
 
         def model(pixels: Tensor) -> Tensor:
             """Log scores as the attacker sees them; of the last answer once a target is over."""
@@ -139,7 +139,7 @@ def summarize(correct: Sequence[Target], limit: int) -> dict[str, Any]:
 
 
 def throttled_hours(queries: int, throttle: int) -> int:
-    """Hours that so many similar pictures take with a key that may send `throttle` of them an hour:
+    """Hours that so many similar images take with a key that may send `throttle` of them an hour:
     the first batch at once, each further batch an hour later."""
     return max(0, math.ceil(queries / throttle) - 1)
 

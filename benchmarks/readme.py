@@ -124,13 +124,13 @@ def paired_table(figures: dict[str, Any], others: dict[str, Any]) -> str:
 
     Raises SystemExit if they have none in common.
     """
-    shared = [picture for picture in figures["pictures"] if picture in others["pictures"]]
+    shared = [image for image in figures["pictures"] if image in others["pictures"]]
     if not shared:
         raise SystemExit("the two runs are of different images")
 
     def right(run: dict[str, Any], row: dict[str, Any]) -> list[float]:
         found = dict(zip(run["pictures"], read_shares(row), strict=True))
-        return [found[picture] for picture in shared]
+        return [found[image] for image in shared]
 
     where = {(row["threat"], row["epsilon"]): row for row in figures["rows"]}
     (base,) = {row["defense"] for row in figures["rows"]}
@@ -152,7 +152,7 @@ def paired_table(figures: dict[str, Any], others: dict[str, Any]) -> str:
 
 
 def detection_table(figures: dict[str, Any]) -> str:
-    """How well the suspicion score tells attacked pictures from clean ones, where it was noted."""
+    """How well the suspicion score tells attacked images from clean ones, where it was noted."""
     lines = []
     for row in figures["rows"]:
         if found := row.get("suspicion"):

@@ -1,6 +1,6 @@
 """The two sides of the comparison: the published shape, and the defense as it is served.
 
-Both get the same model, pictures, labels, prompts and statistics, drawn from a seed. A side lives
+Both get the same model, images, labels, prompts and statistics, drawn from a seed. A side lives
 in a process of its own, so that its peak memory is its own.
 """
 
@@ -70,8 +70,8 @@ def draw_names(count: int) -> tuple[str, ...]:
     return tuple((names + [f"{names[i % 1024]} {i}" for i in range(1024, count)])[:count])
 
 
-def draw_picture(number: int, side: int) -> NDArray[np.uint8]:
-    """A random picture with some detail."""
+def draw_image(number: int, side: int) -> NDArray[np.uint8]:
+    """A random image with some detail."""
     source = np.random.default_rng(number)
     coarse = np.kron(source.integers(0, 256, (8, 8, 3)), np.ones((side // 8, side // 8, 1)))
     return (0.7 * coarse + 0.3 * source.integers(0, 256, coarse.shape)).astype(np.uint8)
@@ -111,7 +111,7 @@ def _draw_model(patch: int, embedded: Checkpoint) -> CLIPModel:
     )
     torch.manual_seed(0)
     model = CLIPModel(config).eval()
-    # As initialized all pictures look alike; spread them, so that views and labels differ.
+    # As initialized all images look alike; spread them, so that views and labels differ.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -154,12 +154,12 @@ class Ours:
         self._case, names = case, draw_names(case.labels)
         side = 2 * self.classifier.checkpoint.clip.image_size
         self._queries = [
-            ImageQuery(draw_picture(number, side), names, None, "single", number, case.steps)
+            ImageQuery(draw_image(number, side), names, None, "single", number, case.steps)
             for number in range(case.batch)
         ]
 
     def run(self) -> list[list[float]]:
-        """Scores of each picture of the batch."""
+        """Scores of each image of the batch."""
         (batch,) = self.classifier.prepare(self._queries, "tapt")
         found = self.classifier.classify(batch, self._case.views)
         ordered = sorted(found, key=lambda prediction: prediction.row)
@@ -184,7 +184,7 @@ class Ours:
 
 
 class Published:
-    """The published shape, on the first picture of the batch."""
+    """The published shape, on the first image of the batch."""
 
     def __init__(self, case: Case) -> None:
         self.classifier = build_classifier(case.size, case.device, case.dtype)
@@ -200,7 +200,7 @@ class Published:
         self._ids = F.pad(labels.ids, (0, clip.context_length - labels.ids.shape[1]), value=end)
         preprocessing = classifier.checkpoint.preprocessing
         views = make_views(
-            draw_picture(0, 2 * clip.image_size), case.views, 0, preprocessing, clip.device
+            draw_image(0, 2 * clip.image_size), case.views, 0, preprocessing, clip.device
         )
         mean, std = (
             torch.tensor(values, device=clip.device).view(3, 1, 1)
@@ -301,11 +301,11 @@ class Bench:
         return Run(seconds, cpu, found.get(EXTRA, 0.0), found, scores)
 
     def winners(self, case: Case, count: int, data: str | None) -> list[int]:
-        """The best label of each of `count` pictures by the defense, drawn ones or a data set's
+        """The best label of each of `count` images by the defense, drawn ones or a data set's
         with its own labels; with what a server reads out."""
         classifier, names = self._side.classifier, draw_names(case.labels)
         side = 2 * classifier.checkpoint.clip.image_size
-        images = [draw_picture(number, side) for number in range(count)]
+        images = [draw_image(number, side) for number in range(count)]
         if data is not None:
             found = open_dataset(data)
             names, images = tuple(found.names), [e.pixels for e in found.examples(count, seed=0)]

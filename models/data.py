@@ -96,12 +96,12 @@ class FolderDataset:
         folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
         self._names = [folder.name for folder in folders]
         self._files = [
-            (file, label) for label, folder in enumerate(folders) for file in _pictures(folder)
+            (file, label) for label, folder in enumerate(folders) for file in _images(folder)
         ]
         if not folders:
-            self._files = [(file, -1) for file in _pictures(root)]
+            self._files = [(file, -1) for file in _images(root)]
         if not self._files:
-            raise DataError(f"no pictures under {root}: expected parquet files or a folder a class")
+            raise DataError(f"no images under {root}: expected parquet files or a folder a class")
 
     @property
     def names(self) -> list[str]:
@@ -123,7 +123,7 @@ class FolderDataset:
     ) -> Iterator[Example]:
         for index in order(len(self), limit, seed)[first::every]:
             file, label = self._files[index]
-            image = decode_picture(read_file(file), str(file), preprocessing)
+            image = decode_image(read_file(file), str(file), preprocessing)
             yield Example(image.pixels, label, image.view)
 
 
@@ -167,7 +167,7 @@ class ParquetDataset:
         in_order = seed is None and every == 1 and first == 0
         rows = self._stream(len(picked)) if in_order else self._pick(picked)
         for where, data, label in rows:
-            image = decode_picture(data, where, preprocessing)
+            image = decode_image(data, where, preprocessing)
             yield Example(image.pixels, label, image.view)
 
     def _stream(self, count: int) -> Iterator[Row]:
@@ -211,8 +211,8 @@ class ParquetDataset:
     def _row(self, file: Path, record: dict[str, Any], row: int) -> Row:
         data, label = record["image"]["bytes"], record.get("label")
         if data is None:
-            raise DataError(f"{file} holds no bytes for picture {row}")
-        return f"picture {row} of {file}", data, -1 if label is None else int(label)
+            raise DataError(f"{file} holds no bytes for image {row}")
+        return f"image {row} of {file}", data, -1 if label is None else int(label)
 
     def _columns(self, opened: Any) -> list[str]:
         return [name for name in ("image", "label") if name in opened.schema_arrow.names]
@@ -226,7 +226,7 @@ class ParquetDataset:
     def _check(self, file: Path, schema: Any) -> None:
         image = schema.field("image").type if "image" in schema.names else None
         if image is None or image.num_fields == 0 or image.get_field_index("bytes") < 0:
-            raise DataError(f"{file} has no column image.bytes, the Hugging Face picture layout")
+            raise DataError(f"{file} has no column image.bytes, the Hugging Face image layout")
 
 
 def class_names(data: Dataset, given: str, source: object) -> list[str]:
@@ -273,7 +273,7 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> list[str]:
     return [str(name) for name in label.get("names", [])]
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _images(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
 
 
@@ -295,11 +295,11 @@ def read_file(file: Path) -> bytes:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def decode_picture(
+def decode_image(
     data: bytes, where: str, preprocessing: Preprocessing | None = None
 ) -> DecodedImage:
-    """As `models.images.decode.decode`. Raises DataError, which names the picture by `where`."""
+    """As `models.images.decode.decode`. Raises DataError, which names the image by `where`."""
     try:
         return decode(data, preprocessing=preprocessing)
     except ImageError as error:
-        raise DataError(f"{where} is not a picture that can be decoded: {error}") from error
+        raise DataError(f"{where} is not an image that can be decoded: {error}") from error

@@ -3,10 +3,10 @@
     python -m benchmarks.learned_step --model DIR --bundle DIR --data TRAIN.parquet \\
         --test VAL.parquet --out runs/learned-step
 
-Learns two ways to answer from training pictures, half of them attacked through all of it. The first
+Learns two ways to answer from training images, half of them attacked through all of it. The first
 is a linear step on few views: prompts, the weights of the loss terms and the length of the step for
 each layer. The second has four prompt experts, which a gate mixes by the first views' predictions.
-Then each answers the test pictures once, beside the mean over as many views as cost the same. The
+Then each answers the test images once, beside the mean over as many views as cost the same. The
 same command resumes. Writes the part of docs/robustness.md between the comments `learned-step`.
 """
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         "checkpoint": classifier.checkpoint.sha256,
         "prompts": classifier.bundle.prompts_sha256,
     }
-    pixels, targets = read_pictures(classifier, options.data, labels, plan)
+    pixels, targets = read_images(classifier, options.data, labels, plan)
     budget = plan.views * (STEP_COST + 1)
 
     def make_step(values: Values) -> Answer:
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     publish(figures, page, options.out / "figures.json", section, DOCS / "robustness.md")
 
 
-def read_pictures(
+def read_images(
     classifier: DefendedClassifier, path: Path, labels: tuple[str, ...], plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """Pictures to learn from, uint8 [N, 3, S, S], and their classes [N]; exits if `labels` are not
@@ -161,13 +161,13 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser("benchmarks.learned_step", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="directory of a checkpoint")
     parser.add_argument("--bundle", type=Path, required=True, help="directory of its bundle")
-    parser.add_argument("--data", type=Path, required=True, help="training pictures")
-    parser.add_argument("--test", type=Path, required=True, help="validation pictures")
+    parser.add_argument("--data", type=Path, required=True, help="training images")
+    parser.add_argument("--test", type=Path, required=True, help="validation images")
     parser.add_argument("--out", type=Path, required=True, help="folder for state and results")
     parser.add_argument("--steps", type=int, default=Plan().steps, help="batches to learn from")
     parser.add_argument("--batch", type=int, default=Plan().batch, help="pictures in a batch")
     parser.add_argument("--views", type=int, default=Plan().views, help="that the step is taken on")
-    parser.add_argument("--limit", type=int, default=200, help="test pictures")
+    parser.add_argument("--limit", type=int, default=200, help="test images")
     parser.add_argument("--attack-steps", type=int, default=20, help="of the test's attacks")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn")
     parser.add_argument("--dry", action="store_true", help="leave the page as it is")

@@ -1,4 +1,4 @@
-"""Judge an answer on the same pictures: clean, under transfer, and under an attack on itself."""
+"""Judge an answer on the same images: clean, under transfer, and under an attack on itself."""
 
 import json
 import sys
@@ -24,12 +24,12 @@ CHUNK = 10
 REACH = 2.5  # total length of the attack's steps, in epsilons
 
 Outcomes = Mapping[str, Sequence[bool]]
-"""By threat, whether each picture is right: without an attack and, if any, under it."""
+"""By threat, whether each image is right: without an attack and, if any, under it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """How the pictures are attacked. `epsilon` is in [0, 1] pixels."""
+    """How the images are attacked. `epsilon` is in [0, 1] pixels."""
 
     epsilon: float = 2 / 255
     attack_steps: int = 20
@@ -44,7 +44,7 @@ def judge(
     journal: Path,
     settings: dict[str, Any],
 ) -> Outcomes:
-    """The outcomes of one way to answer on all pictures.
+    """The outcomes of one way to answer on all images.
 
     Chunks that an earlier run with the same settings wrote into the journal are not computed again.
     """
@@ -59,7 +59,7 @@ def judge(
         done[start] = _judge(answer, undefended, chunk, start, trial)
         with journal.open("a") as file:
             file.write(json.dumps({"start": start, "outcomes": done[start]}) + "\n")
-        print(f"{journal.stem}: {start + len(chunk)} of {len(subjects)} pictures", file=sys.stderr)
+        print(f"{journal.stem}: {start + len(chunk)} of {len(subjects)} images", file=sys.stderr)
     return {
         threat: [right for start in sorted(done) for right in done[start][threat]]
         for threat in THREATS

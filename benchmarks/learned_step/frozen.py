@@ -29,9 +29,9 @@ class Frozen:
     layers: int
 
     def cut(self, pixels: Tensor, views: int, seeds: Sequence[int]) -> Tensor:
-        """Views [N, views, 3, S, S] of pictures [N, 3, S, S] in [0, 1], with a gradient."""
-        pictures = list(round_levels(pixels * 255))
-        return make_batch_views(pictures, views, seeds, self.preprocessing, pixels.device)
+        """Views [N, views, 3, S, S] of images [N, 3, S, S] in [0, 1], with a gradient."""
+        images = list(round_levels(pixels * 255))
+        return make_batch_views(images, views, seeds, self.preprocessing, pixels.device)
 
     def logits(self, views: Tensor, visual: Tensor) -> Tensor:
         """[N, V, C] with prompts [N, depth, tokens, width]."""

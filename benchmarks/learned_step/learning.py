@@ -1,4 +1,4 @@
-"""Learn what answers an image: half of the pictures of a batch are attacked through all of it."""
+"""Learn what answers an image: half of the images of a batch are attacked through all of it."""
 
 import json
 import sys
@@ -55,7 +55,7 @@ def learn(
     state: Path,
     settings: dict[str, Any],
 ) -> Values:
-    """Go through the pictures once, with AdamW at rates that fall to 0, and return the values.
+    """Go through the images once, with AdamW at rates that fall to 0, and return the values.
 
     A run that was stopped goes on from the file `state`, if its settings are the same.
 
@@ -63,7 +63,7 @@ def learn(
         make: values to what answers with them.
         values: to begin with.
         rates: learning rates of the values that are learned; the others stay.
-        pixels: view 0 of the pictures, uint8 [steps * batch, 3, S, S]; `targets` their classes.
+        pixels: view 0 of the images, uint8 [steps * batch, 3, S, S]; `targets` their classes.
     """
     settings = {**settings, "plan": asdict(plan)}
     first, moments = 0, dict(adamw.begin({name: values[name] for name in rates}))

@@ -30,7 +30,7 @@ class LearnedStep:
     """What is learned.
 
     Attributes:
-        vision: the prompts that every picture starts from, [1, depth, tokens, width].
+        vision: the prompts that every image starts from, [1, depth, tokens, width].
         weights: of the terms, [4], each in units of its typical gradient.
         rates: length of the step, [depth], one for each prompted layer.
         units: [4], 1 / root mean square of each term's gradient at the start. Not learned.
@@ -41,9 +41,9 @@ class LearnedStep:
     rates: Tensor
     units: Tensor
 
-    def start(self, pictures: int) -> Tensor:
+    def start(self, images: int) -> Tensor:
         """Copies of the prompts, [N, depth, tokens, width]."""
-        return self.vision.expand(pictures, *self.vision.shape[1:])
+        return self.vision.expand(images, *self.vision.shape[1:])
 
     def __call__(self, frozen: Frozen, views: Tensor, through: bool = False) -> Tensor:
         """The prompts [N, depth, tokens, width] after the step on views [N, V, 3, S, S].
@@ -102,7 +102,7 @@ def begin(frozen: Frozen, vision: Tensor, few: Tensor, views: int) -> Values:
 
     Args:
         vision: prompts [1, depth, tokens, width].
-        few: pictures [N, 3, S, S] that the terms' typical gradients are measured on.
+        few: images [N, 3, S, S] that the terms' typical gradients are measured on.
     """
     return {
         "vision": vision.clone(),

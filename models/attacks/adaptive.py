@@ -64,19 +64,19 @@ class AttackableDefense:
     def __call__(self, pixels: Tensor) -> Tensor:
         return self.answer(pixels, self.draw_seeds())
 
-    def hold(self, draws: int) -> Model:
+    def fix_draws(self, draws: int) -> Model:
         """The mean over `draws` draws of views, which stay the same for all calls."""
         if not self.random:
             return self
         seeds = [self.draw_seeds() for _ in range(draws)]
 
-        def held(pixels: Tensor) -> Tensor:
+        def fixed(pixels: Tensor) -> Tensor:
             answers = torch.stack([self.answer(pixels, each) for each in seeds])
             if self.of_logits:
                 return answers.mean(dim=0)
             return answers.logsumexp(dim=0) - math.log(draws)
 
-        return held
+        return fixed
 
     def select(self, rows: Sequence[int]) -> "AttackableDefense":
         """The defense for some of the images, which keep their sources."""

@@ -15,14 +15,14 @@ from torch import Tensor
 from models.attacks.attack import (
     Budget,
     Loss,
+    LossAndGradient,
     Model,
-    Slope,
     cross_entropy,
     draw_start,
-    hold,
-    look,
+    fix_draws,
+    loss_and_gradient,
+    loss_only,
     pick,
-    slope,
     strongest,
 )
 
@@ -54,18 +54,18 @@ def climb(
 ) -> tuple[Tensor, Tensor]:
     """One run from `start` (algorithm 1): per image the pixels that scored highest, and the last
     ones."""
-    held = hold(model, budget.draws)
+    fixed = fix_draws(model, budget.draws)
 
-    def look_around(here: Tensor) -> Slope:
-        at = slope(model, here, labels, loss, budget.draws)
-        if held is model:
+    def evaluate(here: Tensor) -> LossAndGradient:
+        at = loss_and_gradient(model, here, labels, loss, budget.draws)
+        if fixed is model:
             return at
-        return replace(look(held, here, labels, loss, 1), gradient=at.gradient)
+        return replace(loss_only(fixed, here, labels, loss, 1), gradient=at.gradient)
 
     epsilon, marks = budget.epsilon, checkpoints(budget.steps)
     low, high = (pixels - epsilon).clamp(min=0), (pixels + epsilon).clamp(max=1)
     here = before = start
-    at = look_around(here)
+    at = evaluate(here)
     kept, score = here, at.score
     peak, top, uphill = here, at.loss, at.gradient
     size = torch.full_like(at.loss, 2 * epsilon)
@@ -78,7 +78,7 @@ def climb(
         share = MOMENTUM if step > 1 else 1.0
         onward = here + share * (ahead - here) + (1 - share) * (here - before)
         before, here, loss_before = here, onward.clamp(low, high), at.loss
-        at = look_around(here)
+        at = evaluate(here)
         gradient = at.gradient
         kept, score = pick(at.score > score, here, kept), torch.maximum(at.score, score)
         rises = rises + (at.loss > loss_before)

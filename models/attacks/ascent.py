@@ -19,14 +19,14 @@ from models.attacks.attack import (
     RESCORED,
     Budget,
     Loss,
+    LossAndGradient,
     Model,
-    Slope,
     Viewed,
     cross_entropy,
     draw_start,
-    hold,
+    fix_draws,
+    loss_and_gradient,
     pick,
-    slope,
     strongest,
 )
 
@@ -65,10 +65,10 @@ class Ascent:
             climbed = model.averaging_logits()
 
         @torch.no_grad()
-        def look_at_clean() -> Tensor:
-            return hold(climbed, RESCORED)(pixels)
+        def clean_logits() -> Tensor:
+            return fix_draws(climbed, RESCORED)(pixels)
 
-        losses = self.aims(look_at_clean, labels)
+        losses = self.aims(clean_logits, labels)
         steps = math.ceil(self.share * budget.steps)
 
         def runs() -> Iterator[Tensor]:
@@ -97,12 +97,16 @@ class Objective:
     loss: Loss
     budget: Budget
 
-    def __call__(self, pixels: Tensor) -> Slope:
-        return slope(self.model, pixels, self.labels, self.loss, self.budget.draws)
+    def __call__(self, pixels: Tensor) -> LossAndGradient:
+        return loss_and_gradient(self.model, pixels, self.labels, self.loss, self.budget.draws)
 
 
 def climb(
-    objective: Callable[[Tensor], Slope], pixels: Tensor, budget: Budget, start: Tensor, steps: int
+    objective: Callable[[Tensor], LossAndGradient],
+    pixels: Tensor,
+    budget: Budget,
+    start: Tensor,
+    steps: int,
 ) -> tuple[Tensor, Tensor]:
     """One run: per image the pixels that scored highest on a draw, and the last ones."""
     low, high = (pixels - budget.epsilon).clamp(min=0), (pixels + budget.epsilon).clamp(max=1)
@@ -122,21 +126,21 @@ def climb(
 
 def untargeted(loss: Loss) -> Aims:
     """Climb one loss away from the true class."""
-    return lambda look_at_clean, labels: [loss]
+    return lambda clean_logits, labels: [loss]
 
 
-def towards_likeliest(look_at_clean: Callable[[], Tensor], labels: Tensor) -> list[Loss]:
+def towards_likeliest(clean_logits: Callable[[], Tensor], labels: Tensor) -> list[Loss]:
     """The targeted difference of logits ratio, for each of the likeliest other classes."""
-    clean = look_at_clean()
+    clean = clean_logits()
     others = clean.scatter(1, labels.unsqueeze(1), -torch.inf).argsort(dim=1, descending=True)
     count = min(LIKELIEST, clean.shape[1] - 1)
     return [aim(target) for target in others[:, :count].unbind(dim=1)]
 
 
-def off_clean_feature(look_at_clean: Callable[[], Tensor], labels: Tensor) -> list[Loss]:
+def off_clean_feature(clean_logits: Callable[[], Tensor], labels: Tensor) -> list[Loss]:
     """The squared distance of the views' mean embedding from the clean one, whatever the labels.
 
     Mean logits are that embedding times the labels' embeddings; the distance is measured in them.
     """
-    clean = look_at_clean()
+    clean = clean_logits()
     return [lambda logits, labels: (logits - clean).square().mean(dim=1)]

@@ -28,7 +28,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Random(Protocol):
     """A random model whose draws can be fixed."""
 
-    def hold(self, draws: int) -> Model:
+    def fix_draws(self, draws: int) -> Model:
         """The mean prediction over `draws` draws per image, drawn once, now; itself where nothing
         is random."""
 
@@ -97,9 +97,9 @@ not depend on the rest of the batch.
 
 
 @dataclass(frozen=True, slots=True)
-class Slope:
-    """State of an attack: the loss and whether the model is wrong, [N], and the loss's gradient
-    [N, 3, S, S]."""
+class LossAndGradient:
+    """What an attack learns about pixels: the loss and whether the model is wrong, [N] each, and
+    the loss's gradient [N, 3, S, S]."""
 
     loss: Tensor
     wrong: Tensor
@@ -123,7 +123,9 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.masked_fill(true, -torch.inf).amax(dim=1) - logits[true]
 
 
-def slope(model: Model, pixels: Tensor, labels: Tensor, loss: Loss, draws: int) -> Slope:
+def loss_and_gradient(
+    model: Model, pixels: Tensor, labels: Tensor, loss: Loss, draws: int
+) -> LossAndGradient:
     """Loss and gradient at some pixels, averaged over `draws` calls of the model."""
     leaf = pixels.detach().requires_grad_()
     total, gradient = torch.zeros(len(leaf), device=leaf.device), torch.zeros_like(leaf)
@@ -134,22 +136,24 @@ def slope(model: Model, pixels: Tensor, labels: Tensor, loss: Loss, draws: int) 
         gradient += torch.autograd.grad(losses.sum(), leaf)[0] / draws
         total += losses.detach() / draws
         seen.append(logits.detach().softmax(dim=1))
-    return Slope(total, torch.stack(seen).mean(dim=0).argmax(dim=1) != labels, gradient)
+    return LossAndGradient(total, torch.stack(seen).mean(dim=0).argmax(dim=1) != labels, gradient)
 
 
 @torch.no_grad()
-def look(model: Model, pixels: Tensor, labels: Tensor, loss: Loss, draws: int) -> Slope:
-    """As `slope`, but without computing the gradient, which is zero."""
+def loss_only(
+    model: Model, pixels: Tensor, labels: Tensor, loss: Loss, draws: int
+) -> LossAndGradient:
+    """As `loss_and_gradient`, but without computing the gradient, which is zero."""
     logits = [model(pixels) for _ in range(draws)]
     losses = torch.stack([loss(each, labels) for each in logits]).mean(dim=0)
     mean = torch.stack([each.softmax(dim=1) for each in logits]).mean(dim=0)
-    return Slope(losses, mean.argmax(dim=1) != labels, torch.zeros_like(pixels))
+    return LossAndGradient(losses, mean.argmax(dim=1) != labels, torch.zeros_like(pixels))
 
 
-def hold(model: Model, draws: int) -> Model:
+def fix_draws(model: Model, draws: int) -> Model:
     """The model with fixed draws if it is random and can fix them, else the same object. A search
     cannot compare scores that were each computed with other draws."""
-    return model.hold(draws) if isinstance(model, Random) else model
+    return model.fix_draws(draws) if isinstance(model, Random) else model
 
 
 def select(model: Model, rows: Sequence[int]) -> Model:
@@ -168,14 +172,14 @@ def strongest(
     Raises:
         ValueError: there is no candidate.
     """
-    held, draws = [hold(model, 1)], budget.draws
-    if held[0] is not model:
-        held, draws = [*held, *(hold(model, 1) for _ in range(RESCORED - 1))], 1
+    fixed, draws = [fix_draws(model, 1)], budget.draws
+    if fixed[0] is not model:
+        fixed, draws = [*fixed, *(fix_draws(model, 1) for _ in range(RESCORED - 1))], 1
 
     def judge(asked: Model, attacked: Tensor) -> Tensor:
-        return look(asked, attacked, labels, cross_entropy, draws).score
+        return loss_only(asked, attacked, labels, cross_entropy, draws).score
 
-    return worst([partial(judge, each) for each in held], pixels, budget, candidates)
+    return worst([partial(judge, each) for each in fixed], pixels, budget, candidates)
 
 
 def worst(
@@ -211,7 +215,7 @@ def quantize(attacked: Tensor, pixels: Tensor, epsilon: float) -> Tensor:
     """
     reach = int(epsilon * LEVELS + 1e-4)
     if reach < 1:
-        raise ValueError(f"an epsilon of {epsilon:g} is below 1/255, one level of a picture")
+        raise ValueError(f"an epsilon of {epsilon:g} is below 1/255, one level of an image")
     origin = (pixels * LEVELS).round()
     moved = (attacked * LEVELS).round() - origin
     return (origin + moved.clamp(-reach, reach)).clamp(0, LEVELS) / LEVELS

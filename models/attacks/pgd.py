@@ -10,8 +10,8 @@ from models.attacks.attack import (
     Model,
     cross_entropy,
     draw_start,
+    loss_and_gradient,
     pick,
-    slope,
     start_at,
     strongest,
 )
@@ -31,7 +31,7 @@ def pgd(
             here = draw_start(pixels, budget.epsilon, seeds, run)
             best, most = here, torch.full((len(pixels),), -torch.inf, device=pixels.device)
             for _ in range(budget.steps):
-                at = slope(model, here, labels, cross_entropy, budget.draws)
+                at = loss_and_gradient(model, here, labels, cross_entropy, budget.draws)
                 best, most = pick(at.score > most, here, best), torch.maximum(at.score, most)
                 here = (here + size * at.gradient.sign()).clamp(low, high)
             yield best

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.attacks.attack import LEVELS, Budget, Model, hold, select, strongest
+from models.attacks.attack import LEVELS, Budget, Model, fix_draws, select, strongest
 
 PRECISION = 0.5 / LEVELS  # of the distance to the boundary
 
@@ -38,12 +38,12 @@ def search(model: Model, pixels: Tensor, label: Tensor, budget: Budget) -> tuple
     The draws of a random model are fixed while blocks have one size, and then drawn again, which
     moves the boundary in the best direction.
     """
-    spent, held = 0, model
+    spent, fixed = 0, model
 
     def wrong(direction: Tensor, radius: float) -> bool:
         nonlocal spent
         spent += 1
-        answer = held((pixels + radius * direction).clamp(0, 1)).argmax(dim=1)
+        answer = fixed((pixels + radius * direction).clamp(0, 1)).argmax(dim=1)
         return bool(answer != label)
 
     def distance(direction: Tensor, most: float) -> float:
@@ -58,8 +58,8 @@ def search(model: Model, pixels: Tensor, label: Tensor, budget: Budget) -> tuple
 
     best, nearest, blocks = torch.ones_like(pixels), math.inf, 1
     while spent < budget.queries:
-        held = hold(model, budget.draws)
-        if not spent or held is not model:
+        fixed = fix_draws(model, budget.draws)
+        if not spent or fixed is not model:
             nearest = distance(best, 1.0)
         for block in torch.arange(pixels.numel(), device=pixels.device).chunk(blocks):
             if spent >= budget.queries:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.attacks.attack import Budget, Model, hold, look, margin, pick, strongest
+from models.attacks.attack import Budget, Model, fix_draws, loss_only, margin, pick, strongest
 
 SHARE = 0.8  # of the image that the first square covers
 REDRAW = 50  # queries after which a random model draws again, so as not to fit one draw
@@ -45,7 +45,7 @@ def search(
     A random model's draws are fixed and drawn again every `REDRAW` queries. The best image so far
     is then scored again, which costs a query.
     """
-    size, asked = pixels.shape[-1], hold(model, budget.draws)
+    size, asked = pixels.shape[-1], fix_draws(model, budget.draws)
     # A model that cannot fix its draws is averaged over calls.
     draws = budget.draws if asked is model else 1
 
@@ -54,11 +54,11 @@ def search(
         return torch.from_numpy(np.stack(drawn)).to(pixels)
 
     best = (pixels + budget.epsilon * signs(3, 1, size)).clamp(0, 1)
-    most = look(asked, best, labels, margin, draws).loss
+    most = loss_only(asked, best, labels, margin, draws).loss
     for query in range(1, budget.queries):
         if asked is not model and query % REDRAW == 0:
-            asked = hold(model, budget.draws)
-            most = look(asked, best, labels, margin, draws).loss
+            asked = fix_draws(model, budget.draws)
+            most = loss_only(asked, best, labels, margin, draws).loss
             continue
         side = side_of(query, budget.queries, size)
         colors = signs(3, 1, 1)
@@ -67,7 +67,7 @@ def search(
             top, left = source.integers(0, size - side + 1, 2)
             inside[row, :, top : top + side, left : left + side] = True
         tried = torch.where(inside, (pixels + budget.epsilon * colors).clamp(0, 1), best)
-        found = look(asked, tried, labels, margin, draws).loss
+        found = loss_only(asked, tried, labels, margin, draws).loss
         best, most = pick(found > most, tried, best), torch.maximum(found, most)
     return best
 

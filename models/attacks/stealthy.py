@@ -13,8 +13,8 @@ from models.attacks.ascent import climb
 from models.attacks.attack import (
     RESCORED,
     Budget,
+    LossAndGradient,
     Model,
-    Slope,
     Suspecting,
     draw_start,
     margin,
@@ -38,16 +38,16 @@ def stealthy(
         raise TypeError("the stealthy attack needs a defense with a suspicion score")
     drawn = [model.draw_seeds() for _ in range(RESCORED)]
 
-    def objective(here: Tensor) -> Slope:
+    def objective(here: Tensor) -> LossAndGradient:
         leaf = here.detach().requires_grad_()
         losses, wrong = _rate(model, leaf, labels, model.draw_seeds())
         (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-        return Slope(losses.detach(), wrong, gradient)
+        return LossAndGradient(losses.detach(), wrong, gradient)
 
     @torch.no_grad()
     def judge(attacked: Tensor, seeds: Sequence[int]) -> Tensor:
         losses, wrong = _rate(model, attacked, labels, seeds)
-        return Slope(losses, wrong, torch.zeros_like(attacked)).score
+        return LossAndGradient(losses, wrong, torch.zeros_like(attacked)).score
 
     def runs() -> Iterator[Tensor]:
         for run in range(budget.restarts):

@@ -2,7 +2,7 @@
 
     tapt-serve calibrate --data DIR --out BUNDLE [--model embedded-hardened] ...
 
-Labelled pictures teach prompts. Unlabelled ones take fresh statistics for the prompts of a bundle
+Labelled images teach prompts. Unlabelled ones take fresh statistics for the prompts of a bundle
 that exists (`--prompts BUNDLE --labels cat,dog,...`). A run that was stopped goes on from
 `BUNDLE.partial` when it is started again with the same settings. Several GPUs of one machine share
 the batches:
@@ -40,7 +40,7 @@ from models.prompts import DefensePrompts
 from models.statistics import TokenStatistics, token_moments
 from models.views import make_views
 
-CHUNK = 64  # pictures at once outside of the tuning
+CHUNK = 64  # images at once outside of the tuning
 SAVE_SECONDS = 30.0
 """Progress is saved after the step that ends later than this, so at least once a minute where a
 step takes less than half of one."""
@@ -48,8 +48,8 @@ CPU = torch.device("cpu")
 
 
 @dataclass(slots=True)
-class Pictures:
-    """View 0 of pictures, uint8 [3, S, S] each, and their labels, -1 where there is none."""
+class Images:
+    """View 0 of images, uint8 [3, S, S] each, and their labels, -1 where there is none."""
 
     pixels: list[Tensor] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -68,17 +68,17 @@ class Pictures:
 
 def gather(
     checkpoint: Checkpoint, data: Dataset, shots: int, images: int, seed: int, bar: Bar
-) -> tuple[Pictures, Pictures, int]:
+) -> tuple[Images, Images, int]:
     """Pictures to learn from, `shots` a class, and at most `images` others for statistics and
     threshold, in an order drawn by `seed`; and how many of the others are learned from as well,
     which happens where the data has no more.
 
     Raises:
-        DataError: there is no picture.
+        DataError: there is no image.
     """
-    learned, others, seen = Pictures(), Pictures(), Counter[int]()
+    learned, others, seen = Images(), Images(), Counter[int]()
     most = shots * len(data.names)
-    task = bar.add_task("reading pictures", total=most + images)
+    task = bar.add_task("reading images", total=most + images)
     for example in data.examples(images if most == 0 else None, seed, checkpoint.preprocessing):
         pile = learned if seen[example.label] < shots else others
         if pile is others and len(others) == images:
@@ -93,7 +93,7 @@ def gather(
     for place in range(again):
         others.add(learned.pixels[place], learned.labels[place])
     if not others:
-        raise DataError("there are no pictures to calibrate with")
+        raise DataError("there are no images to calibrate with")
     bar.update(task, total=len(learned) + len(others) - again)
     return learned, others, again
 
@@ -150,7 +150,7 @@ def take_statistics(
 ) -> TokenStatistics:
     """Clean and adversarial token moments with exactly these prompts.
 
-    Pictures without a label are attacked away from what the prompted model says of them.
+    Images without a label are attacked away from what the prompted model says of them.
     """
     clip = checkpoint.clip
     text = clip.encode_labels(texts, prompts.text)
@@ -182,18 +182,18 @@ def set_thresholds(
     rate: float,
     bar: Bar,
 ) -> dict[str, float]:
-    """The suspicion that a share `rate` of these clean pictures exceeds, by the prompts that their
+    """The suspicion that a share `rate` of these clean images exceeds, by the prompts that their
     views are read with.
 
     Args:
-        pixels: view 0 of the pictures, uint8 [N, 3, S, S]. Views are cut from these pixels; the
-            service cuts them from the whole picture, where another share may exceed a threshold.
+        pixels: view 0 of the images, uint8 [N, 3, S, S]. Views are cut from these pixels; the
+            service cuts them from the whole image, where another share may exceed a threshold.
     """
     classifier = DefendedClassifier(checkpoint, bundle).without_resize()
     task = bar.add_task("setting the thresholds", total=len(pixels))
     doubts: dict[str, list[float]] = {"learned": [], "none": []}
-    for number, picture in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
-        query = ImageQuery(picture, tuple(names), None, "single", number, steps=0)
+    for number, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        query = ImageQuery(image, tuple(names), None, "single", number, steps=0)
         for name, method in (("learned", "tapt"), ("none", "ensemble")):
             (batch,) = classifier.prepare([query], method)
             (prediction,) = classifier.classify(batch, views)
@@ -206,7 +206,7 @@ def calibrate(options: argparse.Namespace, bar: Bar) -> DefenseBundle | None:
     """The whole way from the command's options to a bundle; None in all processes but the first.
 
     Raises:
-        LoadError, DataError: checkpoint, bundle or pictures cannot be used.
+        LoadError, DataError: checkpoint, bundle or images cannot be used.
     """
     device = processes.own_device(pick_device(options.device))
     checkpoint = load_checkpoint(options.model, device, tokenizer=options.tokenizer)

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ASPECT = 4 / 3  # crops are at most this much wider or taller than the picture
+ASPECT = 4 / 3  # crops are at most this much wider or taller than the image
 
 
 def draw_crops(count: int, area: tuple[float, float], source: torch.Generator) -> Tensor:
-    """Affine maps [count, 2, 3] of crops that cover a share of the picture within `area`, in
+    """Affine maps [count, 2, 3] of crops that cover a share of the image within `area`, in
     (0, 1], at aspect ratios from 3/4 to 4/3; each is mirrored with probability 1/2."""
 
     def uniform(low: float, high: float) -> Tensor:
@@ -29,10 +29,10 @@ def draw_crops(count: int, area: tuple[float, float], source: torch.Generator) -
     return theta
 
 
-def cut_crops(pictures: Tensor, crops: Tensor, size: int) -> Tensor:
+def cut_crops(images: Tensor, crops: Tensor, size: int) -> Tensor:
     """Pictures [n, 3, H, W], uint8 or float in [0, 1], to crops [n, 3, size, size] in [0, 1]."""
-    shape = [len(pictures), 3, size, size]
-    grid = F.affine_grid(crops.to(pictures.device), shape, align_corners=False)
-    pixels = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
+    shape = [len(images), 3, size, size]
+    grid = F.affine_grid(crops.to(images.device), shape, align_corners=False)
+    pixels = images.float() / 255 if images.dtype == torch.uint8 else images
     cut = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
     return cut.clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Training pictures, decoded once into a memory-mapped file."""
+"""Training images, decoded once into a memory-mapped file."""
 
 import json
 import os
@@ -25,17 +25,17 @@ def decode_once(
     cache: Path,
     report: Callable[[int], None],
 ) -> tuple[NDArray[np.uint8], Tensor]:
-    """View 0 of all pictures, uint8 [N, 3, S, S] and memory-mapped, and their labels [N].
+    """View 0 of all images, uint8 [N, 3, S, S] and memory-mapped, and their labels [N].
 
     The files in `cache` are used again where they were made of the same source with the same
     preprocessing.
 
     Args:
         source: names the data, to tell one data set's files from another's.
-        report: told how many pictures are done.
+        report: told how many images are done.
 
     Raises:
-        DataError: a picture cannot be decoded, or the disk has no room for all.
+        DataError: an image cannot be decoded, or the disk has no room for all.
     """
     side = preprocessing.crop
     made = {"source": source, "pictures": len(data), "preprocessing": repr(preprocessing)}
@@ -46,7 +46,7 @@ def decode_once(
         size, free = len(data) * 3 * side**2, shutil.disk_usage(cache).free
         if size > free:
             raise DataError(
-                f"decoded pictures take {size / 2**30:.1f} GiB, and {cache} has "
+                f"decoded images take {size / 2**30:.1f} GiB, and {cache} has "
                 f"{free / 2**30:.1f} GiB left"
             )
         written = np.lib.format.open_memmap(

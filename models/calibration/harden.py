@@ -2,8 +2,8 @@
 
     tapt-serve harden --data DIR --out DIR [--model embedded] ...
 
-Labelled pictures are learned by their class names, unlabelled ones by the original's embeddings.
-`OUT.partial` holds the decoded pictures, the states of the run and `log.jsonl`. The same command
+Labelled images are learned by their class names, unlabelled ones by the original's embeddings.
+`OUT.partial` holds the decoded images, the states of the run and `log.jsonl`. The same command
 continues a run that was stopped; another `--steps` extends it or ends it early. Several GPUs of one
 machine share the batches:
 
@@ -44,14 +44,14 @@ def harden(options: argparse.Namespace, settings: Hardening, bar: Bar) -> bool:
     """From the command's options to the new checkpoint; whether the run reached its end.
 
     Raises:
-        LoadError, DataError, ValueError: checkpoint, pictures or an earlier run cannot be used.
+        LoadError, DataError, ValueError: checkpoint, images or an earlier run cannot be used.
     """
     rank, device = processes.rank(), processes.own_device(pick_device(options.device))
     checkpoint = load_checkpoint(options.model, device, tokenizer=options.tokenizer)
     data = open_dataset(*options.data)
     partial = options.out.with_name(options.out.name + ".partial")
     source = ", ".join(path.name for path in options.data)
-    task = bar.add_task("reading pictures", total=len(data))
+    task = bar.add_task("reading images", total=len(data))
 
     def read() -> Any:
         return decode_once(
@@ -131,14 +131,14 @@ def encode_names(checkpoint: Checkpoint, names: list[str]) -> Tensor:
 
 
 def read_validation(checkpoint: Checkpoint, path: Path, limit: int) -> Validation:
-    """A random sample of labelled pictures. Raises DataError where there are no labels."""
+    """A random sample of labelled images. Raises DataError where there are no labels."""
     data, device = open_dataset(path), checkpoint.clip.device
     if not data.names:
         raise DataError(f"{path} has no labels to validate with")
     prepared = checkpoint.preprocessing
     examples = list(data.examples(limit, 0, prepared))
     if not examples:
-        raise DataError(f"there are no pictures to validate with: the limit is {limit}")
+        raise DataError(f"there are no images to validate with: the limit is {limit}")
     views = [make_views(e.pixels, 1, 0, prepared, CPU, e.view)[0] for e in examples]
     labels = torch.tensor([example.label for example in examples], device=device)
     return Validation(torch.stack(views).to(device), labels, encode_names(checkpoint, data.names))
@@ -167,13 +167,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         required=True,
-        help="a directory of pictures, or one or several parquet files",
+        help="a directory of images, or one or several parquet files",
     )
     parser.add_argument("--out", type=Path, required=True, help="directory of the new checkpoint")
     parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
     parser.add_argument("--unsupervised", action="store_true", help="ignore the labels")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--validate", type=Path, help="labelled pictures to measure in the log")
+    parser.add_argument("--validate", type=Path, help="labelled images to measure in the log")
     parser.add_argument("--validate-limit", type=int, default=400, help="how many of them")
     training = parser.add_argument_group("training")
     for option in fields(Hardening):

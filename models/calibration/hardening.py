@@ -4,8 +4,8 @@ Only the image tower and its projection are trained. The text tower and the logi
 they are, so that text features of the original checkpoint stay valid. There are two losses:
 
 - Unsupervised (FARE, Schlarmann et al., ICML 2024, arXiv 2402.12336, eq. 3): the squared distance
-  between the embedding of the attacked picture and the original model's embedding of the clean
-  picture, neither of them normalized. Needs no labels.
+  between the embedding of the attacked image and the original model's embedding of the clean
+  image, neither of them normalized. Needs no labels.
 - Labelled (after TeCoA, Mao et al., ICLR 2023, arXiv 2212.07016): cross-entropy over the class
   names, plus a penalty for turning away from the original model's clean embedding.
 
@@ -72,7 +72,7 @@ class Hardening:
     )
     smoothing: float = _setting(0.1, 0, 0.999, "with labels: label smoothing of the cross-entropy")
     crop_area: tuple[float, float] = _setting(
-        (0.25, 1.0), 0.01, 1, "smallest and largest share of the picture that a random crop covers"
+        (0.25, 1.0), 0.01, 1, "smallest and largest share of the image that a random crop covers"
     )
     dtype: str = field(
         default="bfloat16",
@@ -81,7 +81,7 @@ class Hardening:
             "help": "dtype of matrix products; weights, losses and optimizer stay in float32",
         },
     )
-    seed: int = _setting(0, 0, 2**31 - 1, "seed of the order of pictures, crops and attack starts")
+    seed: int = _setting(0, 0, 2**31 - 1, "seed of the order of images, crops and attack starts")
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -123,12 +123,12 @@ class HardeningTrainer:
 
     Args:
         original: the CLIP to start from, which stays unchanged.
-        pixels: uint8 pictures [N, 3, S, S]; a memory-mapped array is fine.
+        pixels: uint8 images [N, 3, S, S]; a memory-mapped array is fine.
         labels: class indices [N], or None for the unsupervised loss.
         text: unit-length features [C, D] of the class names, or None for the unsupervised loss.
 
     Raises:
-        ValueError: the pictures do not fill a batch, or processes cannot share it evenly.
+        ValueError: the images do not fill a batch, or processes cannot share it evenly.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class HardeningTrainer:
         if (labels is None) != (text is None):
             raise ValueError("labels and features of the class names are needed together")
         if len(pixels) < settings.batch:
-            raise ValueError(f"{len(pixels)} pictures do not fill a batch of {settings.batch}")
+            raise ValueError(f"{len(pixels)} images do not fill a batch of {settings.batch}")
         self.rank, self.processes = processes.rank(), processes.count()
         if settings.batch % self.processes:
             raise ValueError(
@@ -171,7 +171,7 @@ class HardeningTrainer:
             labels = self.labels[rows].to(clean.device)
         with torch.no_grad():
             target = self._encode(self.original, clean).projected[0]
-        # The order of a batch is random, so its first pictures are a random share of it.
+        # The order of a batch is random, so its first images are a random share of it.
         count = round(len(clean) * settings.attacked_share)
         seen = clean.clone()
         if count:
@@ -192,11 +192,11 @@ class HardeningTrainer:
         return {name: float(term.detach()) for name, term in terms.items()}
 
     def losses(self, pixels: Tensor, target: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """Loss terms, to be summed, each a mean over the pictures.
+        """Loss terms, to be summed, each a mean over the images.
 
         Args:
             pixels: [n, 3, S, S] in [0, 1], attacked or clean.
-            target: the original's embeddings [n, D] of the clean pictures, not normalized.
+            target: the original's embeddings [n, D] of the clean images, not normalized.
             labels: class indices [n], or None for the unsupervised loss.
         """
         found = self._encode(self.student, pixels)
@@ -240,7 +240,7 @@ class HardeningTrainer:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from the `state` of a run on the same checkpoint and pictures."""
+        """Continue from the `state` of a run on the same checkpoint and images."""
         with torch.no_grad():
             for clip, name in ((self.student, "student"), (self.average, "average")):
                 for key, parameter in image_parameters(clip).items():
@@ -254,7 +254,7 @@ class HardeningTrainer:
     def _draw_batch(self, source: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rows [n] of this process's share of the batch and random crops [n, 3, S, S] of them.
 
-        Every epoch passes all pictures in an order of its own; a last part that fills no batch is
+        Every epoch passes all images in an order of its own; a last part that fills no batch is
         left out.
         """
         size, count = self.settings.batch, len(self.pixels)
@@ -263,8 +263,8 @@ class HardeningTrainer:
         rows = torch.randperm(count, generator=order)[place * size : (place + 1) * size]
         crops = draw_crops(size, self.settings.crop_area, source)
         own = slice(self.rank, None, self.processes)
-        pictures = torch.from_numpy(self.pixels[rows[own].numpy()]).to(self.original.device)
-        return rows[own], cut_crops(pictures, crops[own], self.original.image_size)
+        images = torch.from_numpy(self.pixels[rows[own].numpy()]).to(self.original.device)
+        return rows[own], cut_crops(images, crops[own], self.original.image_size)
 
     def _encode(self, clip: PromptedCLIP, pixels: Tensor) -> ImageFeatures:
         mixed = self.settings.dtype == "bfloat16"

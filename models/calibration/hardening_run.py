@@ -27,7 +27,7 @@ VALIDATION_ATTACK_STEPS = 10
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """Held-out pictures [N, 3, S, S] in [0, 1], their labels [N], and text features [C, D] of the
+    """Held-out images [N, 3, S, S] in [0, 1], their labels [N], and text features [C, D] of the
     class names."""
 
     pixels: Tensor

@@ -1,6 +1,6 @@
 """Learning defensive prompts beforehand by adversarial prompt tuning.
 
-The checkpoint stays frozen; shared prompts learn to classify pictures that are attacked, at each
+The checkpoint stays frozen; shared prompts learn to classify images that are attacked, at each
 step, through those very prompts (TAPT, arXiv 2411.13136, section 3.3). A share of every batch
 stays clean, so that the prompts keep what the model knew.
 """
@@ -134,7 +134,7 @@ def attack(
     Args:
         pixels: [N, 3, S, S] in [0, 1]; `targets` [N] are indices into the classes.
         text: features [C, D] of the classes at those prompts.
-        noise: as `pixels`, in [0, 1): the random start, 0.5 the clean picture; None starts there.
+        noise: as `pixels`, in [0, 1): the random start, 0.5 the clean image; None starts there.
         cut: pixels to views [N, m, 3, S, S], drawn anew for each step of the attack, which then
             goes through the mean prediction over them (expectation over transformation, Athalye
             et al., ICML 2018); None attacks the single view.
@@ -159,8 +159,8 @@ class _Draws:
     single piece does.
 
     Attributes:
-        picked: indices [N] of the pictures; `mirrored` [N, 1, 1, 1] says which are flipped.
-        noise: [H, 3, S, S] in [0, 1), the starts of the first H pictures, which are attacked.
+        picked: indices [N] of the images; `mirrored` [N, 1, 1, 1] says which are flipped.
+        noise: [H, 3, S, S] in [0, 1), the starts of the first H images, which are attacked.
         attack_seeds: of the views of these, for each step of an attack through views.
         seeds: [N] of the views that the loss is the mean over.
     """
@@ -173,7 +173,7 @@ class _Draws:
 
     @classmethod
     def of(cls, tuning: Tuning, step: int, pixels: Tensor) -> "_Draws":
-        """Those of step number `step`, counted from 0, on pictures [count, 3, S, S]."""
+        """Those of step number `step`, counted from 0, on images [count, 3, S, S]."""
         source = torch.Generator().manual_seed(tuning.seed * 1_000_003 + step)
 
         def seeds(number: int, views: int) -> Tensor:
@@ -191,7 +191,7 @@ class _Draws:
         )
 
     def share(self, own: slice) -> "_Draws":
-        """Those of every picture in `own`."""
+        """Those of every image in `own`."""
         return _Draws(
             self.picked[own],
             self.mirrored[own],
@@ -217,7 +217,7 @@ def tune(
 
     Args:
         labels: the classes, with the slots that the design's text prompts take.
-        pixels: view 0 of the pictures, uint8 [N, 3, S, S]; `targets` [N] their classes.
+        pixels: view 0 of the images, uint8 [N, 3, S, S]; `targets` [N] their classes.
         report: told after every step.
     """
     own = slice(processes.rank(), None, processes.count())
@@ -273,13 +273,13 @@ def _cut_anew(seeds: Sequence[Tensor], views: int, preprocessing: Preprocessing)
 def _spread(
     batch: Tensor, views: int, preprocessing: Preprocessing, seeds: Sequence[int]
 ) -> Tensor:
-    """Views [N, views, 3, S, S] of pictures [N, 3, S, S] in [0, 1], with a gradient; view 0 is the
-    picture itself, the others are cut from it as drawn by its seed."""
+    """Views [N, views, 3, S, S] of images [N, 3, S, S] in [0, 1], with a gradient; view 0 is the
+    image itself, the others are cut from it as drawn by its seed."""
     if views == 1:
         return batch.unsqueeze(1)
-    pictures = list(round_levels(batch * 255))
+    images = list(round_levels(batch * 255))
     unresized = preprocessing.without_resize()
-    return make_batch_views(pictures, views, seeds, unresized, batch.device)
+    return make_batch_views(images, views, seeds, unresized, batch.device)
 
 
 def _mean_loss(logits: Tensor, goals: Tensor, reduction: str) -> Tensor:

@@ -40,7 +40,7 @@ class Check:
             "defense": self.defense,
             "attack": self.attack,
             "epsilon": self.epsilon,
-            "broken_more_by_twice_the_steps": round(self.more, 4),
+            "broken_more_by_twice_the_budget": round(self.more, 4),
             "left_right_at_a_large_epsilon": round(self.left, 4),
             "passed": not self.warnings(),
         }

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from models.data import DataError, Dataset, Example, decode_picture, open_dataset, order, read_file
+from models.data import DataError, Dataset, Example, decode_image, open_dataset, order, read_file
 from models.errors import first_line
 from models.images.preprocess import Preprocessing
 
@@ -48,7 +48,7 @@ class HubDataset:
             self._image = next(column for column in IMAGES if column in split.features)
             self._label = next(column for column in LABELS if column in split.features)
         except StopIteration:
-            raise DataError(f"{name} has no columns of pictures and labels") from None
+            raise DataError(f"{name} has no columns of images and labels") from None
         self._name, self._split = name, split.cast_column(self._image, files)
 
     @property
@@ -73,5 +73,5 @@ class HubDataset:
             row = self._split[int(index)]
             file = row[self._image]
             data = file["bytes"] or read_file(Path(file["path"]))
-            image = decode_picture(data, f"picture {index} of {self._name}", preprocessing)
+            image = decode_image(data, f"image {index} of {self._name}", preprocessing)
             yield Example(image.pixels, int(row[self._label]), image.view)

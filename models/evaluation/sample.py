@@ -57,11 +57,11 @@ def gather(
     examples = data.examples(limit, seed, preprocessing, shard.index, shard.of)
     for number, example in enumerate(examples):
         if example.label < 0:
-            raise DataError("a picture without a label cannot be counted as right or wrong")
+            raise DataError("an image without a label cannot be counted as right or wrong")
         view = make_views(example.pixels, 1, 0, preprocessing, cpu, example.view)[0]
         pixels = (view * LEVELS).round().byte().permute(1, 2, 0).contiguous().numpy()
         place = shard.index + number * shard.of
         subjects.append(Subject(pixels, example.label, place))
     if not subjects:
-        raise DataError("there are no pictures to evaluate on")
+        raise DataError("there are no images to evaluate on")
     return subjects

@@ -40,7 +40,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
     """
     count = len(first)
     if count != len(second) or not count:
-        raise ValueError("a paired difference needs the same pictures on both sides, and some")
+        raise ValueError("a paired difference needs the same images on both sides, and some")
     pairs = list(zip(first, second, strict=True))
     both, one = sum(a * b for a, b in pairs), sum(a * (1 - b) for a, b in pairs)
     other, none = sum((1 - a) * b for a, b in pairs), sum((1 - a) * (1 - b) for a, b in pairs)

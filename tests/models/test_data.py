@@ -18,7 +18,7 @@ from models.data import (
     ParquetDataset,
     check_labels,
     class_names,
-    decode_picture,
+    decode_image,
     open_dataset,
     order,
 )
@@ -115,8 +115,8 @@ def test_every_nth_is_read_alone(
 ) -> None:
     dataset = open_dataset(request.getfixturevalue(kind))
     whole = [example.label for example in dataset.examples(5, seed)]
-    decoded = Mock(wraps=decode_picture)
-    monkeypatch.setattr("models.data.decode_picture", decoded)
+    decoded = Mock(wraps=decode_image)
+    monkeypatch.setattr("models.data.decode_image", decoded)
     found = [example.label for example in dataset.examples(5, seed, first=1, every=2)]
     assert found == whole[1::2]
     assert decoded.call_count == len(found) == 2
@@ -225,7 +225,7 @@ def test_pictures_are_decoded_as_the_service_decodes_them(
     ("make", "reason"),
     [
         (lambda path: None, "no such file"),
-        (lambda path: path.mkdir(), "no pictures"),
+        (lambda path: path.mkdir(), "no images"),
         (lambda path: path.write_bytes(b"PAR1 but not really"), "not a readable parquet"),
         (lambda path: pq.write_table(pa.table({"text": ["a"]}), path), "no column image.bytes"),
     ],

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.attacks.adaptive import AttackableDefense, surrogates
-from models.attacks.attack import Budget, cross_entropy, look, slope
+from models.attacks.attack import Budget, cross_entropy, loss_and_gradient, loss_only
 from models.attacks.pgd import pgd
 from models.attacks.preflight import preflight
 from models.attacks.stealthy import stealthy
@@ -124,14 +124,14 @@ def test_held_prompts_are_held_for_the_attacker(
     classifier: DefendedClassifier, images: list[Any], pixels: Tensor, adapts: Adapts
 ) -> None:
     objective = replace(classifier.objective, adapts=adapts)
-    held = DefendedClassifier(
+    fixed = DefendedClassifier(
         classifier.checkpoint, classifier.bundle, objective, classifier.selection_ratio
     )
-    expected = answer(held, images, "tapt", 2, "all")
+    expected = answer(fixed, images, "tapt", 2, "all")
     assert not torch.equal(expected, answer(classifier, images, "tapt", 2, "all"))
     for way in (0, 1):
         leaf = pixels.clone().requires_grad_()
-        found = attackable(held, "tapt", 2, way=way).answer(leaf, [0, 1, 2]).exp()
+        found = attackable(fixed, "tapt", 2, way=way).answer(leaf, [0, 1, 2]).exp()
         torch.testing.assert_close(found.detach(), expected, atol=1e-4, rtol=1e-3)
         (gradient,) = torch.autograd.grad(found[:, 0].sum(), leaf)
         assert gradient.abs().amax() > 0
@@ -143,7 +143,7 @@ def test_gradients_reach_the_pixels_of_every_picture(
 ) -> None:
     for way in range(len(surrogates(classifier, NAMES, method, VIEWS, 1, "all", []))):
         model, labels = attackable(classifier, method, way=way), torch.tensor([0, 1, 2])
-        at = slope(model, pixels, labels, cross_entropy, 2)
+        at = loss_and_gradient(model, pixels, labels, cross_entropy, 2)
         assert at.gradient.isfinite().all()
         assert (at.gradient.flatten(1).abs().amax(dim=1) > 0).all()
 
@@ -183,7 +183,8 @@ def test_a_gradient_without_the_step_is_that_of_the_learned_prompts(
     )
     assert stepless.way == "stepless"
     gradients = [
-        slope(model, pixels, labels, cross_entropy, 1).gradient for model in (stepless, prompted)
+        loss_and_gradient(model, pixels, labels, cross_entropy, 1).gradient
+        for model in (stepless, prompted)
     ]
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-3)
 
@@ -297,7 +298,9 @@ def test_unrolling_sees_what_holding_does_not(
 ) -> None:
     labels = torch.tensor([0, 1, 2])
     gradients = [
-        slope(attackable(classifier, "tapt", way=way), pixels, labels, cross_entropy, 1).gradient
+        loss_and_gradient(
+            attackable(classifier, "tapt", way=way), pixels, labels, cross_entropy, 1
+        ).gradient
         for way in (0, 1)
     ]
     gap = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
@@ -312,7 +315,7 @@ def test_an_adaptive_attack_is_stronger_than_a_transferred_one(
     labels = model(pixels).argmax(dim=1)
 
     def hurt(attacked: Tensor) -> float:
-        return look(model, attacked, labels, cross_entropy, 16).loss.mean().item()
+        return loss_only(model, attacked, labels, cross_entropy, 16).loss.mean().item()
 
     adapted = hurt(pgd(model, pixels, labels, budget, seeds))
     assert adapted > hurt(pgd(transfer(classifier, NAMES), pixels, labels, budget, seeds))

@@ -16,10 +16,10 @@ from models.attacks.attack import (
     approximate,
     cross_entropy,
     draw_start,
-    look,
+    loss_and_gradient,
+    loss_only,
     margin,
     quantize,
-    slope,
 )
 from models.attacks.autoattack import MissingExtra, autoattack
 from models.attacks.pgd import pgd
@@ -105,7 +105,7 @@ def test_more_runs_never_help_the_defender(
 ) -> None:
     def score(budget: Budget) -> Tensor:
         attacked = attack(net, pixels, labels, budget, seeds(pixels))
-        return look(net, attacked, labels, cross_entropy, 1).score
+        return loss_only(net, attacked, labels, cross_entropy, 1).score
 
     scores = [score(replace(BUDGET, restarts=runs)) for runs in (1, 2, 4)]
     assert (scores[1] >= scores[0]).all()
@@ -118,7 +118,7 @@ def test_more_steps_never_help_the_defender(net: Net, pixels: Tensor, labels: Te
     for steps in (1, 5, 25, 100):
         budget = replace(BUDGET, steps=steps)
         found, _ = climb(net, pixels, labels, cross_entropy, budget, start)
-        scores.append(look(net, found, labels, cross_entropy, 1).loss.mean().item())
+        scores.append(loss_only(net, found, labels, cross_entropy, 1).loss.mean().item())
         rates.append(rate(net, apgd(net, pixels, labels, budget, seeds(pixels)), labels))
     assert scores == sorted(scores)
     assert rates == sorted(rates, reverse=True)
@@ -144,19 +144,19 @@ def test_draws_average_gradients_of_a_random_model(net: Net, pixels: Tensor) -> 
         return net(x + 0.2 * torch.randn(x.shape, generator=source))
 
     def spread(draws: int) -> float:
-        runs = [slope(noisy, pixels, labels, margin, draws).gradient for _ in range(6)]
+        runs = [loss_and_gradient(noisy, pixels, labels, margin, draws).gradient for _ in range(6)]
         return torch.stack(runs).var(dim=0).mean().item()
 
     assert spread(16) < 0.2 * spread(1)
 
 
 class Noisy:
-    """The net on the mean of four noisy copies; draws can be held or not."""
+    """The net on the mean of four noisy copies; draws can be fixed or not."""
 
     def __init__(self, net: Net, holds: bool) -> None:
         self.net, self.source = net, torch.Generator().manual_seed(2)
         if holds:
-            self.hold = lambda draws: self.with_noise(self.draw(draws, 40))
+            self.fix_draws = lambda draws: self.with_noise(self.draw(draws, 40))
 
     def draw(self, draws: int, images: int) -> Tensor:
         return torch.randn(4 * draws, images, 3, 8, 8, generator=self.source) / 100

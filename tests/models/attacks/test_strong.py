@@ -44,19 +44,19 @@ class Masked:
         self.mask, self.of_logits, self.images = mask, of_logits, images
         self.source = torch.Generator().manual_seed(1)
 
-    def hold(self, draws: int) -> Model:
+    def fix_draws(self, draws: int) -> Model:
         noise = torch.randn(2, self.images, 3, 8, 8, generator=self.source) / 500
 
-        def held(pixels: Tensor) -> Tensor:
+        def fixed(pixels: Tensor) -> Tensor:
             logits = torch.stack([NET(pixels + each) for each in noise])
             if self.of_logits:
                 return logits.mean(dim=0)
             return self.mask(logits.softmax(dim=-1).mean(dim=0))
 
-        return held
+        return fixed
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        return self.hold(1)(pixels)
+        return self.fix_draws(1)(pixels)
 
     def averaging_logits(self) -> Model:
         return Masked(self.mask, of_logits=True)
@@ -144,17 +144,17 @@ class Lucky:
     def __init__(self, images: int) -> None:
         self.source, self.images = torch.Generator().manual_seed(0), images
 
-    def hold(self, draws: int) -> Model:
+    def fix_draws(self, draws: int) -> Model:
         luck = torch.rand(self.images, generator=self.source)
 
-        def held(pixels: Tensor) -> Tensor:
+        def fixed(pixels: Tensor) -> Tensor:
             lead = pixels.mean(dim=(1, 2, 3)) - luck
             return torch.stack([-lead, lead], dim=1)
 
-        return held
+        return fixed
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        return self.hold(1)(pixels)
+        return self.fix_draws(1)(pixels)
 
 
 def test_results_are_compared_on_many_draws() -> None:
@@ -171,7 +171,7 @@ class Fixed:
 
     asked = 0
 
-    def hold(self, draws: int) -> Model:
+    def fix_draws(self, draws: int) -> Model:
         return self
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -201,13 +201,13 @@ class Shifted:
     def __init__(self, labels: Tensor) -> None:
         self.source, self.labels = torch.Generator().manual_seed(0), labels
 
-    def hold(self, draws: int) -> Model:
+    def fix_draws(self, draws: int) -> Model:
         noise = torch.randn(len(self.labels), generator=self.source)
         true = torch.nn.functional.one_hot(self.labels, 6)
         return lambda pixels: NET(pixels) + noise.unsqueeze(1) * true
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        return self.hold(1)(pixels)
+        return self.fix_draws(1)(pixels)
 
 
 def test_apgd_decides_on_held_draws(pixels: Tensor) -> None:
@@ -289,12 +289,12 @@ def test_the_recipe_costs_what_is_told(pixels: Tensor) -> None:
     passes = {True: 0, False: 0}  # with a backward pass, without
 
     class Counted(Masked):
-        def hold(self, draws: int) -> Model:
-            held = super().hold(1)
+        def fix_draws(self, draws: int) -> Model:
+            fixed = super().fix_draws(1)
 
             def counted(pixels: Tensor) -> Tensor:
                 passes[pixels.requires_grad] += draws
-                return held(pixels)
+                return fixed(pixels)
 
             return counted
 

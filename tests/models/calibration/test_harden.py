@@ -382,14 +382,14 @@ def test_too_few_pictures_are_refused(
     directory: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(directory, folder, tmp_path / "out", "--batch", "25") == 1
-    assert "24 pictures do not fill a batch of 25" in capsys.readouterr().err
+    assert "24 images do not fill a batch of 25" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
         (["--device", "nowhere"], "device 'nowhere' is unknown"),
-        (["--validate-limit", "0"], "no pictures to validate with"),
+        (["--validate-limit", "0"], "no images to validate with"),
     ],
 )
 def test_options_that_cannot_be_used_are_one_sentence(
@@ -425,7 +425,7 @@ def test_pictures_are_decoded_once_for_each_source(
     assert len(decoded) == 24
     usage = argparse.Namespace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(DataError, match="decoded pictures take"):
+    with pytest.raises(DataError, match="decoded images take"):
         read("third")
 
 

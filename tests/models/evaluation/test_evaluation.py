@@ -586,7 +586,7 @@ def test_paired_difference_against_known_values() -> None:
     assert found.high == pytest.approx(0.3404, abs=5e-5)
     back = difference(second, first)
     assert math.isclose(back.low, -found.high)
-    with pytest.raises(ValueError, match="same pictures"):
+    with pytest.raises(ValueError, match="same images"):
         difference(first, second[:-1])
 
 
