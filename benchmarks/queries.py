@@ -184,12 +184,12 @@ def render(figures: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = make_parser("benchmarks.queries", __doc__)
-    parser.add_argument("--data", type=Path, required=True, help="pictures to attack, with labels")
+    parser.add_argument("--data", type=Path, required=True, help="images to attack, with labels")
     parser.add_argument("--ordinary", type=Path, help="photographs of ordinary traffic [--data]")
-    parser.add_argument("--limit", type=int, default=20, help="pictures to attack")
+    parser.add_argument("--limit", type=int, default=20, help="images to attack")
     parser.add_argument("--queries", type=int, default=200, help="for each of them")
     parser.add_argument("--epsilon", type=float, default=8.0, help="in 255ths")
-    parser.add_argument("--throttle", type=int, default=50, help="pictures alike in an hour")
+    parser.add_argument("--throttle", type=int, default=50, help="images alike in an hour")
     parser.add_argument("--methods", default="plain", help="defenses, comma-separated")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", default="", help="defenses to ask as often without an attack")

@@ -78,7 +78,7 @@ def judge(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="validation photographs")
-    parser.add_argument("--limit", type=int, default=300, help="pictures")
+    parser.add_argument("--limit", type=int, default=300, help="images")
     parser.add_argument("--bundle", type=Path, required=True, help="learned on single views")
     options = parser.parse_args()
     flags = ["--data", str(options.data), "--json", "-", "--bundle", str(options.bundle)]

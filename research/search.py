@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="training photographs, parquet")
     parser.add_argument("--bundle", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--threats", default="clean,transfer")
-    parser.add_argument("--limit", type=int, default=200, help="pictures")
+    parser.add_argument("--limit", type=int, default=200, help="images")
     parser.add_argument("--attack-steps", type=int, default=10)
     parser.add_argument("--only", nargs="*", help="names of configurations; all if absent")
     parser.add_argument("--jobs", type=int, default=1, help="configurations at a time")

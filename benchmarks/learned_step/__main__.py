@@ -165,7 +165,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--test", type=Path, required=True, help="validation images")
     parser.add_argument("--out", type=Path, required=True, help="folder for state and results")
     parser.add_argument("--steps", type=int, default=Plan().steps, help="batches to learn from")
-    parser.add_argument("--batch", type=int, default=Plan().batch, help="pictures in a batch")
+    parser.add_argument("--batch", type=int, default=Plan().batch, help="images in a batch")
     parser.add_argument("--views", type=int, default=Plan().views, help="that the step is taken on")
     parser.add_argument("--limit", type=int, default=200, help="test images")
     parser.add_argument("--attack-steps", type=int, default=20, help="of the test's attacks")

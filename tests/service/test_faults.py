@@ -152,7 +152,8 @@ def test_a_worker_that_never_starts_is_tried_and_then_the_server_ends() -> None:
             process.kill()
     assert process.returncode == 1
     assert log.count("worker 0 was lost: exit code 3\n") == 5
-    assert log.endswith("\nNo worker can be started: exit code 3\n")
+    # Anywhere, because a worker that is about to exit may write its own lines among these.
+    assert log.count("No worker can be started: exit code 3\n") == 1
 
 
 # The server.
