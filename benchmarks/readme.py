@@ -21,20 +21,21 @@ from benchmarks.adaptation import operations_ratio
 from benchmarks.harness.answer import ask
 from benchmarks.harness.report import DOCS, ROOT, make_parser, write_section
 from benchmarks.service import describe_requests
-from models.evaluation.scores import difference
+from models.evaluation.scores import Interval, difference
 from models.evaluation.table import read_shares, tabulate
+from models.evaluation.trial import BY_QUERIES
 from models.shipped import SHIPPED
 
 README, ROBUSTNESS, FIGURES = ROOT / "README.md", DOCS / "robustness.md", DOCS / "figures"
 PERFORMANCE = DOCS / "performance.md"
-COMPARED = ("plain under its own attack", "ensemble")
 # Blocks that show the plot and how well attacks are detected.
 WHOLE = {"robustness", "adaptive", "strong", "strong-embedded"}
 KNOWN = {  # to the attacker
     "transfer": "`transfer` attacks undefended CLIP and knows nothing about the defense",
     "static": "`static` attacks CLIP with the learned prompts and knows nothing about views or "
     "adaptation",
-    "adaptive": "`adaptive` attacks the whole defense and knows all but the seed of the views",
+    "adaptive": "`adaptive` attacks the whole defense and knows all but the seed of the views, and "
+    "an image must also withstand the attacks of the other threat models",
 }
 
 
@@ -75,7 +76,7 @@ def accuracy_table(figures: dict[str, Any], short: bool = False) -> str:
     if "square" in figures["attacks"]:
         spent.append(f"{attack['queries']} queries of Square")
     if figures.get("queried") is not None:
-        spent[-1] += f" and RayS on the first {figures['queried']} images"
+        spent[-1] += f" and RayS on the first {figures['queried']} images{_queried(figures)}"
     if any(row["threat"] == "adaptive" for row in rows):
         draws = _count(attack["draws"], "draw")
         spent.append(f"gradients averaged over {draws} of random views")
@@ -100,20 +101,28 @@ def accuracy_table(figures: dict[str, Any], short: bool = False) -> str:
 
 
 def differences_table(figures: dict[str, Any]) -> str:
-    """How far each row lies from undefended CLIP under the attack made on itself and from the plain
-    mean over views, where these were measured, and what of its clean accuracy it keeps."""
-    clean = {row["defense"]: row["accuracy"] for row in figures["rows"] if row["threat"] == "clean"}
+    """How far each row lies from undefended CLIP under the attack made on itself, from the plain
+    mean over views, and from that with prompts but without a step, where these were measured; and
+    what of its clean accuracy it keeps."""
+    rows = {(row["defense"], row["threat"], row["epsilon"]): row for row in figures["rows"]}
     lines = []
-    for row in figures["rows"]:
-        own, ensemble = (_points(row["difference_from"].get(name)) for name in COMPARED)
-        if (own or ensemble) and row["defense"] != "plain":
-            kept = f"{row['accuracy'] / clean[row['defense']]:.0%}"
-            lines.append((f"`{row['defense']}`", _under(row), own, ensemble, kept))
+    for (defense, threat, epsilon), row in rows.items():
+        own = [rows.get(("plain", each, epsilon)) for each in ("transfer", "adaptive", "clean")]
+        others = (
+            next(filter(None, own), None),
+            rows.get(("ensemble", threat, epsilon)),
+            None if defense == "ensemble" else rows.get(("apt-ensemble", threat, epsilon)),
+        )
+        points = [_above(row, None if other is row else other) for other in others]
+        if any(points) and defense != "plain":
+            kept = f"{row['accuracy'] / rows[defense, 'clean', 0]['accuracy']:.0%}"
+            lines.append((f"`{defense}`", _under(row), *points, kept))
     heads = (
         "defense",
         "under",
         "points above `plain` under its own attack (paired 95%)",
         "points above `ensemble`",
+        "points above `apt-ensemble`",
         "share of its clean accuracy",
     )
     return tabulate(heads, lines) if lines else ""
@@ -139,8 +148,7 @@ def paired_table(figures: dict[str, Any], others: dict[str, Any]) -> str:
     for row in others["rows"]:
         if (place := (row["threat"], row["epsilon"])) in where:
             theirs, ours = right(others, row), right(figures, where[place])
-            far = difference(theirs, ours)
-            points = _points({"value": far.value, "interval": (far.low, far.high)})
+            points = _points(difference(theirs, ours))
             lines.append((f"`{row['defense']}`", _under(row), f"{100 * mean(theirs):.0f}", points))
     heads = (
         f"defense of the other run, {views[0]} views",
@@ -158,13 +166,16 @@ def detection_table(figures: dict[str, Any]) -> str:
         if found := row.get("suspicion"):
             rates = found["true_positive_rate_at"].values()
             caught = [f"{100 * rate['value']:.0f}" for rate in rates]
-            lines.append((f"`{row['defense']}`", _under(row), f"{found['auroc']:.2f}", *caught))
+            score = f"{found['auroc']:.2f}"
+            counted = str(found["attacked"])
+            lines.append((f"`{row['defense']}`", _under(row), score, *caught, counted))
     heads = (
         "defense",
         "under",
         "AUROC",
         "% detected at 1% false positives",
         "% detected at 5% false positives",
+        "attacked images",
     )
     return tabulate(heads, lines) if lines else ""
 
@@ -275,12 +286,27 @@ def _under(row: dict[str, Any]) -> str:
     return "clean" if row["threat"] == "clean" else f"{row['threat']} {row['epsilon']:g}/255"
 
 
-def _points(far: dict[str, Any] | None) -> str:
-    """A paired difference in points with its interval; nothing of none."""
-    if far is None:
-        return ""
-    value, low, high = (100 * each for each in (far["value"], *far["interval"]))
+def _above(row: dict[str, Any], other: dict[str, Any] | None) -> str:
+    """The paired difference of two rows of a file in points; nothing without the other one."""
+    return "" if other is None else _points(difference(read_shares(row), read_shares(other)))
+
+
+def _points(far: Interval) -> str:
+    """A difference in points with its interval."""
+    value, low, high = (100 * each for each in (far.value, far.low, far.high))
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _queried(figures: dict[str, Any]) -> str:
+    """How many of the first images queries were made on: those with a right answer after all
+    gradient attacks. They still have one, or a query took the last."""
+    counts = []
+    for row in figures["rows"]:
+        if row["threat"] == "adaptive":
+            first = read_shares(row)[: figures["queried"]]
+            taken = sum(row["broken_first_by"].get(name, 0) for name in BY_QUERIES)
+            counts.append(f"{taken + sum(share > 0 for share in first)} for `{row['defense']}`")
+    return f" that are still right ({', '.join(counts)} under `adaptive`)" if counts else ""
 
 
 def _count(number: int, what: str) -> str:

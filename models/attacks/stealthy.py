@@ -40,9 +40,14 @@ def stealthy(
 
     def objective(here: Tensor) -> LossAndGradient:
         leaf = here.detach().requires_grad_()
-        losses, wrong = _rate(model, leaf, labels, model.draw_seeds())
-        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-        return LossAndGradient(losses.detach(), wrong, gradient)
+        total, gradient = torch.zeros(len(leaf), device=leaf.device), torch.zeros_like(leaf)
+        right = torch.zeros(len(leaf), device=leaf.device)
+        for _ in range(budget.draws):
+            losses, wrong = _rate(model, leaf, labels, model.draw_seeds())
+            gradient += torch.autograd.grad(losses.sum(), leaf)[0] / budget.draws
+            total += losses.detach() / budget.draws
+            right += ~wrong
+        return LossAndGradient(total, right < budget.draws / 2, gradient)
 
     @torch.no_grad()
     def judge(attacked: Tensor, seeds: Sequence[int]) -> Tensor:

@@ -17,8 +17,9 @@ class Detection:
     answer to each, which is what a client sees.
 
     Attributes:
-        attacked: number of images that are right when clean. Each counts once, under the attack
-            that hurt it most, or the last one if none did.
+        attacked: number of images that the cell's own attacks were made on: those that are right
+            when clean and that no weaker attacker broke. Each counts once, under the attack that
+            hurt it most, or the last one if none did.
         clean: number of clean images, including those that are answered wrongly, as in traffic.
         found: for each of `RATES` (shares of clean images above the threshold), the share of
             attacked images above it. The intervals leave out that the threshold, too, is estimated
@@ -68,8 +69,9 @@ def _scores(outcomes: Sequence[Outcome]) -> list[float]:
 
 
 def _decisive(journal: Journal, name: str, cell: Cell) -> Outcome | None:
-    """The attack that hurt an image most, or the last one if none did; None if there was none."""
-    tried = [o for o in journal.weighing(name, cell) if o.cell.threat != CLEAN]
+    """The cell's own attack that hurt an image most, or the last one if none did; None if there was
+    none. A weaker attacker's may have decided on the image, but do not show what this one hides."""
+    tried = list(journal.seen(name, cell).values())
     worst = min(tried, key=lambda outcome: outcome.share, default=None)
     return tried[-1] if worst is not None and worst.share == 1 else worst
 
@@ -89,6 +91,8 @@ def write_detection(detections: Sequence[Detection]) -> str:
     ]
     return (
         "Suspicion of one answer to each attacked image, against one answer to each clean image of "
-        "the same defense. The intervals leave out the uncertainty of the threshold. A hint, not a "
-        "guarantee.\n\n" + tabulate(heads, lines) + "\n"
+        "the same defense. n: images that the attacks of this row were made on. The intervals "
+        "leave out the uncertainty of the threshold. A hint, not a guarantee.\n\n"
+        + tabulate(heads, lines)
+        + "\n"
     )

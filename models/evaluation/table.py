@@ -77,8 +77,8 @@ def read_shares(row: Mapping[str, Any]) -> list[float]:
 def tally(cells: Sequence[Cell], names: Sequence[str], journal: Journal) -> list[Row]:
     """One row per cell over the images of these names.
 
-    Rows carry their differences from undefended CLIP under the attack on itself, and from the plain
-    mean over views under the same threat.
+    Rows carry their differences from undefended CLIP under the attack on itself, and, under the
+    same threat, from the plain mean over views and from the mean with prompts but without a step.
     """
     rows = {cell: _row(cell, names, journal) for cell in cells}
     for cell, row in rows.items():
@@ -86,6 +86,7 @@ def tally(cells: Sequence[Cell], names: Sequence[str], journal: Journal) -> list
         others = {
             "plain under its own attack": next((c for c in own if c in rows), None),
             "ensemble": Cell("ensemble", cell.threat, cell.epsilon),
+            "apt-ensemble": Cell("apt-ensemble", cell.threat, cell.epsilon),
         }
         for name, other in others.items():
             if other in rows and other != cell:

@@ -230,6 +230,16 @@ def test_the_headline_says_what_a_repeated_question_leaves_and_which_bundle_it_i
     assert "down to 30%. This was measured with another bundle than the one that ships." in text
 
 
+def test_a_table_says_how_many_images_queries_were_made_on() -> None:
+    """Not the first 40, but those of them that the gradient attacks left."""
+    figures = json.loads((readme.FIGURES / "strong.json").read_text())
+    row = {"defense": "tapt", "threat": "adaptive", "epsilon": 2.0, "answers": 10, "accuracy": 0.1}
+    row |= {"interval": (0, 1), "all_right": {"value": 0.1, "interval": (0, 1)}}
+    row |= {"pictures": [10, 0, 3, 0, 9], "broken_first_by": {"pgd": 1, "square": 1}}
+    told = readme.accuracy_table({**figures, "rows": [row], "queried": 4})
+    assert "on the first 4 images that are still right (3 for `tapt` under `adaptive`)" in told
+
+
 def test_a_table_of_shards_names_no_times() -> None:
     """They may have shared a machine."""
     figures = json.loads((readme.FIGURES / "adaptive.json").read_text())

@@ -254,6 +254,24 @@ def test_a_stealthy_attack_is_wrong_and_not_suspected(pixels: Tensor) -> None:
     assert hidden.mean() < 0.8 * shown.mean()
 
 
+def test_a_stealthy_attack_averages_its_gradients(pixels: Tensor) -> None:
+    """Over the budget's draws of the views, as every other attack."""
+
+    class Counted(Watched):
+        drawn = 0
+
+        def draw_seeds(self) -> list[int]:
+            self.drawn += 1
+            return super().draw_seeds()
+
+    def drawn(draws: int) -> int:
+        model, budget = Counted(pixels), replace(BUDGET, steps=3, draws=draws)
+        stealthy(model, pixels, NET(pixels).argmax(dim=1), budget, range(len(pixels)))
+        return model.drawn
+
+    assert drawn(4) - drawn(1) == 3 * 3
+
+
 def test_rays_finds_the_nearest_boundary() -> None:
     """Of a linear model, whose nearest boundary in the L-infinity norm is known."""
     weights = torch.tensor([1.0, -2.0, 3.0, -4.0]).repeat(12).view(1, 3, 4, 4)

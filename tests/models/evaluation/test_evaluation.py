@@ -29,7 +29,7 @@ from models.evaluation.detection import detect, write_detection
 from models.evaluation.hub import open_anywhere
 from models.evaluation.journal import CLEAN, Cell, Journal, Outcome
 from models.evaluation.provenance import describe_settings
-from models.evaluation.scores import auroc, difference, threshold, wilson
+from models.evaluation.scores import auroc, difference, student, threshold, wilson
 from models.evaluation.table import read_shares, tally, write_markdown
 from models.views import make_views
 from research.embedded.tokenizer import train_tokenizer
@@ -368,6 +368,19 @@ def test_each_attacked_picture_is_suspected_once(tmp_path: Path) -> None:
     assert (found.attacked, found.auroc) == (2, 0.5)
 
 
+def test_an_attack_is_detected_by_its_own_images(tmp_path: Path) -> None:
+    """An attacker who avoids suspicion is not found by what a weaker one, or a smaller epsilon, has
+    broken before."""
+    journal = Journal(tmp_path / "out.jsonl", "key")
+    weaker, smaller = Cell("tapt", "transfer", 2), Cell("tapt", "adaptive", 1)
+    cell = Cell("tapt", "adaptive", 2)
+    for picture, where, suspicion in (("a", weaker, 0.9), ("b", smaller, 0.9), ("c", cell, 0.2)):
+        journal.add([Outcome(picture, Cell("tapt", CLEAN, 0), CLEAN, 1, 0.2, 1.0, 0.0)])
+        journal.add([Outcome(picture, where, "pgd", 0, suspicion, 1.0, 1.0)])
+    (found,) = detect([cell], ["a", "b", "c"], journal)
+    assert (found.attacked, found.auroc, found.found[1].value) == (1, 0.5, 0)
+
+
 def test_suspicion_is_that_of_one_answer(
     directory: Path, folder: Path, bundle: Path, tmp_path: Path
 ) -> None:
@@ -588,6 +601,27 @@ def test_paired_difference_against_known_values() -> None:
     assert math.isclose(back.low, -found.high)
     with pytest.raises(ValueError, match="same images"):
         difference(first, second[:-1])
+
+
+def test_paired_difference_of_shares_takes_an_image_as_the_unit() -> None:
+    """Ten answers to an image are no ten images. Student's interval of 0.1, 0, 0.3 and 0.1."""
+    first, second = [0.5, 0.7, 0.9, 1.0], [0.4, 0.7, 0.6, 0.9]
+    found = difference(first, second)
+    half = 3.18245 * 0.1258306 / 2  # quantile and deviation from tables, not from the code
+    assert found.value == pytest.approx(0.125)
+    assert found.low == pytest.approx(0.125 - half, abs=5e-4)
+    assert found.high == pytest.approx(0.125 + half, abs=5e-4)
+    # Where nothing differs the deviation is 0, which proves nothing.
+    same = difference(first, first)
+    assert same.value == 0
+    assert same.high > 0.1
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(3, 3.18245), (5, 2.57058), (30, 2.04227), (209, 1.97139)]
+)
+def test_the_quantiles_of_student(freedom: int, quantile: float) -> None:
+    assert student(freedom) == pytest.approx(quantile, rel=2e-3)
 
 
 def test_a_counterattack_takes_its_own_steps(
