@@ -144,7 +144,7 @@ def _classify_many(
 ) -> int:
     from service.commands import many
 
-    names = many.find_images(options.images, sys.stdin)
+    names = many.find_images(options.images, sys.stdin.buffer)
     if not names:
         raise UsageError(f"{', '.join(options.images)}: there are no images.")
     at_once = options.concurrency or settings.max_batch_size * settings.workers
@@ -160,10 +160,12 @@ def _classify_many(
             return await many.run(names, classify, output, at_once)
 
     try:
-        with many.Output(options.output, question) as output:
-            failed = asyncio.run(run())
+        output = many.Output(options.output, question)
     except ValueError as error:
         raise UsageError(error) from None
+    try:
+        with output:
+            failed = asyncio.run(run())
     except (KeyboardInterrupt, ConnectionError):
         if options.output:
             print("Interrupted. The same command resumes.", file=sys.stderr)
@@ -174,9 +176,13 @@ def _classify_many(
 
 
 def _find_key(options: argparse.Namespace, settings: Settings) -> str:
-    """The key to send: the flag's, the environment's, or the server's first that is no hash."""
+    """The key to send: the flag's, the environment's, or the server's first that is no hash. Raises
+    UsageError if no header can hold it."""
     plain = (key.split()[0] for key in settings.api_keys if not key.startswith("sha256:"))
-    return options.key or os.environ.get(CLIENT_KEY) or next(plain, "")
+    key = str(options.key or os.environ.get(CLIENT_KEY) or next(plain, ""))
+    if not key.isascii():
+        raise UsageError("The key to send is not ASCII.")
+    return key
 
 
 def _info(options: argparse.Namespace, settings: Settings) -> int:

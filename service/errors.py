@@ -83,9 +83,11 @@ class UnsupportedEncoding(ServiceError):
 
 
 class Unprocessable(ServiceError):
-    """The labels, the template or another value are invalid."""
+    """The labels, the template or another value are invalid; or the image could not be fetched from
+    its URL."""
 
     status, error_type = 422, "unprocessable"
+    retry = "no; later if the image could not be fetched"
 
 
 class ImageTooCostly(ServiceError):

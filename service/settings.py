@@ -135,7 +135,7 @@ class Settings(BaseSettings):
     """Maximum number of admitted requests without an answer; more get a 429. One batch per worker
     may always wait."""
     request_timeout_ms: int = Field(60_000, ge=1)
-    """Time from admission to the queue until the answer (ms)."""
+    """Maximum time of a request (ms), from its admission, after the upload, to its answer."""
     latency_objective_ms: int = Field(3000, ge=1)
     """Answers that take longer count as slow (ms); an alert fires at more than 1% of them."""
     upload_timeout_ms: int = Field(30_000, ge=1)
@@ -175,7 +175,8 @@ class Settings(BaseSettings):
     key_burst: int = Field(20, ge=1)
     """Typical requests that a key may send in a burst above `key_rate`."""
     key_similar_per_hour: int = Field(0, ge=0, le=1000)
-    """Similar but unequal images that a key may send in an hour; 0 disables."""
+    """Similar images that a key may send in an hour; 0 disables. The same image counts again with
+    another method, readout, or number of views or steps."""
     view_secret: str = Field("", pattern="^(.{16,})?$", repr=False)
     """Secret that the random views of an image are derived from, at least 16 characters. Replicas
     with the same secret give the same answers. Empty: random at startup."""
@@ -209,7 +210,8 @@ class Settings(BaseSettings):
     """Default tier. `fast`: the mean over half of the views, without adapting; `standard`: these
     settings; `deep`: four times the views and twice the steps."""
     max_tier: Tier = "deep"
-    """Highest tier; higher requests are lowered to it."""
+    """Highest tier; higher requests are lowered to it. It limits what a request leaves to the
+    server; `TAPT_MAX_VIEWS` and `TAPT_MAX_STEPS` limit the views and steps that it names."""
     log_format: Literal["text", "json"] = "text"
     """Format of the log."""
 

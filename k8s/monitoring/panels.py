@@ -75,8 +75,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Time to answer",
-            "Successful classifications, from the complete request to the answer. The objective is "
-            "for the p99.",
+            "Successful classifications, from the complete request to the answer, without "
+            "fetching an image by URL. The objective is for the p99.",
             "s",
             (
                 *quantiles("tapt_request_seconds"),
@@ -215,7 +215,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Device": (
         Panel(
             "Worker restarts",
-            "Restarts of worker processes within the window.",
+            "Worker processes within the window that were lost or could not be started. After each "
+            "a new start is tried.",
             "none",
             (Query(HERE.increase("tapt_worker_restarts_total", "instance"), "{{instance}}"),),
         ),

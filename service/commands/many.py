@@ -48,13 +48,13 @@ Classify = Callable[[bytes], Awaitable[dict[str, Any]]]
 this image, ConnectionError for one that every other image would meet too."""
 
 
-def find_images(sources: Sequence[str], listed: Iterable[str]) -> list[str]:
+def find_images(sources: Sequence[str], listed: Iterable[bytes]) -> list[str]:
     """The files that the arguments name: files as they are, the images of directories, sorted, and
-    for `-` the names in `listed`, one a line."""
+    for `-` the names in `listed`, one a line. A name may hold any bytes, as the system's may."""
     found: list[str] = []
     for source in sources:
         if source == "-":
-            found += [line for each in listed if (line := each.rstrip("\r\n"))]
+            found += [os.fsdecode(line) for each in listed if (line := each.rstrip(b"\r\n"))]
         elif Path(source).is_dir():
             files = (path for path in Path(source).rglob("*") if path.suffix.lower() in SUFFIXES)
             found += sorted(str(path) for path in files if path.is_file())
@@ -147,6 +147,8 @@ async def classify_file(name: str, classify: Classify) -> dict[str, Any]:
         file = await asyncio.to_thread(Path(name).read_bytes)
     except OSError as error:
         return _failed(name, error.strerror or str(error), "unreadable")
+    except ValueError as error:  # no file can have this name
+        return _failed(name, str(error), "unreadable")
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return {"file": name} | await classify(file)
@@ -188,7 +190,8 @@ class Output:
     """Lines of JSON, on standard output or in a file. A context manager.
 
     A file's answers to the same question are kept and not asked for again; failed files are tried
-    again. At the end the lines are in the order of the files.
+    again. At the end the lines are in the order of the files. What is not ASCII is escaped, also
+    bytes of names that are no UTF-8 (as surrogates) and what other programs take for line ends.
 
     Args:
         path: None for standard output.
@@ -203,7 +206,7 @@ class Output:
         if path and path.exists():
             self._read(path)
             self._replace(self.done.values())
-        self._file = path.open("a") if path else None
+        self._file = path.open("a", encoding="utf-8") if path else None
 
     def __enter__(self) -> Self:
         return self
@@ -214,7 +217,7 @@ class Output:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line. Raises OSError."""
-        text = json.dumps({"question": self._key, **line}, ensure_ascii=False)
+        text = json.dumps({"question": self._key, **line})
         print(text, file=self._file, flush=True)
         self.done[line["file"]] = text
 
@@ -226,28 +229,33 @@ class Output:
             self._replace([*others, *(self.done[name] for name in names)])
 
     def _read(self, path: Path) -> None:
-        for number, text in enumerate(path.read_text().splitlines(), 1):
-            try:
-                line = json.loads(text)
-                name, question, failed = line["file"], line["question"], "error" in line
-            except (ValueError, KeyError, TypeError):
-                if number == 1:
-                    raise ValueError(
-                        f"{path} exists and was not written by this command."
-                    ) from None
-                continue  # the last line of a run that was killed
-            if question != self._key:
-                raise ValueError(
-                    f"{path} holds answers to other labels, options or another model; name another "
-                    "--output."
-                )
-            if not failed:
-                self.done[name] = text
+        # A run that was killed may have torn a character.
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+            for number, text in enumerate(file, 1):
+                self._keep(path, number, text.rstrip("\n"))
+
+    def _keep(self, path: Path, number: int, text: str) -> None:
+        """Remember a line of the file if it holds an answer. Raises ValueError if this command did
+        not write it, or for another question."""
+        try:
+            line = json.loads(text)
+            name, question, failed = line["file"], line["question"], "error" in line
+        except (ValueError, KeyError, TypeError):
+            if number == 1:
+                raise ValueError(f"{path} exists and was not written by this command.") from None
+            return  # the last line of a run that was killed
+        if question != self._key:
+            raise ValueError(
+                f"{path} holds answers to other labels, options or another model; name another "
+                "--output."
+            )
+        if not failed:
+            self.done[name] = text
 
     def _replace(self, lines: Iterable[str]) -> None:
         assert self._path is not None
         fresh = self._path.with_name(self._path.name + ".part")
-        fresh.write_text("".join(f"{text}\n" for text in lines))
+        fresh.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
         os.replace(fresh, self._path)
 
 

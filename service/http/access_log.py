@@ -76,9 +76,10 @@ class AccessLog:
         route = _route(scope)
         self._metrics.requests.labels(route, str(status)).inc()
         if route in CLASSIFICATIONS:
-            if status == 200:  # refusals are quick, and a client's slow upload is not ours
-                answering = seconds - notes["upload_ms"] / 1000
-                self._metrics.observe_request(notes["defense"], answering)
+            if status == 200:  # refusals are quick
+                # A client's slow upload is not ours, nor is the host of its image.
+                arriving_ms = notes["upload_ms"] + notes.get("fetch_ms", 0.0)
+                self._metrics.observe_request(notes["defense"], seconds - arriving_ms / 1000)
             elif notes.get("error") in REFUSALS:
                 self._metrics.rejected.labels(notes["error"]).inc()
         level = logging.DEBUG if is_probe(scope) else logging.INFO

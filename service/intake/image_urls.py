@@ -21,6 +21,7 @@ import h11
 
 from service.errors import QueueFull, ServiceError, TooLarge, Unprocessable
 from service.intake.decode import from_base64
+from service.intake.lookups import Lookups
 from service.intake.places import Full, Places
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
@@ -72,13 +73,6 @@ def is_public(address: str) -> bool:
     return not embedded and ip in ipaddress.ip_network("2000::/3")
 
 
-async def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a host. Raises OSError."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
-
-
 class ImageFetcher:
     """Fetches images. Only tests pass `resolve`, `permits` and `tls`."""
 
@@ -86,13 +80,13 @@ class ImageFetcher:
         self,
         settings: Settings,
         metrics: Metrics,
-        resolve: Resolve = resolve,
+        resolve: Resolve | None = None,
         permits: Callable[[str], bool] = is_public,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._resolve = resolve
+        self._resolve = resolve or Lookups().find
         self._permits = permits
         self._tls = tls or ssl.create_default_context()
         self._places = Places(MAX_FETCHES)

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,7 +31,7 @@ from service.intake.image_urls import ImageFetcher, ImageURL
 from service.intake.limits import Limits
 from service.intake.options import check_options, resolve_options
 from service.intake.requests import ClassifyOptions
-from service.intake.similarity import Similarity
+from service.intake.similarity import Similarity, describe_draws
 from service.intake.uploads import CAPACITY, Uploads
 from service.intake.view_seeds import ViewSeeds
 from service.messages import Task
@@ -119,10 +120,7 @@ class Intake:
         ticket.body = b""
         check_options(options, self._settings)
         if isinstance(source, ImageURL):
-            # Like an upload, an image that is still arriving holds no permit.
-            ticket.permit.release()
-            source = await self.image_urls.fetch(source, ticket.caller)
-            ticket.permit = self._engine.reserve(len(source), ticket.caller)
+            source = await self._fetch(ticket, source)
         # The price is known, and may be refused, before anything is decoded.
         undecoded = DecodedImage(np.zeros((0, 0, 3), np.uint8))
         task = resolve_options(
@@ -134,7 +132,8 @@ class Intake:
         # process to process. Fingerprints that count against a limit are of all pixels.
         keep_pixels = random or self._settings.key_similar_per_hour > 0
         image = await self._decode(ticket, source, keep_pixels)
-        await self._check_similarity(ticket, image.pixels, source)
+        draws = describe_draws(task)
+        await self._check_similarity(ticket, image.pixels, source, draws)
         ticket.log |= {
             "labels": len(task.labels),
             "defense": task.method,
@@ -180,6 +179,17 @@ class Intake:
             raise ClientGone("The client disconnected.") from None
         return bytes(body)
 
+    async def _fetch(self, ticket: Ticket, image: ImageURL) -> bytes:
+        """Like an upload, an image that is still arriving holds no permit."""
+        ticket.permit.release()
+        began = time.monotonic()
+        try:
+            file = await self.image_urls.fetch(image, ticket.caller)
+        finally:
+            ticket.log["fetch_ms"] = round(1000 * (time.monotonic() - began), 1)
+        ticket.permit = self._engine.reserve(len(file), ticket.caller)
+        return file
+
     async def _decode(self, ticket: Ticket, file: bytes, keep_pixels: bool) -> DecodedImage:
         began = time.monotonic()
         model = self._engine.model
@@ -195,12 +205,12 @@ class Intake:
         return image
 
     async def _check_similarity(
-        self, ticket: Ticket, image: NDArray[np.uint8], file: bytes
+        self, ticket: Ticket, image: NDArray[np.uint8], file: bytes, draws: bytes
     ) -> None:
-        take = self._similarity.fingerprint
+        take = partial(self._similarity.fingerprint, image, file, draws)
         # Of a large file the digest takes long; of a small one less than waking a thread.
         small = len(file) <= SMALL_BYTES
-        fingerprint = take(image, file) if small else await asyncio.to_thread(take, image, file)
+        fingerprint = take() if small else await asyncio.to_thread(take)
         self._similarity.check(ticket.caller, fingerprint)
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.errors import RateLimited
+from service.messages import Task
 from service.settings import Settings
 from service.telemetry.metrics import NEAR, Metrics
 
@@ -34,10 +35,20 @@ WINDOW = 3600.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """`codes`, uint8 [CODES], are similar for similar images; `exact` is equal for equal files."""
+    """`codes`, uint8 [CODES], are similar for similar images; `exact` is equal for equal
+    files whose views are drawn and read alike."""
 
     codes: NDArray[np.uint8]
     exact: np.uint64
+
+
+def describe_draws(task: Task) -> bytes:
+    """What decides which views of an image count, except its pixels.
+
+    Not the labels: asking about other labels draws no other views. Not the deadline: a client that
+    tries again has less time left.
+    """
+    return repr((task.method, task.steps, task.views, task.readout, task.seed)).encode()
 
 
 class _Recent:
@@ -60,8 +71,8 @@ class _Recent:
     def compare(
         self, fingerprint: Fingerprint, now: float
     ) -> tuple[bool, NDArray[np.float64], NDArray[np.float64]]:
-        """Whether the same file arrived within the window; and for each image in it, the share of
-        equal codes and the time of arrival."""
+        """Whether the same file with the same draws arrived within the window; and for each image
+        in it, the share of equal codes and the time of arrival."""
         fresh = self._times > now - WINDOW
         equal = self._codes[fresh] == fingerprint.codes
         shares = equal.sum(axis=1, dtype=np.uint8) / CODES  # fits into a byte, which sums fastest
@@ -85,21 +96,26 @@ class Similarity:
         self._offsets = source.uniform(0, WIDTH, CODES).astype(np.float32)
         self._callers: OrderedDict[str, _Recent] = OrderedDict()
 
-    def fingerprint(self, image: NDArray[np.uint8], file: bytes) -> Fingerprint:
-        """The fingerprint of an image, uint8 RGB [height, width, 3], and its file, by which retries
-        are recognized. Thread-safe."""
+    def fingerprint(self, image: NDArray[np.uint8], file: bytes, draws: bytes = b"") -> Fingerprint:
+        """The fingerprint of an image, uint8 RGB [height, width, 3]; retries are recognized by its
+        file and its draws, as `describe_draws` gives them. Thread-safe."""
         rows = np.ascontiguousarray(image[:: max(1, len(image) // (GRID * ROWS))])
         # `reducing_gap` makes this two passes, the first a cheap one by integer factors.
         cells = Image.fromarray(rows).resize((GRID, GRID), Image.Resampling.BOX, reducing_gap=2.0)
         levels = self._directions @ np.asarray(cells, np.float32).ravel() + self._offsets
         codes = np.floor(levels / WIDTH).astype(np.int64).astype(np.uint8)
-        digest = hashlib.blake2b(file, key=self._secret, digest_size=8).digest()
-        return Fingerprint(codes, np.frombuffer(digest, np.uint64)[0])
+        # With its length before it, no other split of the same bytes has this digest.
+        digest = hashlib.blake2b(len(draws).to_bytes(8), key=self._secret, digest_size=8)
+        digest.update(draws)
+        digest.update(file)
+        return Fingerprint(codes, np.frombuffer(digest.digest(), np.uint64)[0])
 
     def check(self, caller: str, fingerprint: Fingerprint) -> None:
         """Remember an image. Raises RateLimited if too many similar ones came within the window.
 
-        The same file again is a retry, which is not measured, refused or remembered.
+        The same file with the same draws is a retry, which is not measured, refused or remembered.
+        With another method, number of views or steps, or readout, a file counts as a similar one:
+        other views of it count, so the answers differ like several draws.
         """
         now = self._clock()
         recent = self._callers.pop(caller, None) or _Recent()

@@ -56,7 +56,8 @@ class Metrics:
         self.requests = counter("requests", "Requests answered.", "route", "code")
         self.request_seconds = histogram(
             "request_seconds",
-            "Time from a complete request to its answer; successful classifications only.",
+            "Time from a complete request to its answer, without fetching an image by URL; "
+            "successful classifications only.",
             SECONDS,
             "method",
         )
@@ -67,7 +68,7 @@ class Metrics:
             "latency_objective_seconds", "The setting `latency_objective_ms`, in seconds."
         )
         self.queue_seconds = histogram(
-            "queue_seconds", "Time from permit to the beginning of the batch.", SECONDS
+            "queue_seconds", "Time from admission to the beginning of the batch.", SECONDS
         )
         self.queue_depth = gauge("queue_depth", "Requests whose batch has not begun.")
         self.queue_seconds_expected = gauge(
@@ -123,7 +124,10 @@ class Metrics:
         )
         self.decoder_restarts = counter("decoder_restarts", "Decoder processes restarted.")
         self.decoders_up = gauge("decoders_up", "Decoder processes that are ready.")
-        self.worker_restarts = counter("worker_restarts", "Worker processes restarted.")
+        self.worker_restarts = counter(
+            "worker_restarts",
+            "Worker processes lost, or not started for lack of resources; each is started again.",
+        )
         self.worker_up = gauge("worker_up", "1 while the worker is ready.", "worker")
         self.device_memory_bytes = gauge(
             "device_memory_bytes", "Memory in use on the worker's device.", "worker"
@@ -149,7 +153,8 @@ class Metrics:
         self.build_info.labels(version("tapt-serve"), torch).set(1)
 
     def observe_request(self, method: str, seconds: float) -> None:
-        """Count a successful classification that took this long from its complete request on."""
+        """Count a successful classification that took this long, without the time in which its
+        request and its image arrived."""
         self.request_seconds.labels(method).observe(seconds)
         self.slow_requests.inc(seconds > self._objective)
 

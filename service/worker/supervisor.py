@@ -80,13 +80,15 @@ class WorkerProcess:
         self._backoff = backoff
         self._stopping = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, daemon=True)
-        self._process: Process | None = None  # set by the supervisor
+        # Set by the supervisor's thread, None while there is none: others read it once and keep it.
+        self._process: Process | None = None
         self._ready: Process | None = None  # set on the event loop, in the order of delivery
         self._missed_beats = 0
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        process = self._process
+        return process.pid if process else None
 
     def start(self, deliver: Callable[[Event], None]) -> None:
         self._deliver = deliver
@@ -107,8 +109,8 @@ class WorkerProcess:
     async def stop(self) -> None:
         self._stopping.set()
         self._watcher.cancel()
-        if self._process:
-            self._process.close()
+        if process := self._process:
+            process.close()
         await asyncio.to_thread(self._supervisor.join, EXIT_TIMEOUT)
         self._kill()
         await asyncio.to_thread(self._supervisor.join)
@@ -116,8 +118,8 @@ class WorkerProcess:
 
     def _kill(self) -> None:
         self._stopping.set()
-        if self._process:
-            self._process.kill()
+        if process := self._process:
+            process.kill()
 
     async def _watch(self) -> None:
         """Kill a silent process. This counts ticks of this loop and not seconds, so that a pause of
@@ -126,9 +128,9 @@ class WorkerProcess:
             await asyncio.sleep(self._beat)
             self._missed_beats += 1
             allowed = BEATS if self._ready else BEATS * START_FACTOR
-            if self._process and self._missed_beats > allowed:
+            if (process := self._process) and self._missed_beats > allowed:
                 log.error("worker %d sent no heartbeat; killing it", self._index)
-                self._process.kill()
+                process.kill()
 
     def _supervise(self) -> None:
         """The supervisor thread: run one process after another."""
@@ -170,6 +172,7 @@ class WorkerProcess:
                 process.kill()
             self._post(message, process)
         code = process.end()
+        self._process = None  # the next one may be long in coming, and a dead one cannot be silent
         return ready, problem or f"exit code {code}"
 
     def _post(self, event: Event, process: Process | None) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import ServiceError, table
+from service.errors import ServiceError, Unprocessable, table
 
 DOCUMENT = Path(__file__).parents[2] / "docs/errors.md"
 EVERY = ServiceError.__subclasses__()
@@ -20,6 +20,11 @@ def test_every_error_says_what_it_means_and_when_to_retry(error: type[ServiceErr
     assert f"| {error.status} | `{error.error_type}` |" in table()
     # What passes by itself comes with the time to wait.
     assert ("Retry-After" in error.retry) == (error.status in (429, 503))
+
+
+def test_an_image_that_could_not_be_fetched_may_be_sent_again() -> None:
+    """The host or its name server may answer the next time."""
+    assert "later if the image could not be fetched" in Unprocessable.retry
 
 
 def test_types_are_distinct() -> None:

@@ -1,7 +1,9 @@
 """`tapt-serve classify` with many images: lines in order, errors, waiting, and resuming."""
 
 import asyncio
+import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -66,10 +68,8 @@ def test_a_directory_is_a_line_for_each_image_in_order(
 def test_files_and_a_list_on_standard_input(
     server: Server, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    import io
-
     listed = f"{images / 'c.jpeg'}\n{images / 'b.jpg'}\r\n\n{images / 'none.jpg'}\n"
-    monkeypatch.setattr(sys, "stdin", io.StringIO(listed))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed.encode())))
     first = str(images / "b.jpg")
     assert main(["classify", first, "-", "--labels", "a,b", "--url", server.url]) == 1
     found = lines(capsys.readouterr().out)
@@ -100,6 +100,83 @@ def test_a_run_resumes_and_ends_in_order(start: START, images: Path, tmp_path: P
     assert sum(len(batch) for batch in worker.batches) == 6 + 5
     assert main(arguments) == 0
     assert sum(len(batch) for batch in worker.batches) == 6 + 5
+
+
+ODD_NAMES = [
+    b"caf\xe9.jpg",  # Latin-1
+    "line\u2028paragraph\u2029next\u0085.jpg".encode(),
+    "пёс 犬.jpg".encode(),
+    b"carriage\rreturn.jpg",
+]
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["a directory", "standard input"])
+def test_a_run_resumes_with_any_name_that_a_file_may_have(
+    start: START, photo: bytes, tmp_path: Path, monkeypatch: Any, listed: bool
+) -> None:
+    directory = os.fsencode(tmp_path / "images")
+    os.mkdir(directory)
+    paths = sorted((os.path.join(directory, name) for name in ODD_NAMES), key=os.fsdecode)
+    for path in paths:
+        Path(os.fsdecode(path)).write_bytes(photo)
+    output = tmp_path / "answers.jsonl"
+    worker = FakeWorker()
+    server = start(worker)
+    source = "-" if listed else os.fsdecode(directory)
+    arguments = ["classify", source, "--labels", "hé,犬\u2028", "--url", server.url]
+    for _ in range(2):  # the second finds all answers
+        list_ = io.TextIOWrapper(io.BytesIO(b"\n".join(paths)), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", list_)
+        assert main([*arguments, "--output", str(output)]) == 0
+        found = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+        assert [os.fsencode(line["file"]) for line in found] == paths
+        assert sum(map(len, worker.batches)) == len(ODD_NAMES)
+
+
+def test_names_that_are_no_utf_8_are_printed(
+    start: START, photo: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [os.fsdecode(os.path.join(os.fsencode(tmp_path), name)) for name in ODD_NAMES]
+    for name in names:
+        Path(name).write_bytes(photo)
+    assert main(["classify", *names, "--labels", "a,b", "--url", start().url]) == 0
+    found = capsys.readouterr().out
+    assert found.isascii()
+    assert [line["file"] for line in lines(found)] == names
+
+
+def test_files_of_older_versions_are_resumed(
+    start: START, photo: bytes, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """They hold separators and letters as they are, and perhaps half a letter at the end."""
+    names = [str(tmp_path / "line\u2028é.jpg"), str(tmp_path / "b.jpg")]
+    for name in names:
+        Path(name).write_bytes(photo)
+    output = tmp_path / "answers.jsonl"
+    worker = FakeWorker()
+    arguments = ["classify", *names, "--labels", "a,b", "--url", start(worker).url]
+    arguments += ["--output", str(output)]
+    assert main(arguments) == 0
+    old = [json.dumps(line, ensure_ascii=False) for line in lines(output.read_text("utf-8"))]
+    assert "\u2028é" in old[0]
+    output.write_bytes(f"{old[0]}\n".encode() + '{"file": "é'.encode()[:-1])
+    assert main(arguments) == 0
+    assert sum(map(len, worker.batches)) == 2 + 1
+    found = [json.loads(line) for line in output.read_text("utf-8").strip().split("\n")]
+    assert [line["file"] for line in found] == names
+
+
+def test_a_name_that_no_file_can_have_is_a_line(
+    server: Server, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """For example of a list that ends its names by NUL."""
+    list_ = io.TextIOWrapper(io.BytesIO(b"a.jpg\0b.jpg\0\n"))
+    monkeypatch.setattr(sys, "stdin", list_)
+    first = str(images / "b.jpg")
+    assert main(["classify", "-", first, "--labels", "a,b", "--url", server.url]) == 1
+    found = lines(capsys.readouterr().out)
+    assert [line["file"] for line in found] == ["a.jpg\0b.jpg\0", first]
+    assert [line.get("error_type") for line in found] == ["unreadable", None]
 
 
 def test_answers_to_another_question_are_not_mixed(
@@ -207,6 +284,9 @@ def test_a_key_is_sent(
         assert main(arguments) == 0
         assert main(["info", "--url", server.url]) == 0
         monkeypatch.delenv("TAPT_KEY")
+        capsys.readouterr()
+        assert main([*arguments, "--key", "sésame"]) == 2
+        assert capsys.readouterr().err == "The key to send is not ASCII.\n"
 
 
 def test_a_file_over_the_limit_keeps_the_servers_sentence(

@@ -1,8 +1,10 @@
 """The HTTP contract, over a real socket."""
 
+import asyncio
 import base64
 import io
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -18,12 +20,14 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.errors import Unprocessable
 from service.http.authentication import entry
 from service.http.response import Classification
+from service.intake.image_urls import ImageURL
 from service.intake.requests import DefenseOptions
 from service.messages import Answer, Failure, Task
 from service.server import listen
-from service.settings import Settings
+from service.settings import TIERS, Settings
 from service.telemetry.metrics import SECONDS
 from tests.conftest import Server
 from tests.fake_worker import READY, FakeWorker, answer
@@ -208,6 +212,13 @@ def test_what_is_above_a_limit_is_clamped_and_reported(start: START, photo: byte
         ("standard", {"tier": "deep"}, "standard", ("tapt", 2, 10)),
         ("deep", {"tier": "fast", "method": "tapt", "views": 3}, "fast", ("tapt", 2, 3)),
         ("deep", {"tier": "deep", "steps": 1}, "deep", ("tapt", 1, 40)),
+        # What a request names is no matter of tiers.
+        (
+            "fast",
+            {"tier": "deep", "method": "tapt", "views": 99, "steps": 99},
+            "fast",
+            ("tapt", 8, 64),
+        ),
     ],
 )
 def test_a_tier_says_what_is_spent_where_the_request_does_not(
@@ -218,7 +229,8 @@ def test_a_tier_says_what_is_spent_where_the_request_does_not(
     granted: str,
     spent: tuple[str, int, int],
 ) -> None:
-    server = start(max_tier=highest, steps=2, views=10)
+    tier = min("standard", highest, key=TIERS.index)
+    server = start(tier=tier, max_tier=highest, steps=2, views=10)
     body = server.http.post("/v1/classify", json=as_json(photo, defense=asked)).json()
     assert body["defense"]["tier"] == granted
     work = server.worker.batches[-1][0]
@@ -754,6 +766,39 @@ def test_the_time_of_an_answer_begins_when_the_request_is_complete(
     value = server.app.state.metrics.registry.get_sample_value
     server.wait(lambda: value("tapt_request_seconds_count", {"method": "tapt"}) == 1)
     assert value("tapt_request_seconds_sum", {"method": "tapt"}) < took - pause / 2
+
+
+def test_the_time_to_fetch_an_image_is_logged_and_is_no_part_of_the_answers(
+    start: START, photo: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    class SlowHost:
+        async def fetch(self, image: ImageURL, caller: str = "") -> bytes:
+            await asyncio.sleep(1.0)
+            if image.url.endswith("none"):
+                raise Unprocessable("The image could not be fetched.")
+            return photo
+
+    caplog.set_level(logging.INFO, "tapt.request")
+
+    def logged() -> list[dict[str, Any]]:
+        return [record.fields for record in caplog.records]  # type: ignore[attr-defined]
+
+    server = start(latency_objective_ms=900)
+    server.app.state.intake.image_urls = SlowHost()
+    body = {"candidate_labels": ["cat", "dog"], "image": "https://a.test/cat.jpg"}
+    assert server.http.post("/v1/classify", json=body).status_code == 200
+    body["image"] = "https://a.test/none"
+    assert server.http.post("/v1/classify", json=body).status_code == 422
+    assert server.http.post("/v1/classify", json=as_json(photo)).status_code == 200
+    server.wait(lambda: len(logged()) == 3)
+    first, refused, sent = logged()
+    assert 900 < first["fetch_ms"] <= first["ms"]
+    assert refused["fetch_ms"] > 900
+    assert "fetch_ms" not in sent
+    value = server.app.state.metrics.registry.get_sample_value
+    assert value("tapt_request_seconds_count", {"method": "tapt"}) == 2
+    assert value("tapt_request_seconds_sum", {"method": "tapt"}) < 0.9
+    assert value("tapt_slow_requests_total") == 0
 
 
 def test_buckets_reach_beyond_the_longest_request() -> None:

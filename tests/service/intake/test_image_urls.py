@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-import service.intake.image_urls
 from service.errors import QueueFull, ServiceError, TooLarge, Unprocessable
 from service.intake.image_urls import MAX_FETCHES, ImageFetcher, ImageURL, is_public, read_source
 from service.settings import Settings
@@ -399,10 +398,6 @@ def test_the_certificate_must_be_the_hosts(
     else:
         harness.refusal(url)
         assert there.requests == []
-
-
-def test_the_resolver_finds_addresses() -> None:
-    assert "127.0.0.1" in asyncio.run(service.intake.image_urls.resolve("127.0.0.1", 80))
 
 
 def test_a_url_is_no_base64() -> None:

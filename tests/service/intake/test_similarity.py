@@ -137,6 +137,12 @@ def test_a_retry_of_the_same_pixels_is_free() -> None:
     assert wait is not None
 
 
+def test_a_file_and_its_draws_are_told_apart_wherever_one_ends() -> None:
+    take = Harness().similarity.fingerprint
+    prints = [take(PHOTOS[0], b"abc"[cut:], b"abc"[:cut]).exact for cut in range(4)]
+    assert len(set(prints)) == 4
+
+
 def test_the_metric_tells_attacks_from_ordinary_traffic() -> None:
     def near(harness: Harness) -> float:
         below = harness.sample("query_similarity_bucket", le=str(NEAR))
@@ -201,6 +207,37 @@ def test_over_http_similar_images_are_429(start: START) -> None:
     assert 3500 < int(answers[-1].headers["retry-after"]) <= 3600
     assert post(perturb(small, 4, 9), "beta").status_code == 200
     assert len(server.worker.batches) == 4
+
+
+def test_the_same_file_with_other_draws_is_no_retry(start: START) -> None:
+    """Each number of views, readout or method averages other draws of the same image."""
+    server = start(key_similar_per_hour=4)
+    out = io.BytesIO()
+    Image.fromarray(PHOTOS[0]).resize((64, 64)).save(out, "PNG")
+
+    def ask(labels: str = "cat,dog", **options: Any) -> int:
+        form = {"labels": labels, **options}
+        reply = server.http.post("/v1/classify", files={"image": out.getvalue()}, data=form)
+        status: int = reply.status_code
+        return status
+
+    asked: list[dict[str, Any]] = [
+        {},
+        {"views": 3},
+        {"views": 3, "readout": "kept"},
+        {"method": "ensemble"},
+    ]
+    assert [ask(**options) for options in asked] == [200] * 4
+    # Retries: the same again, with less time, other labels, or a default by its name.
+    assert [ask(**options) for options in asked] == [200] * 4
+    assert ask("horse,cat", deadline_ms=9000, hypothesis_template="a {}") == 200
+    assert ask(views=16) == 200
+    others: list[dict[str, Any]] = [
+        {"views": 4},
+        {"method": "apt-ensemble"},
+        {"steps": 2},
+    ]
+    assert [ask(**options) for options in others] == [429] * 3
 
 
 def test_all_defenses_count_against_one_limit(start: START) -> None:

@@ -268,6 +268,37 @@ def test_the_processes_end_with_the_api_process(end, tmp_path):
             time.sleep(0.02)
 
 
+def test_a_process_that_is_gone_is_not_called_silent(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where no other can be started for longer than a process may be silent."""
+    start, starts = supervision.Process, 0
+
+    def try_to_start(*arguments: Any) -> Any:
+        nonlocal starts
+        starts += 1
+        if starts > 1:
+            raise OSError(24, "Too many open files")
+        return start(*arguments)
+
+    monkeypatch.setattr(supervision, "Process", try_to_start)
+
+    async def scenario() -> None:
+        async with Watched(silence=2.0) as watched:
+            await watched.until(Ready)
+            first = watched.worker.pid
+            assert first is not None
+            monkeypatch.setattr(supervision, "START_FACTOR", 1)
+            os.kill(first, signal.SIGKILL)
+            await watched.until(Lost, 2)
+            caplog.clear()
+            await asyncio.sleep(3.0)  # silence, and a half
+            assert watched.worker.pid is None
+            assert "sent no heartbeat" not in caplog.text
+
+    asyncio.run(scenario())
+
+
 def test_a_machine_that_can_start_no_process_does_not_use_up_the_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
