@@ -127,7 +127,8 @@ class NotReady(ServiceError):
 
 
 class DeadlineExceeded(ServiceError):
-    """The answer was not ready before the deadline; a cheaper request may be."""
+    """The answer was not ready before the deadline: the request's own `deadline_ms`, or the
+    server's `request_timeout_ms`; a cheaper request may be."""
 
     status, error_type, retry = 504, "deadline", "yes, later"
 

@@ -35,9 +35,9 @@ class Task:
 
     `image` and `view` are the pixels and the view of a `DecodedImage`. `template` holds exactly one
     `{}`; of several, the mean of a label's features counts; None is the model's default. `seed`
-    draws the views. The answer must be sent by the instant `deadline`. `return_views` adds the
-    views to the answer. With an `attack` the image is attacked first, and the answer is for the
-    result.
+    draws the views. The answer must be sent by the instant `deadline`; `own_deadline` tells whether
+    the client chose it, shorter than the server's. `return_views` adds the views to the answer.
+    With an `attack` the image is attacked first, and the answer is for the result.
     """
 
     id: str
@@ -50,6 +50,7 @@ class Task:
     readout: str
     seed: int
     deadline: float
+    own_deadline: bool = False
     return_views: bool = False
     tier: str = "standard"
     attack: DemoAttack | None = None

@@ -135,7 +135,8 @@ class Settings(BaseSettings):
     """Maximum number of admitted requests without an answer; more get a 429. One batch per worker
     may always wait."""
     request_timeout_ms: int = Field(60_000, ge=1)
-    """Maximum time of a request (ms), from its admission, after the upload, to its answer."""
+    """Maximum time of a request (ms), from its admission, after the upload, to its answer. The
+    `deadline_ms` of a request may shorten it."""
     latency_objective_ms: int = Field(3000, ge=1)
     """Answers that take longer count as slow (ms); an alert fires at more than 1% of them."""
     upload_timeout_ms: int = Field(30_000, ge=1)
@@ -202,8 +203,9 @@ class Settings(BaseSettings):
     enable_attack_demo: bool = False
     """Offer attacks and views in the playground. Needs a loopback `host`."""
 
-    drain_timeout_s: float = Field(30.0, ge=0)
-    """How long a shutdown waits for running requests (s)."""
+    drain_timeout_s: float = Field(65.0, ge=0)
+    """How long a shutdown waits for running requests (s); the rest get a 503. At least 5 s more
+    than `request_timeout_ms`: every accepted request is answered."""
     workers: int = Field(1, ge=1)
     """Worker processes. On CUDA each has its own device; else they share the cores."""
     tier: Tier = "standard"

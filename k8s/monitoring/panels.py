@@ -68,7 +68,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Errors",
             "Share of failed classifications: 5xx, and 429 for lack of capacity. Other refusals "
-            "(4xx, also 429 by a key's own limits) count neither as failures nor as successes.",
+            "(4xx, also 429 by a key's own limits), and 504 at a client's own deadline, count "
+            "neither as failures nor as successes.",
             "percentunit",
             (Query(failed_share(HERE), "failed"),),
             width=6,
@@ -191,7 +192,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Rejections and truncations": (
         Panel(
             "Rejected",
-            "Requests refused before processing, by reason.",
+            "Requests refused before processing, or ended at their own deadline, by reason.",
             "reqps",
             (Query(HERE.rate("tapt_rejected_total", "reason"), "{{reason}}"),),
             width=8,

@@ -3,7 +3,7 @@
 The objectives: 99.5% of the classifications succeed (end neither with 5xx nor with a 429 for lack
 of capacity), and 99% take at most the service's own `latency_objective_ms`. Requests refused for
 the client's own fault (4xx) are left out: they are neither success nor failure, and anyone can send
-them without a key.
+them without a key. So are the 504s of requests whose own `deadline_ms` was too short.
 
 The factors of the burn rates are those of the SRE workbook's chapter on alerting on SLOs.
 """
@@ -19,7 +19,8 @@ RUNBOOK = "docs/runbook.md"
 
 CLASSIFICATIONS = 'route=~"/v1/classify|/"'
 FAILED = f'{CLASSIFICATIONS},code=~"5.."'
-PROCESSED = f'{CLASSIFICATIONS},code=~"2..|5.."'
+SUCCEEDED = f'{CLASSIFICATIONS},code=~"2.."'
+OWN_DEADLINE = 'reason="client_deadline"'  # 504s that the client's own deadline caused
 FULL = 'reason=~"queue_full|uploads|fetches|decoders"'  # the 429s for lack of capacity
 # No key's own limits. The last three are 503s.
 REFUSED = 'reason=~"queue_full|uploads|fetches|decoders|not_ready|draining|no_decoder"'
@@ -34,8 +35,7 @@ def within(window: str) -> Scope:
 
 def failed_share(scope: Scope) -> str:
     """The share of failed classifications."""
-    failed = _count(scope, "tapt_requests_total", FAILED)
-    return f"({failed} + {_full(scope)}) / {_valid(scope)}"
+    return f"({_failed(scope)} + {_full(scope)}) / {_valid(scope)}"
 
 
 def refused_share(scope: Scope) -> str:
@@ -45,9 +45,18 @@ def refused_share(scope: Scope) -> str:
 
 def _valid(scope: Scope) -> str:
     """The valid events of the objective: classifications that ended with 2xx or 5xx, or that were
-    refused for lack of capacity. Those of a key that exceeds its own limits are left out: it can
-    neither spend the error budget nor hide the failures of other keys."""
-    return f"({_count(scope, 'tapt_requests_total', PROCESSED)} + {_full(scope)})"
+    refused for lack of capacity. Those of a key that exceeds its own limits or deadlines are left
+    out: it can neither spend the error budget nor hide the failures of other keys."""
+    succeeded = _count(scope, "tapt_requests_total", SUCCEEDED)
+    return f"({succeeded} + {_failed(scope)} + {_full(scope)})"
+
+
+def _failed(scope: Scope) -> str:
+    """Those that ended with 5xx, without those at a deadline of their own. Both are counted at the
+    same time, but a rate misses the first count of a new series, hence the bound."""
+    failed = _count(scope, "tapt_requests_total", FAILED)
+    own = _count(scope, "tapt_rejected_total", OWN_DEADLINE)
+    return f"clamp_min({failed} - {own}, 0)"
 
 
 def _full(scope: Scope) -> str:

@@ -7,7 +7,6 @@ here runs on the event loop; the workers are other processes.
 
 import asyncio
 import itertools
-import random
 import time
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from contextlib import aclosing, suppress
@@ -17,7 +16,7 @@ from typing import Any
 from service.engine.label_sets import LabelSets
 from service.engine.permits import Permit, Permits, count_ahead
 from service.engine.price import count_tokens, price, price_class
-from service.engine.retry_after import RetryAfter
+from service.engine.retry_after import RetryAfter, jitter
 from service.engine.scheduler import Item, Scheduler
 from service.engine.worker_pool import WorkerPool
 from service.errors import DeadlineExceeded, NotReady, QueueFull, ServiceError, make_error
@@ -133,10 +132,10 @@ class Engine:
         refusal: ServiceError
         if self._draining:
             reason = "draining"
-            refusal = NotReady("The server is shutting down.", retry_after=_jitter(RECOVERY))
+            refusal = NotReady("The server is shutting down.", retry_after=jitter(RECOVERY))
         elif not self.ready:
             reason = "not_ready"
-            refusal = NotReady("The server is not ready.", retry_after=_jitter(RECOVERY))
+            refusal = NotReady("The server is not ready.", retry_after=jitter(RECOVERY))
         elif permit := self._permits.take(size_bytes, self._clock(), self._limit(), caller):
             if 2 * len(self._permits) <= self._settings.max_queue_size:
                 self._retry_after.clear(caller)
@@ -199,8 +198,13 @@ class Engine:
         Raises DeadlineExceeded, NotReady, or the error that the worker reported; and QueueFull if
         the price was not claimed before.
         """
-        async with aclosing(self.stream(permit, task)) as events:
-            (answer,) = [event async for event in events if isinstance(event, Answer)]
+        try:
+            async with aclosing(self.stream(permit, task)) as events:
+                (answer,) = [event async for event in events if isinstance(event, Answer)]
+        except DeadlineExceeded:
+            if task.own_deadline:
+                self._metrics.rejected.labels("client_deadline").inc()
+            raise
         return answer
 
     async def stream(
@@ -209,7 +213,7 @@ class Engine:
         """Like `submit`, with the progress of an attack before the answer."""
         model = self._pool.model
         if self._stopped or not self.alive or model is None:
-            raise NotReady("The server is not ready.", retry_after=_jitter(RECOVERY))
+            raise NotReady("The server is not ready.", retry_after=jitter(RECOVERY))
         # Clients choose request ids, so two may be equal.
         queued = replace(task, id=f"{task.id}/{next(self._serial)}")
         tokens = count_tokens(task, model, self._settings)
@@ -259,7 +263,7 @@ class Engine:
     def _fail_all(self, message: str) -> None:
         for id in self._requests:
             self._scheduler.remove(id)
-            self._settle(id, NotReady(message, retry_after=_jitter(RECOVERY)))
+            self._settle(id, NotReady(message, retry_after=jitter(RECOVERY)))
 
     def _pump(self) -> None:
         """Do what is due now, and set a timer for what will be."""
@@ -317,7 +321,7 @@ class Engine:
                 again.append(replace(item, key=item.task.id, attempts=1))
             else:
                 message = "The worker was lost, and so was the next one."
-                self._settle(item.task.id, NotReady(message, retry_after=_jitter(RECOVERY)))
+                self._settle(item.task.id, NotReady(message, retry_after=jitter(RECOVERY)))
         self._scheduler.put_back([*again, *waiting])
 
     def on_event(self) -> None:
@@ -343,8 +347,3 @@ def _is_valid(task: Task, result: object) -> bool:
         len(scores) == len(task.labels) and all(-1e-3 < score < 1.001 for score in scores)
         for scores in (result.scores, result.undefended_scores)
     )
-
-
-def _jitter(seconds: float) -> float:
-    """Spread a time by 20 %, at least 1 s, so that clients do not return all at once."""
-    return max(1.0, seconds * random.uniform(0.8, 1.2))

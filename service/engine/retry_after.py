@@ -7,6 +7,7 @@ groups (callers, and classes of price), so that one caller's refusals delay no o
 """
 
 import math
+import random
 from collections.abc import Hashable
 
 MAX_SECONDS = 900.0
@@ -37,3 +38,8 @@ class RetryAfter:
     def clear(self, group: Hashable) -> None:
         """Forget a group's times. The queue has room for it again, so they no longer matter."""
         self._last.pop(group, None)
+
+
+def jitter(seconds: float) -> float:
+    """Spread a time by 20 %, at least 1 s, so that clients do not return all at once."""
+    return max(1.0, seconds * random.uniform(0.8, 1.2))

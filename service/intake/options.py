@@ -54,7 +54,8 @@ def resolve_options(
         views=wanted.views,
         readout=wanted.readout,
     )
-    timeout = min(wanted.deadline_ms or math.inf, settings.request_timeout_ms)
+    own = wanted.deadline_ms or math.inf
+    timeout = min(own, settings.request_timeout_ms)
     return Task(
         id=id,
         image=image.pixels,
@@ -67,5 +68,6 @@ def resolve_options(
         readout=defense.readout,
         seed=seed if wanted.seed is None else wanted.seed,
         deadline=since + timeout / 1000,
+        own_deadline=own < settings.request_timeout_ms,
         tier=defense.tier,
     )

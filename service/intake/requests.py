@@ -144,7 +144,7 @@ class DefenseOptions(BaseModel):
     """Random views, the image itself included."""
     readout: Readout | None = None
     deadline_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Answer within this time, milliseconds."""
+    """Answer within this time, milliseconds: with fewer steps if need be, or with a 504."""
     seed: int | None = Field(default=None, ge=0, lt=SEED_LIMIT)
     """Seed of the random views; accepted only if the server allows it."""
 

@@ -102,7 +102,12 @@ class Metrics:
             "label_changed", "Answers whose first label differs from that of undefended CLIP."
         )
         self.truncated = counter("truncated", "Answers cut short.", "reason")
-        self.rejected = counter("rejected", "Requests refused before they ran.", "reason")
+        self.rejected = counter(
+            "rejected",
+            "Requests refused before they ran, and requests that ended in a 504 at their own "
+            "`deadline_ms` (`client_deadline`).",
+            "reason",
+        )
         self.query_similarity = histogram(
             "query_similarity",
             "Similarity of an image to the nearest recent one of its key, without retries.",

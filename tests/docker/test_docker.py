@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from models.shipped import DEFAULT_MODEL
+from service.server import SHUTDOWN_TIMEOUT
 from service.settings import PREFIX, Settings, unknown_variables
+from service.worker.process import EXIT_TIMEOUT
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -131,7 +133,8 @@ def test_compose_names_knobs_files_and_replicas_that_exist() -> None:
         assert not unknown_variables(ours)
         assert one["environment"]["TAPT_MODEL"] == f"${{TAPT_MODEL:-{DEFAULT_MODEL}}}"
         assert {"path": "knobs.env", "required": False} in one["env_file"]
-        assert int(one["stop_grace_period"].rstrip("s")) > Settings().drain_timeout_s + 5
+        needed = Settings().drain_timeout_s + SHUTDOWN_TIMEOUT + EXIT_TIMEOUT
+        assert int(one["stop_grace_period"].rstrip("s")) > needed
 
     gateway = (DOCKER / "gateway/replicas.conf").read_text()
     prometheus = (DOCKER / "prometheus/prometheus.yml").read_text()

@@ -361,7 +361,7 @@ def test_the_pod_has_time_to_drain(resources: list[Resource], settings: Settings
     needed = pause + settings.drain_timeout_s + SHUTDOWN_TIMEOUT + EXIT_TIMEOUT
     assert pod(resources)["terminationGracePeriodSeconds"] > needed
     # Every request that was accepted ends by itself within the drain.
-    assert settings.drain_timeout_s > settings.request_timeout_ms / 1000
+    assert settings.drain_timeout_s >= settings.request_timeout_ms / 1000 + GRACE
     readiness = main_container(resources)["readinessProbe"]
     assert pause > readiness["periodSeconds"] * readiness["failureThreshold"]
 

@@ -155,6 +155,14 @@ def refused(
     ]
 
 
+def late(values: str) -> list[dict[str, str]]:
+    """Requests that end at a deadline of their own."""
+    return [
+        series('tapt_requests_total{namespace="a",route="/v1/classify",code="504"}', values),
+        series('tapt_rejected_total{namespace="a",reason="client_deadline"}', values),
+    ]
+
+
 def without_key(values: str) -> list[dict[str, str]]:
     """Requests that anyone can send."""
     return [series('tapt_requests_total{namespace="a",route="/v1/classify",code="401"}', values)]
@@ -235,6 +243,30 @@ CASES: dict[str, tuple[str, list[dict[str, str]], str, bool]] = {
         "TaptErrorBudgetBurns",
         refused("key_rate", "0+90x90", "0+90x90", "0+10x90"),
         "80m",
+        True,
+    ),
+    "a client's own deadlines pass": (
+        "TaptErrorBudgetBurns",
+        [*requests("0+90x90", "0x90"), *late("0+10x90")],
+        "80m",
+        False,
+    ),
+    "none but those": (
+        "TaptErrorBudgetBurns",
+        [*requests("0x90", "0x90"), *late("0+10x90")],
+        "80m",
+        False,
+    ),
+    "a tenth fails beside those": (
+        "TaptErrorBudgetBurns",
+        [*requests("0+90x90", "0+10x90"), *late("0+1000x90")],
+        "80m",
+        True,
+    ),
+    "the queue is full beside those": (
+        "TaptRejecting",
+        [*refused("queue_full", "0+10x60"), *late("0+1000x60")],
+        "30m",
         True,
     ),
     "slow": ("TaptSlow", times("0+5x60", "0+100x60"), "40m", True),

@@ -370,7 +370,7 @@ def test_sigterm_drains_and_ends_well(photo: bytes) -> None:
         assert process.returncode == 0
         assert out == ""
         lines = [json.loads(line) for line in err.splitlines()]
-        assert "shutting down: running requests have 30 s to finish" in {
+        assert "shutting down: running requests have 65 s to finish" in {
             line["message"] for line in lines
         }
         assert {"/v1/classify"} == {line["route"] for line in lines if "route" in line}

@@ -687,6 +687,23 @@ async def test_stop_fails_what_the_drain_did_not_finish():
     harness.assert_nothing_left()
 
 
+@virtual
+async def test_the_default_drain_lasts_until_every_accepted_request_has_ended():
+    settings = Settings()
+    worker = by_hand()
+    harness = Harness(worker, max_batch_size=1)
+    await harness.engine.start()
+    worker.be_ready()
+    slow, hanging = (harness.asking(x, timeout=settings.request_timeout_ms / 1000) for x in "ab")
+    await asyncio.sleep(0.1)
+    asyncio.get_running_loop().call_later(59.0, worker.finish)
+    await harness.engine.stop(settings.drain_timeout_s)
+    assert isinstance(await slow, Answer)
+    with pytest.raises(DeadlineExceeded):  # its own end, not that of the server
+        await hanging
+    harness.assert_nothing_left()
+
+
 moments = st.floats(0, 10).map(lambda t: round(t, 2))
 
 

@@ -554,6 +554,23 @@ def test_failures_of_the_worker_keep_their_type(start: START, photo: bytes) -> N
     assert_error(server.http.post("/v1/classify", json=as_json(photo)), 504, "deadline")
 
 
+@pytest.mark.parametrize(
+    ("defense", "own"),
+    [(None, 0), ({"deadline_ms": 60_000}, 0), ({"deadline_ms": 59_999}, 1)],
+    ids=["none", "the server's", "shorter"],
+)
+def test_a_504_at_the_deadline_that_the_client_chose_is_counted_apart(
+    start: START, photo: bytes, defense: dict[str, Any] | None, own: int
+) -> None:
+    """The alerts subtract it from the failures of the service."""
+    server = start(FakeWorker(lambda work: Failure("deadline", "Too late.")))
+    body = as_json(photo, defense=defense)
+    assert_error(server.http.post("/v1/classify", json=body), 504, "deadline")
+    counted = server.http.get("/metrics").text
+    assert 'tapt_requests_total{code="504",route="/v1/classify"} 1.0' in counted
+    assert counted.count('tapt_rejected_total{reason="client_deadline"} 1.0') == own
+
+
 # Health, facts, documents.
 
 
