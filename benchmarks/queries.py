@@ -4,8 +4,9 @@
 
 starts the service for every setting and runs the Square attack on it over HTTP, with one key for
 each image, until the first label is wrong. Then it runs ordinary traffic through the same
-fingerprints. The tables go into SECURITY.md. With `--attacks OUT.json` only the ordinary traffic is
-run, and the attacks of that earlier run are shown again.
+fingerprints. The tables go into SECURITY.md. OUT.json is written after each setting. With
+`--attacks OUT.json` only the ordinary traffic is run, and the attacks of that earlier run, or of as
+much of it as was done, are shown again.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from service.settings import Settings
 PAGE = ROOT / "SECURITY.md"
 LABELS = 10  # an image's own and others, drawn
 CLIENTS = 4  # images asked for at once
+CALM = "not attacked"  # a setting: only asked again
 DIGITS = ("all digits", "all digits, throttled")
 """The settings that every defense is attacked in: those that tell an attacker most. The others are
 about the answers and not about the defense, and are tried on the first one alone."""
@@ -155,13 +157,16 @@ def render(figures: dict[str, Any]) -> str:
     heads = ("defense", "answers", "broken (95%)", "median queries", "stopped by 429")
     asked = figures["options"]
     waits = throttled_hours(asked["queries"], asked["throttle"])
+    alone = "Not attacked: the same file is sent as often. "
+    if not any(one["setting"] == CALM for one in figures["attacks"]):
+        alone = ""
     parts = [
         tabulate(heads, rows),
         f"Square over HTTP, {asked['epsilon']:g}/255, at most {asked['queries']} queries per "
         f"image, {LABELS} labels, model {asked['model']}, images of `{asked['data']}` that are "
-        "right at first. Broken: a wrong label came first at least once. Not attacked: the same "
-        f"file is sent as often. Throttled: a key may send {asked['throttle']} similar images an "
-        f"hour, so that {asked['queries']} queries take {waits} hours. Made by "
+        f"right at first. Broken: a wrong label came first at least once. {alone}Throttled: a key "
+        f"may send {asked['throttle']} similar images an hour, so that {asked['queries']} queries "
+        f"take {waits} {'hour' if waits == 1 else 'hours'}. Made by "
         f"`{figures['attacked_by']}`.",
     ]
     traffic = [
@@ -230,26 +235,34 @@ def main() -> None:
             or kept["options"].get("model") != model
         ):
             raise SystemExit("the attacks are of another model, data or number of queries")
+        runs = []
     else:
         asked = vars(options) | {"data": options.data.name, "ordinary": ordinary.name}
         asked["model"] = model
         results = {
-            "attacks": [
-                run_attack(method, setting, options.epsilon, knobs)
-                for number, method in enumerate(options.methods.split(","))
-                for setting, knobs in settings.items()
-                if not number or setting in DIGITS
-            ],
+            "attacks": [],
             "options": {
                 name: asked[name]
                 for name in ("model", "data", "ordinary", "queries", "epsilon", "throttle")
             },
             "attacked_by": command,
         }
-    results["attacks"] += [
-        run_attack(method, "not attacked", 0.0, ())
-        for method in filter(None, options.again.split(","))
-    ]
+        runs = [
+            (method, setting, options.epsilon, knobs)
+            for number, method in enumerate(options.methods.split(","))
+            for setting, knobs in settings.items()
+            if not number or setting in DIGITS
+        ]
+    runs += [(method, CALM, 0.0, ()) for method in filter(None, options.again.split(","))]
+
+    def keep(found: dict[str, Any]) -> None:
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(found, indent=2) + "\n")
+
+    for run in runs:
+        results["attacks"].append(run_attack(*run))
+        keep(results)  # each takes minutes; a run that is cut short can be shown by --attacks
     figures = {
         **results,
         "ordinary": {
@@ -259,9 +272,7 @@ def main() -> None:
         "machine": machine(),
         "command": command,
     }
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    keep(figures)
     write_section("queries", render(figures), PAGE)
 
 
