@@ -55,7 +55,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
 def student(freedom: int) -> float:
     """Student's two-sided 95% quantile for so many degrees of freedom, at least 1, by the expansion
     of Abramowitz and Stegun (26.7.5): within 0.1% from 4 on, too small below."""
-    z, v = Z, freedom
+    z, v = Z, float(freedom)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
