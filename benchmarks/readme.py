@@ -21,6 +21,7 @@ from benchmarks.adaptation import operations_ratio
 from benchmarks.harness.answer import ask
 from benchmarks.harness.report import DOCS, ROOT, make_parser, write_section
 from benchmarks.service import describe_requests
+from models.attacks.strong import STRONG
 from models.evaluation.scores import Interval, difference
 from models.evaluation.table import read_shares, tabulate
 from models.evaluation.trial import BY_QUERIES
@@ -29,7 +30,7 @@ from models.shipped import SHIPPED
 README, ROBUSTNESS, FIGURES = ROOT / "README.md", DOCS / "robustness.md", DOCS / "figures"
 PERFORMANCE = DOCS / "performance.md"
 # Blocks that show the plot and how well attacks are detected.
-WHOLE = {"robustness", "adaptive", "strong", "strong-embedded"}
+WHOLE = {"robustness", "adaptive", "strong", "strong-embedded", "every", "every-embedded"}
 KNOWN = {  # to the attacker
     "transfer": "`transfer` attacks undefended CLIP and knows nothing about the defense",
     "static": "`static` attacks CLIP with the learned prompts and knows nothing about views or "
@@ -77,14 +78,17 @@ def accuracy_table(figures: dict[str, Any], short: bool = False) -> str:
         spent.append(f"{attack['queries']} queries of Square")
     if figures.get("queried") is not None:
         spent[-1] += f" and RayS on the first {figures['queried']} images{_queried(figures)}"
+    attacks = list(figures["attacks"])
     if any(row["threat"] == "adaptive" for row in rows):
         draws = _count(attack["draws"], "draw")
         spent.append(f"gradients averaged over {draws} of random views")
+    else:  # the others have a single view, on which some attacks of the recipe are the same
+        attacks = [name for name in attacks if name not in STRONG or STRONG[name].alone]
     timing = f"Time is measured in batches of {figures['batch']}. " if timed else ""
     attacked = (
         "Under attack, an image counts if it is right both without the attack and with it. "
         f"{_answered(asked)}"
-        f"Attacks: {', '.join(figures['attacks'])} with {', '.join(spent)}. "
+        f"Attacks: {', '.join(attacks)} with {', '.join(spent)}. "
         f"{'; '.join(KNOWN[t] for t in dict.fromkeys(t for t, _ in columns) if t in KNOWN)}. "
     )
     caption = (

@@ -240,6 +240,15 @@ def test_a_table_says_how_many_images_queries_were_made_on() -> None:
     assert "on the first 4 images that are still right (3 for `tapt` under `adaptive`)" in told
 
 
+def test_a_table_names_the_attacks_that_were_made() -> None:
+    """On a single view, as without the adaptive threat, a part of the recipe."""
+    figures = json.loads((readme.FIGURES / "strong.json").read_text())
+    unaware = [row for row in figures["rows"] if row["threat"] != "adaptive"]
+    assert "Attacks: quick, prediction-margin, " in readme.accuracy_table(figures)
+    told = readme.accuracy_table({**figures, "rows": unaware})
+    assert "Attacks: logits-entropy, dlr, square, rays with" in told
+
+
 def test_a_table_of_shards_names_no_times() -> None:
     """They may have shared a machine."""
     figures = json.loads((readme.FIGURES / "adaptive.json").read_text())
