@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from benchmarks import adaptation, capacity, readme, sides
+from benchmarks import adaptation, capacity, readme, robustness, sides
 from benchmarks.harness.load import drive, percentile, poisson, summarize
 from benchmarks.harness.report import ROOT
 from benchmarks.harness.requests import draw_requests
@@ -236,7 +236,7 @@ def test_a_table_says_how_many_images_queries_were_made_on() -> None:
     row = {"defense": "tapt", "threat": "adaptive", "epsilon": 2.0, "answers": 10, "accuracy": 0.1}
     row |= {"interval": (0, 1), "all_right": {"value": 0.1, "interval": (0, 1)}}
     row |= {"pictures": [10, 0, 3, 0, 9], "broken_first_by": {"pgd": 1, "square": 1}}
-    told = readme.accuracy_table({**figures, "rows": [row], "queried": 4})
+    told = robustness.accuracy_table({**figures, "rows": [row], "queried": 4})
     assert "on the first 4 images that are still right (3 for `tapt` under `adaptive`)" in told
 
 
@@ -244,15 +244,18 @@ def test_a_table_names_the_attacks_that_were_made() -> None:
     """On a single view, as without the adaptive threat, a part of the recipe."""
     figures = json.loads((readme.FIGURES / "strong.json").read_text())
     unaware = [row for row in figures["rows"] if row["threat"] != "adaptive"]
-    assert "Attacks: quick, prediction-margin, " in readme.accuracy_table(figures)
-    told = readme.accuracy_table({**figures, "rows": unaware})
+    assert "Attacks: quick, prediction-margin, " in robustness.accuracy_table(figures)
+    told = robustness.accuracy_table({**figures, "rows": unaware})
     assert "Attacks: logits-entropy, dlr, square, rays with" in told
 
 
 def test_a_table_of_shards_names_no_times() -> None:
     """They may have shared a machine."""
     figures = json.loads((readme.FIGURES / "adaptive.json").read_text())
-    whole, merged = readme.accuracy_table(figures), readme.accuracy_table(figures | {"merged": 4})
+    whole, merged = (
+        robustness.accuracy_table(figures),
+        robustness.accuracy_table(figures | {"merged": 4}),
+    )
     assert "ms per image" in whole
     assert "Time is measured" in whole
     assert "ms per image" not in merged
@@ -263,15 +266,15 @@ def test_a_table_of_shards_names_no_times() -> None:
 def test_runs_are_compared_on_the_same_pictures_and_on_no_others() -> None:
     names = [str(number) for number in range(100)]
     base = figures_of("ensemble", "1" * 40 + "0" * 60, names)
-    table = readme.paired_table(base, figures_of("tapt", "1" * 50 + "0" * 50, names))
+    table = robustness.paired_table(base, figures_of("tapt", "1" * 50 + "0" * 50, names))
     assert "| `tapt` | clean | 50 | +10.0 (" in table
     assert "points above `ensemble` of this run, 4 views" in table
     more = ["another", *names[::-1]]  # the first 50 names are its last
-    table = readme.paired_table(base, figures_of("tapt", "0" * 51 + "1" * 50, more))
+    table = robustness.paired_table(base, figures_of("tapt", "0" * 51 + "1" * 50, more))
     assert "accuracy on the same 100 images" in table
     assert "| `tapt` | clean | 50 | +10.0 (" in table
     with pytest.raises(SystemExit):
-        readme.paired_table(base, figures_of("tapt", "1" * 2, ["another", "third"]))
+        robustness.paired_table(base, figures_of("tapt", "1" * 2, ["another", "third"]))
 
 
 @pytest.mark.parametrize("into", [None, "small"])

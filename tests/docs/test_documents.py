@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import readme
+from benchmarks import readme, robustness
 from service import cli
 from service.settings import CLIENT_KEY, PREFIX, Settings
 
@@ -151,9 +151,9 @@ def test_published_tables_are_what_the_command_writes(name: str) -> None:
     figures = json.loads((ROOT / f"docs/figures/{name}.json").read_text())
     page = (ROOT / "docs/robustness.md").read_text()
     for part in (
-        readme.accuracy_table(figures),
-        readme.differences_table(figures),
-        readme.detection_table(figures),
+        robustness.accuracy_table(figures),
+        robustness.differences_table(figures),
+        robustness.detection_table(figures),
     ):
         assert part in page
 
@@ -164,7 +164,7 @@ def test_the_front_page_shows_both_models_under_the_strong_attack() -> None:
         for name in ("strong", "strong-embedded")
     )
     front = (ROOT / "README.md").read_text()
-    assert readme.accuracy_table(hardened, short=True) in front
+    assert robustness.accuracy_table(hardened, short=True) in front
     assert readme.headline(hardened, plain) in front
 
 
