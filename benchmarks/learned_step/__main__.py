@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
 def read_images(
     classifier: DefendedClassifier, path: Path, labels: tuple[str, ...], plan: Plan
 ) -> tuple[Tensor, Tensor]:
-    """Pictures to learn from, uint8 [N, 3, S, S], and their classes [N]; exits if `labels` are not
+    """Images to learn from, uint8 [N, 3, S, S], and their classes [N]; exits if `labels` are not
     the classes."""
     data = open_dataset(path)
     if tuple(data.names) != labels:

@@ -13,21 +13,26 @@ import torch
 from torch import Tensor
 
 from benchmarks.parity.figures import Figures
+from models.clip import PromptedCLIP
 from models.prompts import DefensePrompts
 from models.tapt import Objective
 
-ROUNDING = 1e-6  # of the visual prompts, whose values are about 1
+ROUNDING = 1e-6  # of tokens, whose values are about 1
 TERMS = 2  # plus one instead of minus one
-FIRST_GAIN = 12.0  # at most, of the layer norm before the first block at the figures' prompts
 
 
 def settle(
-    figures: Figures, prompts: DefensePrompts, found: dict[str, Tensor], objective: Objective
+    figures: Figures,
+    clip: PromptedCLIP,
+    prompts: DefensePrompts,
+    found: dict[str, Tensor],
+    objective: Objective,
 ) -> dict[str, Tensor]:
     """Our gradients `found` [1, ...] in VLJ, with the published signs at undetermined values.
 
-    No value moves by more than two terms, and behind the first block none whose token is not within
-    rounding of its reference. What is left of the difference is ours to answer for.
+    No value of a visual prompt is changed by more than the terms of the tokens that it makes and
+    that are within rounding of their reference. What is left of the difference is ours to answer
+    for.
     """
     reference = objective.reference
     if prompts.design != "vlj" or reference is None or prompts.vision is None:
@@ -37,18 +42,20 @@ def settle(
     name = "projection.weight"
     gap = figures.expected[f"grad_last_step.{name}"].double() - found[name][0].double()
     change = torch.linalg.lstsq(text.mT, gap.mT).solution  # [depth, tokens, vision width]
-    tokens = change.shape[1]
     scale = objective.alignment_weight / max(1, objective.layers)
     term = scale * 0.5 / reference.clean_mean[0].numel()
-    for layer, moved in enumerate(change):
-        own = prompts.vision[0, layer]
-        targets = (reference.adv_mean[layer, -tokens:], reference.clean_mean[layer, -tokens:])
-        near = torch.stack([(own - target).abs() < ROUNDING for target in targets]).any(dim=0)
-        if layer == 0:  # its reference is behind a layer norm
-            near, reach = torch.ones_like(near), TERMS * term * FIRST_GAIN
-        else:
-            reach = TERMS * term * (1 + 1e-3)
-        moved.clamp_(-reach, reach).mul_(near)
+    # The first block reads its tokens behind a layer norm. The sum runs over `layers` - 1 blocks.
+    makers = [clip.model.vision_model.pre_layrnorm, *[torch.nn.Identity()] * (len(change) - 1)]
+    aligned = max(0, objective.layers - 1)
+    change[aligned:] = 0
+    for layer, make in enumerate(makers[:aligned]):
+        for token, prompt in enumerate(prompts.vision[0, layer]):
+            place = token - change.shape[1]  # prompts are the last tokens
+            targets = (reference.adv_mean[layer, place], reference.clean_mean[layer, place])
+            near = sum((make(prompt) - target).abs() < ROUNDING for target in targets) > 0
+            slopes = torch.autograd.functional.jacobian(make, prompt).abs()  # [made, prompt]
+            reach = TERMS * term * slopes[near].sum(dim=0).double() * (1 + 1e-3)
+            change[layer, token] = change[layer, token].clamp(-reach, reach)
     by_name = {
         "projection.weight": change.mT @ text,
         "projection.bias": change.sum(dim=1),

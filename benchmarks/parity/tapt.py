@@ -53,7 +53,7 @@ def compare(figures: Figures, clip: PromptedCLIP) -> Iterator[Difference]:
         losses.append(loss)
         for name, gradient in found.items():
             determined[name] &= (gradient == 0) | (gradient.abs() >= resolved)
-        theirs = kinks.settle(figures, prompts, found, objective) if steps == 1 else found
+        theirs = kinks.settle(figures, clip, prompts, found, objective) if steps == 1 else found
         rates = objective.learning_rate, objective.weight_decay
         settled = settled.map(adamw.advance(moved.tensors, theirs, moments, step, *rates)[0])
         values, moments = adamw.advance(moved.tensors, found, moments, step, *rates)

@@ -69,7 +69,7 @@ class Images:
 def gather(
     checkpoint: Checkpoint, data: Dataset, shots: int, images: int, seed: int, bar: Bar
 ) -> tuple[Images, Images, int]:
-    """Pictures to learn from, `shots` a class, and at most `images` others for statistics and
+    """Images to learn from, `shots` a class, and at most `images` others for statistics and
     threshold, in an order drawn by `seed`; and how many of the others are learned from as well,
     which happens where the data has no more.
 

@@ -30,7 +30,7 @@ def draw_crops(count: int, area: tuple[float, float], source: torch.Generator) -
 
 
 def cut_crops(images: Tensor, crops: Tensor, size: int) -> Tensor:
-    """Pictures [n, 3, H, W], uint8 or float in [0, 1], to crops [n, 3, size, size] in [0, 1]."""
+    """Images [n, 3, H, W], uint8 or float in [0, 1], to crops [n, 3, size, size] in [0, 1]."""
     shape = [len(images), 3, size, size]
     grid = F.affine_grid(crops.to(images.device), shape, align_corners=False)
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images

@@ -28,7 +28,7 @@ from models.views import make_batch_views, round_levels
 SPREAD = 0.02  # standard deviation of fresh prompts, as CLIP's own embeddings have
 
 Cut = Callable[[Tensor], Tensor]
-"""Pictures [N, 3, S, S] in [0, 1] to views [N, m, 3, S, S] of them, with a gradient."""
+"""Images [N, 3, S, S] in [0, 1] to views [N, m, 3, S, S] of them, with a gradient."""
 
 
 @dataclass(frozen=True, slots=True)

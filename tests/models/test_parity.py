@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.parity import kinks
 from benchmarks.parity import tapt as parity
 from benchmarks.parity.__main__ import main
-from benchmarks.parity.figures import read
+from benchmarks.parity.figures import load_checkpoint, read
 from models.prompts import DefensePrompts
 
 FIGURES = Path(__file__).parents[1] / "figures"
@@ -65,7 +65,7 @@ def test_signs_that_rounding_decides_are_settled_and_nothing_else() -> None:
     a larger change, or one of another token, is an error."""
     figures = read(FIGURES / "tapt_vlj_small_steps1_g050_seed3.safetensors")
     prompts = DefensePrompts("vlj", {k: v[None] for k, v in figures.under("prompt.").items()})
-    objective = parity._objective(figures)
+    clip, objective = load_checkpoint(FIGURES / "clip_small"), parity._objective(figures)
     assert objective.reference is not None
     term = objective.alignment_weight / objective.layers * 0.5
     term /= objective.reference.clean_mean[0].numel()
@@ -84,11 +84,13 @@ def test_signs_that_rounding_decides_are_settled_and_nothing_else() -> None:
         }
 
     def left(ours: dict[str, Tensor]) -> float:
-        settled = kinks.settle(figures, prompts, ours, objective)
+        settled = kinks.settle(figures, clip, prompts, ours, objective)
         return max((settled[k] - published[k]).abs().max().item() for k in published)
 
     assert left(found(1, 2)) < 1e-6
     assert left(found(1, 3)) > 0.5 * term
+    assert left(found(2, 1)) > 0.5 * term  # which the alignment leaves out
+    assert left(found(0, 40)) > 0.5 * term  # more than the layer norm can make of two
 
 
 def test_a_wrong_activation_fails(tmp_path: Path) -> None:
