@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from benchmarks.harness.report import DOCS, command_line, make_parser, publish
 from models.evaluation.table import tabulate
+from models.precision import has_native_bfloat16
 from service.worker.process import prepare_torch
 
 SIDES = ("published", "ours")
@@ -286,6 +287,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def is_emulated(dtype: str, device: str) -> bool:
+    """Whether the device computes `dtype` by emulation, whose times would say nothing of it."""
+    return device == "cpu" and dtype == "bf16" and not has_native_bfloat16()
+
+
 def fall_short(rows: list[dict[str, Any]], labels: list[int], wanted: list[float]) -> list[str]:
     """A sentence for each row below the ratio wanted of its label count."""
     bounds = dict(zip(labels, wanted * len(labels) if len(wanted) == 1 else wanted, strict=True))
@@ -299,6 +305,9 @@ def fall_short(rows: list[dict[str, Any]], labels: list[int], wanted: list[float
 
 def main() -> int:
     options = parse()
+    if options.section and is_emulated(options.dtype, options.device):
+        print(f"The table `{options.section}` stays: this CPU has no bfloat16.", file=sys.stderr)
+        return 0
     prepare_torch()
     figures = measure(options)
     publish(figures, write_page(figures), options.json, options.section, PAGE)

@@ -47,6 +47,29 @@ def test_the_published_shape_in_chunks_is_the_published_shape() -> None:
     assert cut.extra > 0.1 * cut.stages["text: forward"]
 
 
+def test_emulated_bfloat16_does_not_replace_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[argparse.Namespace] = []
+
+    def measure(options: argparse.Namespace) -> NoReturn:
+        measured.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adaptation, "measure", measure)
+    monkeypatch.setattr(adaptation, "has_native_bfloat16", lambda: False)
+    flags = ["adaptation", "--dtype", "bf16", "--labels", "10", "--section", "vit-b-32 bf16"]
+    monkeypatch.setattr("sys.argv", flags)
+    assert adaptation.main() == 0
+    assert not measured
+    monkeypatch.setattr("sys.argv", flags[:-2])  # to look at, not to publish
+    with pytest.raises(KeyboardInterrupt):
+        adaptation.main()
+    monkeypatch.setattr("sys.argv", flags)
+    monkeypatch.setattr(adaptation, "has_native_bfloat16", lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        adaptation.main()
+    assert len(measured) == 2
+
+
 def test_a_run_writes_its_figures_and_fails_below_the_ratio(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
