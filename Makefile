@@ -15,16 +15,16 @@ FIGURES ?= tests/figures
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
 
-# All tests, with their coverage, which may not fall; or some: make test ARGS=tests/models. Those of
-# the service measure time, so they run alone; the others run on up to four cores.
+# All tests, with their coverage, which may not fall; or some: make test ARGS=tests/models. Those that
+# measure time run alone, the others on up to four cores.
 # What is not covered: .venv/bin/coverage report --show-missing --skip-covered
 test: setup
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest --ignore tests/service --numprocesses $(CORES) --dist loadfile \
+	$(BIN)/python -m pytest -m 'not heavy and not alone' --numprocesses $(CORES) --dist loadfile \
 	    --cov --cov-report= --cov-fail-under 0
-	$(BIN)/python -m pytest tests/service --cov --cov-append --cov-report=
+	$(BIN)/python -m pytest -m 'alone and not heavy' --cov --cov-append --cov-report=
 endif
 
 setup: .venv/dev

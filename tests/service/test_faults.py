@@ -26,6 +26,8 @@ from tests.conftest import Server
 from tests.fake_server import FakeServer, fake_command
 from tests.fake_worker import FakeWorker
 
+pytestmark = pytest.mark.alone
+
 PIXEL = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk"
     "+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

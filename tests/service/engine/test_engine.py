@@ -28,6 +28,8 @@ from tests.service.engine.harness import (
     virtual,
 )
 
+pytestmark = pytest.mark.alone
+
 
 @virtual
 async def test_an_answer_comes_back_and_is_measured():

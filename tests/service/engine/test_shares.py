@@ -13,6 +13,8 @@ from service.messages import Answer, Task
 from tests.fake_worker import READY, FakeWorker, answer
 from tests.service.engine.harness import by_hand, now, open_engine, reserved, virtual
 
+pytestmark = pytest.mark.alone
+
 
 def slow_for_many_labels(batch: list[Task]) -> float:
     return sum(9.0 if len(task.labels) > 100 else 0.1 for task in batch)

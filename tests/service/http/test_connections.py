@@ -24,6 +24,8 @@ from tests.conftest import Server
 from tests.fake_server import FakeServer
 from tests.fake_worker import FakeWorker
 
+pytestmark = pytest.mark.alone
+
 START = Callable[..., Server]
 PATIENCE = 60.0  # seconds, on a busy machine
 PIXEL = (

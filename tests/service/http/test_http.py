@@ -32,6 +32,8 @@ from service.telemetry.metrics import SECONDS
 from tests.conftest import Server
 from tests.fake_worker import READY, FakeWorker, answer
 
+pytestmark = pytest.mark.alone
+
 LABELS = ["cat", "dog", "horse"]
 START = Callable[..., Server]
 

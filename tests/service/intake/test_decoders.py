@@ -43,7 +43,10 @@ from service.malloc import TRIM_BYTES
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux"),
+]
 
 PIXELS = 40_000_000
 PREPROCESSING = Preprocessing(64, 70, None, BICUBIC, (0.5,) * 3, (0.5,) * 3)

@@ -19,6 +19,8 @@ from PIL import Image
 
 from tests.conftest import Server
 
+pytestmark = pytest.mark.alone
+
 START = Callable[..., Server]
 MEGABYTE = 2**20
 PATIENCE = 10.0  # seconds, on a busy machine; the worst takes about one

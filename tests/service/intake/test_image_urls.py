@@ -20,6 +20,8 @@ from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from tests.conftest import Server
 
+pytestmark = pytest.mark.alone
+
 START = Callable[..., Server]
 PUBLIC = "93.184.216.34"  # never spoken to
 

@@ -19,6 +19,8 @@ from service.intake.lookups import MAX_LOOKUPS, Lookups
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
+pytestmark = pytest.mark.alone
+
 
 class NameServer:
     """Answers no lookup until the test says so."""

@@ -9,6 +9,8 @@ import pytest
 
 from service.intake.turns import Turns
 
+pytestmark = pytest.mark.alone
+
 
 def in_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
     @wraps(test)

@@ -18,6 +18,8 @@ from service.intake.uploads import CAPACITY, MAX_UPLOADS, Upload, Uploads
 from service.telemetry.metrics import Metrics
 from tests.conftest import Server
 
+pytestmark = pytest.mark.alone
+
 START = Callable[..., Server]
 LIMIT = 2**20
 

@@ -17,6 +17,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from tests.conftest import Server
 from tests.fake_worker import FakeWorker, answer
 
+pytestmark = pytest.mark.alone
+
 CLOCK_ERROR = 10**8  # ns; two clocks are read one after the other, on a busy machine
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 

@@ -22,6 +22,8 @@ from service.worker.process import prepare_torch
 from service.worker.supervisor import Event, Lost, WorkerProcess
 from tests import fake_worker
 
+pytestmark = pytest.mark.alone
+
 ECHO, FATAL, CRASHING = (
     f"{fake_worker.__name__}:{name}" for name in ("EchoRunner", "FatalRunner", "CrashingRunner")
 )
