@@ -25,10 +25,11 @@ CLIENTS = (1, 4, 16, 64)
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """What so many clients got: answers a second, milliseconds, and processor milliseconds of the
-    API process and of the decoders for each answer."""
+    """What so many clients got: answers, answers a second, milliseconds, and processor milliseconds
+    of the API process and of the decoders for each answer."""
 
     clients: int
+    answered: int
     rate: float
     p50: float
     p99: float
@@ -48,6 +49,7 @@ def measure(clients: int, seconds: float) -> Carried:
     each = 1000 / max(1, found["answered"])
     return Carried(
         clients,
+        found["answered"],
         found["throughput"],
         1000 * found["p50"],
         1000 * found["p99"],

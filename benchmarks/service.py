@@ -17,12 +17,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import front
 from benchmarks.harness.load import Record, drive, percentile, poisson, summarize
 from benchmarks.harness.machine import hardware
 from benchmarks.harness.report import DOCS, command_line, make_parser, publish
 from benchmarks.harness.requests import draw_requests
 from benchmarks.harness.server import Server, read_knobs
-from benchmarks.isolated import measure_bare, serve_instantly
+from benchmarks.isolated import measure_bare
 from models.evaluation.table import tabulate
 from service.worker.process import prepare_torch
 
@@ -50,6 +51,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         half = summarize(ask(poisson(rate, max(2 * options.seconds, HALF / rate), 2)))
     # The engine again, after the server, so that a machine whose speed drifts favors neither.
     again = measure_bare(settings, [most], options.seconds / 2)
+    # In a closed loop, for a fixed rate would be more than a slow machine carries.
+    api = front.measure(clients=4, seconds=options.seconds)
     engine_rate = (bare["rate"] + again["rate"]) / 2
     latencies = [record.latency for record in single]
     return {
@@ -67,24 +70,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "half": half,
         "share_of_engine": full["throughput"] / engine_rate,
         "half_p99_of_single": half["p99"] / percentile(latencies, 0.5),
-        "api": measure_api(options.seconds),
+        "api": {"n": api.answered, "cpu_ms": api.api_ms, "decode_ms": api.decode_ms},
     }  # fmt: skip
-
-
-def measure_api(seconds: float) -> dict[str, float]:
-    """Processor milliseconds of the API process for one request, with a worker that answers at
-    once; `decode_ms` are those of the decoder processes, in addition."""
-    requests, rate = draw_requests(PICTURES), 100.0
-    with serve_instantly("--max-queue-size", "1000") as server:
-        asyncio.run(drive(server.url, [i / rate for i in range(20)], requests))
-        before, decoding = server.cpu_seconds(), server.decoder_cpu_seconds()
-        arrivals = poisson(rate, seconds, 3)
-        records = asyncio.run(drive(server.url, arrivals, requests))
-        spent = server.cpu_seconds() - before
-        decoded = server.decoder_cpu_seconds() - decoding
-    answered = sum(record.status == 200 for record in records)
-    each = 1000 / max(1, answered)
-    return {"n": answered, "cpu_ms": each * spent, "decode_ms": each * decoded}
 
 
 def describe_requests(settings: Mapping[str, Any]) -> str:
@@ -117,7 +104,7 @@ def write_page(figures: dict[str, Any]) -> str:
         f"full batches; at saturation the server reaches {figures['share_of_engine']:.0%} of that. "
         f"At half load, p99 is {figures['half_p99_of_single']:.1f} times the median of single "
         f"requests. The API process uses {api['cpu_ms']:.1f} ms of CPU time per request "
-        f"(n = {api['n']}, with a worker that answers at once), the decoders "
+        f"(n = {api['n']}, with 4 clients and a worker that answers at once), the decoders "
         f"{api['decode_ms']:.1f} ms. Milliseconds per batch of the engine without a server, "
         f"by batch size: {batches}{', with all workers busy' if workers > 1 else ''}."
     )
