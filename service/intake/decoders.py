@@ -4,8 +4,10 @@ Every image is opened by one of a few decoder processes, which have limits of ti
 hardly any rights. An image that exceeds a limit, or crashes native code, ends its process and is
 refused; another process takes its place, and other requests do not notice.
 
-An image's time includes its wait for a decoder, so none is answered late. Callers take turns: one
-that sends expensive images waits behind the others.
+An image's time includes its wait for a decoder, so none is answered late. One that has waited for
+most of it is refused without being begun: its decoder would be killed halfway, and with more images
+than the decoders can take they would be busy starting again. Callers take turns: one that sends
+expensive images waits behind the others.
 """
 
 import asyncio
@@ -28,6 +30,9 @@ from service.worker.process import count_cores
 MAX_DECODERS = 4
 WALL_TIME = 1.5
 """Times the processor time that an image may take: all its time, waiting included."""
+RESERVE = 0.25
+"""Times the processor time that an image may take: what must be left when its wait ends. Ordinary
+images take a small part of it."""
 
 ORDINARY_SHARE = 8
 """Images that need at most this part of the memory limit are decoded side by side."""
@@ -46,12 +51,14 @@ T = TypeVar("T")
 @dataclass(slots=True)
 class _Image:
     """A file, who sent it, the checkpoint's preprocessing, whether more than view 0 is wanted, the
-    instant by which it must be decoded, and the seconds it has waited for its turns so far."""
+    instants by which its waiting must end and by which it must be decoded, and the seconds it has
+    waited for its turns so far."""
 
     file: bytes
     caller: str
     preprocessing: Preprocessing | None
     keep_pixels: bool
+    latest: float
     deadline: float
     waited: float = 0.0
 
@@ -101,12 +108,13 @@ class Decoders:
         decoding.
 
         Raises what that function raises; ImageTooCostly also for an image that exceeds its limits
-        or crashes its decoder; QueueFull if it waited so long that its time ran out; NotReady when
-        no decoder can be started.
+        or crashes its decoder; QueueFull if it waited for too much of its time; NotReady when no
+        decoder can be started.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + WALL_TIME * self._seconds
-        image = _Image(file, caller, preprocessing, keep_pixels, deadline)
+        latest = deadline - RESERVE * self._seconds
+        image = _Image(file, caller, preprocessing, keep_pixels, latest, deadline)
         work = asyncio.create_task(self._decode(image))
         try:
             return await asyncio.shield(work)
@@ -149,7 +157,7 @@ class Decoders:
     async def _wait(self, image: _Image, turn: Coroutine[Any, Any, T]) -> T:
         began = _now()
         try:
-            async with asyncio.timeout_at(image.deadline):
+            async with asyncio.timeout_at(image.latest):
                 return await turn
         except TimeoutError:
             raise self._busy() from None

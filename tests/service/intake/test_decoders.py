@@ -280,6 +280,25 @@ def test_an_image_that_waited_too_long_to_be_finished_is_told_to_come_back() -> 
     run(test, decoders=1, decode_timeout_ms=500)
 
 
+def test_more_images_than_the_decoders_can_take_cost_no_decoder() -> None:
+    """What is refused was not begun, or each of them would end a process that others wait for."""
+
+    async def test(pool: Pool) -> None:
+        file = encode(Image.new("RGB", (2500, 2500), (1, 2, 3)), "PNG")
+
+        async def decode() -> bool:
+            try:
+                await pool.decode(file)
+            except QueueFull:
+                return False
+            return True
+
+        assert {*await asyncio.gather(*(decode() for _ in range(500)))} == {True, False}
+        assert pool.count("decoder_restarts_total") == 0
+
+    run(test, decoders=1, decode_timeout_ms=1000)
+
+
 def test_callers_take_turns() -> None:
     async def test(pool: Pool) -> None:
         order: list[str] = []
