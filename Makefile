@@ -15,16 +15,17 @@ FIGURES ?= tests/figures
 serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
 
-# All tests, with their coverage, which may not fall; or some: make test ARGS=tests/models. Those that
-# measure time run alone, the others on up to four cores.
+# All tests, or some: make test ARGS=tests/models. Those that measure time run alone, the others on up
+# to four cores. With COVERAGE=1 also their coverage, which may not fall; that takes half as long again.
 # What is not covered: .venv/bin/coverage report --show-missing --skip-covered
 test: setup
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
 	$(BIN)/python -m pytest -m 'not heavy and not alone' --numprocesses $(CORES) --dist loadfile \
-	    --cov --cov-report= --cov-fail-under 0
-	$(BIN)/python -m pytest -m 'alone and not heavy' --cov --cov-append --cov-report=
+	    $(if $(COVERAGE),--cov --cov-report= --cov-fail-under 0)
+	$(BIN)/python -m pytest -m 'alone and not heavy' \
+	    $(if $(COVERAGE),--cov --cov-append --cov-report=)
 endif
 
 setup: .venv/dev
