@@ -16,7 +16,7 @@ serve: .venv/serve
 	$(BIN)/tapt-serve serve --host $(HOST) --port $(PORT) $(DEMO)
 
 # All tests, or some: make test ARGS=tests/models. Those that measure time run alone, the others on up
-# to four cores. With COVERAGE=1 also their coverage, which may not fall; that takes half as long again.
+# to four cores. With COVERAGE=1 also their coverage, which may not fall; it slows them down.
 # What is not covered: .venv/bin/coverage report --show-missing --skip-covered
 test: setup
 ifdef ARGS

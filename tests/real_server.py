@@ -15,15 +15,10 @@ LABELS = ["espresso", "school bus", "volleyball", "lemon", "dog"]
 
 
 class RealServer(Server):
-    """`tapt-serve serve` with these flags. As a context manager it is killed on exit.
-
-    Its coverage is not measured: that makes the imports of torch and transformers half as long
-    again, in each of its processes, and `FakeServer` runs the same code.
-    """
+    """`tapt-serve serve` with these flags. As a context manager it is killed on exit."""
 
     def __init__(self, *flags: str) -> None:
-        unmeasured = ("env", "-u", "COVERAGE_PROCESS_CONFIG")
-        super().__init__(*flags, command=(*unmeasured, str(COMMAND), "serve"))
+        super().__init__(*flags, command=(str(COMMAND), "serve"))
 
     def classify(self, **defense: object) -> httpx.Response:
         """Send the photograph."""
